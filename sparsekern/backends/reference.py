@@ -1,0 +1,84 @@
+"""The products in plain torch: scatter the live blocks to a dense matrix, multiply, gather.
+
+The truth in tests, on any device and for any block size; also the path of the vendor's GEMM that the chooser takes where
+dense is faster. A full store of block size 1 is the dense matrix already, so nothing is copied.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsekern.topology import Layout
+
+
+def densify(weight: Tensor, layout: Layout) -> Tensor:
+    """Scatter the blocks into dense matrices [groups, out_per_group, in_per_group] (padded sizes); dead places are zero."""
+    g, r, c, b = layout.groups, layout.num_rows // layout.groups, layout.num_cols // layout.groups, layout.block_size
+    if layout.full:
+        blocks = weight
+    else:
+        blocks = weight.new_zeros(g * r * c + 1, b, b).index_copy_(0, layout.positions(), weight)[:-1]
+    return blocks.view(g, r, c, b, b).transpose(2, 3).reshape(g, r * b, c * b)
+
+
+def gather(dense: Tensor, layout: Layout) -> Tensor:
+    """Collect the live blocks [num_slots, B, B] of dense matrices [groups, out_per_group, in_per_group]; dead slots are 0."""
+    g, r, c, b = layout.groups, layout.num_rows // layout.groups, layout.num_cols // layout.groups, layout.block_size
+    blocks = dense.view(g, r, b, c, b).transpose(2, 3).reshape(g * r * c, b, b)
+    if not layout.full:
+        blocks = blocks[layout.positions().clamp(max=g * r * c - 1)]
+    return blocks.masked_fill_((layout.block_rows < 0)[:, None, None], 0)
+
+
+def dds(
+    x: Tensor,
+    weight: Tensor,
+    layout: Layout,
+    bias: Tensor | None = None,
+    transpose: bool = False,
+    token_offsets: Tensor | None = None,
+) -> Tensor:
+    """y = x Wᵀ + bias if `transpose`, else y = x W. See `sparsekern.products.dds`; here x is 2-D and padded."""
+    dense = densify(weight, layout)
+    if transpose:
+        dense = dense.transpose(1, 2)
+    biases = None if bias is None else bias.view(layout.groups, -1)
+    if token_offsets is not None:
+        ends = token_offsets.tolist()
+        y = x.new_empty(x.shape[0], dense.shape[2])
+        for g in range(layout.groups):
+            part = slice(ends[g], ends[g + 1])
+            y[part] = _affine(x[part], dense[g], None if biases is None else biases[g])
+        return y
+    if layout.groups == 1:
+        return _affine(x, dense[0], bias)
+    y = torch.bmm(x.view(len(x), layout.groups, -1).transpose(0, 1), dense).transpose(0, 1).reshape(len(x), -1)
+    return y if bias is None else y.add_(bias)
+
+
+def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = None) -> Tensor:
+    """The live blocks of dyᵀx, [num_slots, B, B]. See `sparsekern.products.sdd`; here both are 2-D and padded."""
+    return gather(_dense_gradient(dy, x, layout.groups, token_offsets), layout)
+
+
+def block_norms(dy: Tensor, x: Tensor, layout: Layout, rows: slice, token_offsets: Tensor | None = None) -> Tensor:
+    """Squared Frobenius norms, float32 [groups, rows, cols], of the blocks of dyᵀx in some block rows of every group."""
+    b, per_group = layout.block_size, layout.num_rows // layout.groups
+    strip = dy.view(len(dy), -1, per_group, b)[:, :, rows].reshape(len(dy), -1)
+    dense = _dense_gradient(strip, x, layout.groups, token_offsets)
+    squares = dense.float().square_()
+    return squares.view(layout.groups, -1, b, squares.shape[2] // b, b).sum(dim=(2, 4))
+
+
+def _affine(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, matrix.t(), bias)
+
+
+def _dense_gradient(dy: Tensor, x: Tensor, groups: int, token_offsets: Tensor | None) -> Tensor:
+    """dyᵀx of every group, [groups, out_per_group, in_per_group]."""
+    if token_offsets is not None:
+        ends = token_offsets.tolist()
+        return torch.stack([dy[a:b].t() @ x[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)])
+    if groups == 1:
+        return (dy.t() @ x)[None]
+    return torch.bmm(dy.view(len(dy), groups, -1).permute(1, 2, 0), x.view(len(x), groups, -1).transpose(0, 1))
