@@ -108,7 +108,9 @@ class Topology(nn.Module):
         groups: independent matrices of equal shape.
     """
 
-    def __init__(self, block_rows: Tensor, block_cols: Tensor, shape: tuple[int, int], block_size: int, groups: int = 1):
+    def __init__(
+        self, block_rows: Tensor, block_cols: Tensor, shape: tuple[int, int], block_size: int, groups: int = 1
+    ):
         super().__init__()
         check_geometry(shape, block_size, groups)
         self.shape = tuple(shape)
@@ -148,9 +150,7 @@ class Topology(nn.Module):
 
     @property
     def layout(self) -> Layout:
-        return Layout(
-            self.block_rows, self.block_cols, self.index, *self.grid, self.groups, self.block_size, self.full
-        )
+        return Layout(self.block_rows, self.block_cols, self.index, *self.grid, self.groups, self.block_size, self.full)
 
     @property
     def num_slots(self) -> int:
@@ -217,7 +217,9 @@ class Topology(nn.Module):
         saved, own = state.tolist(), self.get_extra_state().tolist()
         if saved != own:
             words = "(out_features, in_features, block_size, groups)"
-            raise ValueError(f"load_state_dict: the checkpoint's topology has {words} {tuple(saved)}, the layer {tuple(own)}")
+            raise ValueError(
+                f"load_state_dict: the checkpoint's topology has {words} {tuple(saved)}, the layer {tuple(own)}"
+            )
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         rows, cols = state_dict.get(prefix + "block_rows"), state_dict.get(prefix + "block_cols")

@@ -1,0 +1,93 @@
+"""SparseLinear: nn.Linear whose weight, gradient and optimiser state exist for the live blocks only."""
+
+import torch
+from torch import Tensor
+
+from sparsekern.layer import SparseLayer
+from sparsekern.products import dds
+from sparsekern.topology import Topology
+
+
+class SparseLinear(SparseLayer):
+    """y = x Wᵀ + b with a block-sparse W [out_features, in_features].
+
+    Args:
+        in_features, out_features: sizes as in nn.Linear; of all groups together. Sizes that are no multiple of block_size
+            are padded inside (per group); the padding lanes of the weight stay exactly zero.
+        bias: learn an additive bias [out_features].
+        density: live blocks / all blocks, in (0, 1]; each group has max(1, round(density * blocks)) of them.
+        block_size: side of the square blocks, a power of two from 1 (unstructured) to 128.
+        groups: G independent matrices in one parameter, as in Conv: x is [..., in_features], group g reads and writes the
+            g-th of G equal parts. `layer(x, group=ids)` takes x [..., in_features / G] and one group id per token instead.
+        topology: live blocks to start from, instead of a random topology of this density.
+
+    Shapes: weight [num_slots, B, B] in the slots of `topology`; bias [out_features]; x [..., in_features].
+    Initial values are nn.Linear's, uniform within 1 / sqrt(fan_in), with the real fan-in of each row.
+
+    Example:
+        >>> layer = SparseLinear(1024, 512, density=0.1, block_size=16)
+        >>> layer(torch.randn(8, 1024)).shape
+        torch.Size([8, 512])
+        >>> heads = SparseLinear(3 * 64, 3 * 8, density=0.5, block_size=8, groups=3)  # three task heads, 64 -> 8
+        >>> heads(torch.randn(5, 64), group=torch.tensor([2, 0, 0, 1, 2])).shape
+        torch.Size([5, 8])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        density: float = 0.1,
+        block_size: int = 16,
+        groups: int = 1,
+        topology: Topology | None = None,
+    ):
+        shape = (out_features, in_features)
+        super().__init__(shape, bias, device, dtype, density, block_size, groups, topology)
+        self.in_features, self.out_features = in_features, out_features
+
+    def forward(self, x: Tensor, group: Tensor | None = None) -> Tensor:
+        if group is None:
+            return dds(x, self.weight, self.topology, self.bias, transpose=True)
+        if group.shape != x.shape[:-1]:
+            raise ValueError(
+                f"SparseLinear: group must hold one id per token, {tuple(x.shape[:-1])}, got {tuple(group.shape)}"
+            )
+        ids, order = torch.sort(group.flatten(), stable=True)
+        offsets = torch.searchsorted(ids, torch.arange(self.groups + 1, device=ids.device))
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling() and len(ids):  # on a GPU it would synchronise
+            if ids[0] < 0 or ids[-1] >= self.groups:
+                raise ValueError(
+                    f"SparseLinear: group ids must be in 0..{self.groups - 1}, got {int(ids[0])}..{int(ids[-1])}"
+                )
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        y = dds(
+            _Permute.apply(x.flatten(0, -2), order, inverse),
+            self.weight,
+            self.topology,
+            self.bias,
+            transpose=True,
+            token_offsets=offsets,
+        )
+        return _Permute.apply(y, inverse, order).unflatten(0, group.shape)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class _Permute(torch.autograd.Function):
+    """x[order], whose gradient is a gather by the inverse; indexing's own backward would scatter, serially on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse):
+        ctx.save_for_backward(order, inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, dy):
+        order, inverse = ctx.saved_tensors
+        return _Permute.apply(dy, inverse, order), None, None
