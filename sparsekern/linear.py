@@ -66,14 +66,14 @@ class SparseLinear(SparseLayer):
                 )
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         y = dds(
-            _Permute.apply(x.flatten(0, -2), order, inverse),
+            _Permute.apply(x.reshape(-1, x.shape[-1]), order, inverse),
             self.weight,
             self.topology,
             self.bias,
             transpose=True,
             token_offsets=offsets,
         )
-        return _Permute.apply(y, inverse, order).unflatten(0, group.shape)
+        return _Permute.apply(y, inverse, order).reshape(group.shape + y.shape[1:])
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
