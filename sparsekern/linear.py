@@ -57,6 +57,8 @@ class SparseLinear(SparseLayer):
             raise ValueError(
                 f"SparseLinear: group must hold one id per token, {tuple(x.shape[:-1])}, got {tuple(group.shape)}"
             )
+        if group.is_floating_point() or group.dtype == torch.bool:
+            raise ValueError(f"SparseLinear: group ids must be integers, got {group.dtype}")
         ids, order = torch.sort(group.flatten(), stable=True)
         offsets = torch.searchsorted(ids, torch.arange(self.groups + 1, device=ids.device))
         if ids.device.type == "cpu" and not torch.compiler.is_compiling() and len(ids):  # on a GPU it would synchronise
