@@ -88,6 +88,15 @@ class Config:
     set: SETConfig = SETConfig()
     gmp: GMPConfig = GMPConfig()
 
+    def __post_init__(self):
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density must be in (0, 1], got {self.density}")
+        for name in ("timesteps", "evaluate_every", "episodes", "env_processes", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
+
     @property
     def experiment(self) -> str:
         """What runs that differ only in seed share."""

@@ -27,7 +27,7 @@ class Learner:
             parts = TREATMENTS[config.treatment] if config.networks in ("both", role) else ()
             for part in parts:
                 part.prepare(self.network, config)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.ppo.learning_rate)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.ppo.learning_rate, fused=True)
         self.rules = [part.make_rule(self.network, self.optimizer, config) for part in parts]
 
     def minimise(self, loss: Tensor) -> None:

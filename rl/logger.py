@@ -25,15 +25,16 @@ class Logger:
         self._csv.truncate(csv_bytes)
         if csv_bytes == 0:
             self._csv.write("step,name,value\n")
-        self._tensorboard = SummaryWriter(folder / "tb", purge_step=step or None)
+        self._tensorboard = SummaryWriter(folder / "tb", purge_step=step + 1)
 
     def record(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             self._csv.write(f"{step},{name},{float(value):.8g}\n")
             self._tensorboard.add_scalar(name, value, step)
 
-    def csv_bytes(self) -> int:
-        """Write out what is recorded so far; returns the length of metrics.csv, for the checkpoint."""
+    def flush(self) -> int:
+        """Write out what is recorded so far; returns the length of metrics.csv in bytes, for the checkpoint."""
+        self._tensorboard.flush()
         self._csv.flush()
         return self._csv.tell()
 

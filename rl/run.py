@@ -6,9 +6,11 @@ environments, which import this file again, stay small.
 
 import dataclasses
 import platform
+import shutil
 import subprocess
 import sys
 from datetime import datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -31,21 +33,26 @@ class Arguments:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=Config.__doc__, prog="python rl/run.py")
-    if arguments.resume is None:
-        folder = new_folder(arguments.config)
-        config = arguments.config
-    elif arguments.config != Config():
-        sys.exit("--resume takes the run's own settings from its folder; give no other option with it")
-    else:
-        folder = arguments.resume
-        config = config_file.load(folder)
+    try:
+        folder, config = chosen_run()
+    except ValueError as error:  # about what was typed: the sentence is enough
+        sys.exit(f"rl/run.py: {error}")
     print(folder, flush=True)
 
     from rl.train_ppo import train
 
     train(config, folder)
     show(folder)
+
+
+def chosen_run() -> tuple[Path, Config]:
+    """Read the command line; returns the folder of a new run, or of the one to resume, and its settings."""
+    arguments = tyro.cli(Arguments, description=Config.__doc__, prog="python rl/run.py")
+    if arguments.resume is None:
+        return new_folder(arguments.config), arguments.config
+    if arguments.config != Config():
+        raise ValueError("--resume takes the run's own settings from its folder; give no other option with it")
+    return arguments.resume, config_file.load(arguments.resume)
 
 
 def new_folder(config: Config) -> Path:
@@ -59,20 +66,19 @@ def new_folder(config: Config) -> Path:
 
 def environment() -> str:
     """What a run depends on besides its settings: commit, packages, machine."""
-    from importlib.metadata import version
 
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=CHECKOUT, capture_output=True, text=True)
-    packages = [f"{name} {version(name)}" for name in ("torch", "numpy", "gymnasium", "minigrid")]
-    report = subprocess.run([sys.executable, "-m", "sparsekern"], cwd=CHECKOUT, capture_output=True, text=True)
-    lines = (
+    def output(*command: str) -> str:
+        return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True).stdout.strip()
+
+    commit = output("git", "describe", "--always", "--dirty") if shutil.which("git") else ""
+    lines = [
         f"command: {' '.join(sys.argv)}",
-        f"commit: {commit.stdout.strip() or 'not a git checkout'}",
-        f"python {platform.python_version()} on {platform.platform()}",
-        *packages,
-        "",
-        report.stdout,
-    )
-    return "\n".join(lines)
+        f"commit: {commit or 'unknown'}",
+        f"system: {platform.platform()}",
+        *(f"{name} {metadata.version(name)}" for name in ("gymnasium", "minigrid")),
+        output(sys.executable, "-m", "sparsekern"),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def show(folder: Path) -> None:
@@ -96,12 +102,12 @@ def show(folder: Path) -> None:
     earned.add_row("mean", "", f"{last['score/mean']:.3f}", f"{last['success/mean']:.3f}")
 
     cost = Table("actor and critic", "this run", "dense", "ratio", title="cost")
-    for label, name in (("live parameters", "parameters"), ("weights + gradients + Adam + index [bytes]", "bytes")):
+    for label, name in (("live parameters", "parameters"), ("bytes of weights + gradients + Adam + index", "bytes")):
         own = last["sparse/live_parameters" if name == "parameters" else "sparse/bytes"]
         dense = last[f"sparse/dense_{name}"]
         cost.add_row(label, f"{own:,.0f}", f"{dense:,.0f}", f"{own / dense:.3f}")
     cost.add_section()
-    cost.add_row("update, of one rollout [ms]", f"{typical['time/update_ms']:,.0f}")
+    cost.add_row("update on one rollout, in ms", f"{typical['time/update_ms']:,.0f}")
     cost.add_row("environment steps per second", f"{typical['time/steps_per_second']:,.0f}")
     for table in (earned, cost):
         for column in table.columns[1:]:

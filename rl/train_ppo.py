@@ -58,7 +58,7 @@ def train(config: Config, folder: Path) -> None:
                 logger.record(clock, metrics)
                 if evaluating or finished:
                     learners = {"actor": actor.state_dict(), "critic": critic.state_dict()}
-                    checkpoint.save(folder, {"clock": clock, "csv_bytes": logger.csv_bytes(), **learners})
+                    checkpoint.save(folder, {"clock": clock, "csv_bytes": logger.flush(), **learners})
                 progress.update(steps)
 
 
@@ -107,7 +107,7 @@ def gae(
         terminated: bool [T, n]: nothing followed, so next_values is not used.
         cut: bool [T, n]: the episode went on unseen; next_values is used, but no later timestep.
     """
-    errors = rewards + gamma * next_values * ~terminated - values
+    errors = rewards + gamma * next_values.masked_fill(terminated, 0) - values
     decay = gamma * lam * ~(terminated | cut)
     advantages = torch.empty_like(errors)
     following = torch.zeros_like(errors[0])
