@@ -1,7 +1,6 @@
 """Train one agent: python rl/run.py --suite mt3 --agent mtppo --treatment set --density 0.05 --seed 0.
 
-Imports of torch and the environments wait inside the functions: --help answers at once, and the processes that step
-environments, which import this file again, stay small.
+Imports of torch and the environments wait inside the functions, so that --help answers at once.
 """
 
 import dataclasses

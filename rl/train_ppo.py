@@ -24,42 +24,42 @@ def train(config: Config, folder: Path) -> None:
     """Train in this run folder, from its last checkpoint where it has one."""
     torch.set_num_threads(config.threads)
     tasks = SUITES[config.suite]
-    # rollouts use the first environments of the evaluation: each begins with fresh episodes, so no harm is done
-    with EnvPool(tasks * config.episodes, config.env_processes) as pool:
-        actor = Learner(config, "actor", int(pool.action_space.n))
-        critic = Learner(config, "critic", 1)
-        state = checkpoint.load(folder) or {"clock": 0, "csv_bytes": 0}
-        if state["clock"]:
-            actor.load_state_dict(state["actor"])
-            critic.load_state_dict(state["critic"])
-        clock = state["clock"]
-        progress = tqdm(total=config.timesteps, initial=clock, unit="timestep", disable=None)
-        with Logger(folder, clock, state["csv_bytes"]) as logger, progress:
-            while clock < config.timesteps:
-                steps = min(config.ppo.rollout_steps, config.timesteps - clock)
-                metrics: dict[str, float] = {}
-                rollout = collect(pool, actor.network, len(tasks), steps, config.seed, clock)
-                with timed(metrics, "time/update_ms"):
-                    metrics |= fit(actor, critic, rollout, config.ppo, config.seed, clock)
-                metrics |= describe(tasks, rollout) | sizes(actor, critic)
+    # rollouts use the first environments of the evaluation: both begin with fresh episodes, so neither disturbs the other
+    pool = EnvPool(tasks * config.episodes)
+    actor = Learner(config, "actor", int(pool.action_space.n))
+    critic = Learner(config, "critic", 1)
+    state = checkpoint.load(folder) or {"clock": 0, "csv_bytes": 0}
+    if state["clock"]:
+        actor.load_state_dict(state["actor"])
+        critic.load_state_dict(state["critic"])
+    clock = state["clock"]
+    progress = tqdm(total=config.timesteps, initial=clock, unit="timestep", disable=None)
+    with Logger(folder, clock, state["csv_bytes"]) as logger, progress:
+        while clock < config.timesteps:
+            steps = min(config.ppo.rollout_steps, config.timesteps - clock)
+            metrics: dict[str, float] = {}
+            rollout = collect(pool, actor.network, len(tasks), steps, config.seed, clock)
+            with timed(metrics, "time/update_ms"):
+                metrics |= fit(actor, critic, rollout, config.ppo, config.seed, clock)
+            metrics |= describe(tasks, rollout) | sizes(actor, critic)
 
-                evaluating = (clock + steps) // config.evaluate_every > clock // config.evaluate_every
-                clock += steps
-                finished = clock == config.timesteps
-                if evaluating or finished:  # before rewiring: this is the policy that the fit made
-                    with timed(metrics, "time/evaluate_ms"):
-                        returns = evaluate(pool, actor.network, len(tasks), config.episodes, config.seed, clock)
-                    metrics |= judge(tasks, returns)
-                    progress.set_postfix(score=metrics["score/mean"], success=metrics["success/mean"])
-                if not finished:  # nobody would train what a last rewire grows
-                    with timed(metrics, "time/rewire_ms"):
-                        actor.rewire(clock)
-                        critic.rewire(clock)
-                logger.record(clock, metrics)
-                if evaluating or finished:
-                    learners = {"actor": actor.state_dict(), "critic": critic.state_dict()}
-                    checkpoint.save(folder, {"clock": clock, "csv_bytes": logger.flush(), **learners})
-                progress.update(steps)
+            evaluating = (clock + steps) // config.evaluate_every > clock // config.evaluate_every
+            clock += steps
+            finished = clock == config.timesteps
+            if evaluating or finished:  # before rewiring: this is the policy that the fit made
+                with timed(metrics, "time/evaluate_ms"):
+                    returns = evaluate(pool, actor.network, len(tasks), config.episodes, config.seed, clock)
+                metrics |= judge(tasks, returns)
+                progress.set_postfix(score=metrics["score/mean"], success=metrics["success/mean"])
+            if not finished:  # nobody would train what a last rewire grows
+                with timed(metrics, "time/rewire_ms"):
+                    actor.rewire(clock)
+                    critic.rewire(clock)
+            logger.record(clock, metrics)
+            if evaluating or finished:
+                learners = {"actor": actor.state_dict(), "critic": critic.state_dict()}
+                checkpoint.save(folder, {"clock": clock, "csv_bytes": logger.flush(), **learners})
+            progress.update(steps)
 
 
 def fit(actor: Learner, critic: Learner, rollout: Rollout, ppo: PPOConfig, seed: int, clock: int) -> dict[str, float]:

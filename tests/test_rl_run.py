@@ -20,7 +20,7 @@ TREATMENTS = ["dense"]
 def short(runs, **changes):
     """A run of five fits and three evaluations."""
     ppo = PPOConfig(rollout_steps=100, epochs=2)
-    settings = {"timesteps": 500, "evaluate_every": 200, "episodes": 1, "env_processes": 1, "threads": 1}
+    settings = {"timesteps": 500, "evaluate_every": 200, "episodes": 1, "threads": 1}
     return replace(Config(runs=runs, ppo=ppo, **settings), **changes)
 
 
