@@ -34,6 +34,8 @@ class SparseLayer(nn.Module):
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)) if bias else None
         )
+        self.growth = None
+        """A rule that grows by gradient (RigL) hangs its `sparsekern.growth.GrowthScores` here."""
         self.reset_parameters()
 
     @property

@@ -52,7 +52,7 @@ class SparseLinear(SparseLayer):
 
     def forward(self, x: Tensor, group: Tensor | None = None) -> Tensor:
         if group is None:
-            return dds(x, self.weight, self.topology, self.bias, transpose=True)
+            return dds(x, self.weight, self.topology, self.bias, transpose=True, growth=self.growth)
         if group.shape != x.shape[:-1]:
             raise ValueError(
                 f"SparseLinear: group must hold one id per token, {tuple(x.shape[:-1])}, got {tuple(group.shape)}"
@@ -72,6 +72,7 @@ class SparseLinear(SparseLayer):
             self.bias,
             transpose=True,
             token_offsets=offsets,
+            growth=self.growth,
         )
         return _Permute.apply(y, inverse, order).unflatten(0, group.shape)
 

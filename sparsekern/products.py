@@ -20,6 +20,7 @@ def dds(
     bias: Tensor | None = None,
     transpose: bool = False,
     token_offsets: Tensor | None = None,
+    growth=None,
 ) -> Tensor:
     """Multiply a dense matrix by a block-sparse one: x W, or x Wᵀ + bias with `transpose`.
 
@@ -30,6 +31,7 @@ def dds(
         bias: [out_features]; with `transpose` only.
         token_offsets: int [groups + 1], for ragged groups: rows token_offsets[g]:token_offsets[g + 1] of the 2-D x belong
             to group g, and x and the result have the features of one group.
+        growth: a `sparsekern.growth.GrowthScores` that is to score the gradient of W, with `transpose` only.
     Returns:
         [..., in_features], or [..., out_features] with `transpose`; sums in float32 for 16-bit inputs.
     Raises:
@@ -56,6 +58,8 @@ def dds(
         y = _Dds.apply(rows, weight, bias, token_offsets, layout, transpose)
     else:
         y = choose.backend_for(rows, weight, layout).dds(rows, weight, layout, bias, transpose, token_offsets)
+    if growth is not None and y.requires_grad:
+        y = growth.watch(y, rows, token_offsets, layout)
     return _crop(y, topology, int(not transpose), groups).unflatten(0, x.shape[:-1])
 
 
@@ -144,12 +148,12 @@ def _bias_gradient(dy: Tensor, token_offsets: Tensor | None) -> Tensor:
 
 # The operators as torch.compile, export and opcheck see them. The arguments after token_offsets are a Layout, unpacked.
 
-_LAYOUT = "Tensor block_rows, Tensor block_cols, Tensor index, int num_rows, int num_cols, int groups, int block_size, bool full"
-_library = torch.library.Library("sparsekern", "DEF")
-_library.define(
-    f"dds(Tensor x, Tensor weight, Tensor? bias, Tensor? token_offsets, {_LAYOUT}, bool transpose) -> Tensor"
+LAYOUT_SCHEMA = "Tensor block_rows, Tensor block_cols, Tensor index, int num_rows, int num_cols, int groups, int block_size, bool full"
+library = torch.library.Library("sparsekern", "DEF")
+library.define(
+    f"dds(Tensor x, Tensor weight, Tensor? bias, Tensor? token_offsets, {LAYOUT_SCHEMA}, bool transpose) -> Tensor"
 )
-_library.define(f"sdd(Tensor dy, Tensor x, Tensor? token_offsets, {_LAYOUT}) -> Tensor")
+library.define(f"sdd(Tensor dy, Tensor x, Tensor? token_offsets, {LAYOUT_SCHEMA}) -> Tensor")
 
 
 def _dds_op(x, weight, bias, token_offsets, *args):
@@ -164,11 +168,11 @@ def _sdd_op(dy, x, token_offsets, *layout):
 
 
 for _device in ("CPU", "CUDA"):
-    _library.impl("dds", _dds_op, _device)
-    _library.impl("sdd", _sdd_op, _device)
+    library.impl("dds", _dds_op, _device)
+    library.impl("sdd", _sdd_op, _device)
 
 
-@torch.library.register_fake("sparsekern::dds", lib=_library)
+@torch.library.register_fake("sparsekern::dds", lib=library)
 def _(x, weight, bias, token_offsets, *args):
     layout, transpose = Layout(*args[:-1]), args[-1]
     blocks = layout.num_rows if transpose else layout.num_cols
@@ -177,7 +181,7 @@ def _(x, weight, bias, token_offsets, *args):
     return x.new_empty(x.shape[0], blocks * layout.block_size)
 
 
-@torch.library.register_fake("sparsekern::sdd", lib=_library)
+@torch.library.register_fake("sparsekern::sdd", lib=library)
 def _(dy, x, token_offsets, *layout):
     layout = Layout(*layout)
     return x.new_empty(layout.num_slots, layout.block_size, layout.block_size)
@@ -213,8 +217,8 @@ def _sdd_backward(ctx, grad):
     return d_dy, d_x, *(9 * (None,))
 
 
-torch.library.register_autograd("sparsekern::dds", _dds_backward, setup_context=_setup_dds, lib=_library)
-torch.library.register_autograd("sparsekern::sdd", _sdd_backward, setup_context=_setup_sdd, lib=_library)
+torch.library.register_autograd("sparsekern::dds", _dds_backward, setup_context=_setup_dds, lib=library)
+torch.library.register_autograd("sparsekern::sdd", _sdd_backward, setup_context=_setup_sdd, lib=library)
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
