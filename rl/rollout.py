@@ -37,7 +37,7 @@ def collect(pool: EnvPool, actor: nn.Module, num_tasks: int, steps: int, seed: i
     """Let the actor step environments 0 .. num_tasks - 1 of the pool, one per task, from fresh episodes."""
     start = time.perf_counter()
     seconds_acting = 0.0
-    envs, task = range(num_tasks), torch.arange(num_tasks)
+    envs = range(num_tasks)
     space = pool.observation_space
     observations = np.empty((steps, num_tasks, *space.shape), space.dtype)
     next_observations = np.empty_like(observations)
@@ -52,7 +52,7 @@ def collect(pool: EnvPool, actor: nn.Module, num_tasks: int, steps: int, seed: i
     for t in range(steps):
         observations[t] = current
         acting = time.perf_counter()
-        logits[t] = actor(torch.from_numpy(current), task)
+        logits[t] = actor(torch.from_numpy(current))
         actions[t] = sample(logits[t], exponential[t]).numpy()
         seconds_acting += time.perf_counter() - acting
         current, next_observations[t], rewards[t], terminated[t], truncated[t] = pool.step(envs, actions[t])

@@ -24,7 +24,7 @@ def train(config: Config, folder: Path) -> None:
     """Train in this run folder, from its last checkpoint where it has one."""
     torch.set_num_threads(config.threads)
     tasks = SUITES[config.suite]
-    # rollouts use the first environments of the evaluation: both begin with fresh episodes, so neither disturbs the other
+    # rollouts share the evaluation's first environments: both begin with fresh episodes, so neither disturbs the other
     pool = EnvPool(tasks * config.episodes)
     actor = Learner(config, "actor", int(pool.action_space.n))
     critic = Learner(config, "critic", 1)
@@ -66,15 +66,15 @@ def fit(actor: Learner, critic: Learner, rollout: Rollout, ppo: PPOConfig, seed:
     """Improve critic and actor by one rollout; returns their losses and what else says how it went."""
     steps, num_tasks = rollout.rewards.shape
     task = torch.arange(num_tasks).expand(steps, num_tasks)
-    observations = rollout.observations.flatten(0, 1)
+    observations = rollout.observations.flatten(0, 1)  # row by row, so in lock-step
     with torch.no_grad():
-        values = critic.network(observations, task.flatten()).view_as(rollout.rewards)
+        values = critic.network(observations).view_as(rollout.rewards)
         next_values = values.roll(-1, dims=0)
         cut = rollout.cut
         next_values[cut] = critic.network(rollout.next_observations[cut], task[cut]).squeeze(-1)
     advantages = gae(rollout.rewards, values, next_values, rollout.terminated, cut, ppo.gamma, ppo.gae_lambda)
     targets = values + advantages
-    value_loss = nn.functional.mse_loss(critic.network(observations, task.flatten()).view_as(targets), targets)
+    value_loss = nn.functional.mse_loss(critic.network(observations).view_as(targets), targets)
     critic.minimise(value_loss)
 
     # each task's advantages by its own spread: rewards differ in scale between tasks

@@ -99,7 +99,7 @@ def test_command_line_prints_the_folder_first_and_the_tables_last(tmp_path, trea
     assert folder.parents[1] == tmp_path
     for name in ("config.json", "environment.txt", "metrics.csv", "tb", "checkpoints/last.pt"):
         assert (folder / name).exists()
-    for words in ("RedBlueDoors-6x6", "normalised", "live parameters", "bytes of weights", "steps per second"):
+    for words in ("RedBlueDoors-6x6", "normalised", "live parameters", "bytes: weights", "steps per second"):
         assert words in done.stdout
 
 

@@ -45,7 +45,7 @@ def remember_views(env: MiniGridEnv) -> None:
     """Have this environment look up views it has computed before.
 
     Of a MiniGrid step, 85% goes into computing what the agent sees, in Python loops over cells: 12k steps/s, with this
-    75k. A view depends on nothing but the objects in the window before the agent, and whether walls hide what is behind.
+    75k. A view depends on nothing but the objects in the window before the agent and whether walls block sight.
     """
     compute = env.gen_obs
 
