@@ -1,5 +1,7 @@
 """SparseLayer: what every block-sparse layer holds, a weight in slots, a topology and a bias; and how they load."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +30,8 @@ class SparseLayer(nn.Module):
             raise ValueError(
                 f"{type(self).__name__}: topology is for shape {topology.shape}, but the layer's is {shape}"
             )
-        self.topology = topology.to(device)
+        device = device or torch.get_default_device()
+        self.topology = copy.deepcopy(topology).to(device)
         blocks = (topology.num_slots, topology.block_size, topology.block_size)
         self.weight = nn.Parameter(torch.empty(blocks, device=device, dtype=dtype))
         self.register_parameter(
@@ -105,7 +108,12 @@ class SparseLayer(nn.Module):
                     f"load_state_dict: {prefix}weight must have shape ({', '.join(map(str, want))}), "
                     f"the checkpoint's has {tuple(weight.shape)}{hint}"
                 )
-            if weight.shape != self.weight.shape and prefix + "topology.block_rows" in state_dict:
+            # all that can be wrong is found before anything is changed: a refused checkpoint leaves the layer as it was
+            self.topology.check_checkpoint(state_dict, prefix + "topology.")
+            rows = state_dict.get(prefix + "topology.block_rows")
+            if rows is not None and len(rows) != len(weight):
+                raise ValueError(f"load_state_dict: {prefix}weight has {len(weight)} slots, its topology {len(rows)}")
+            if weight.shape != self.weight.shape and rows is not None:
                 with torch.no_grad():  # adopt the checkpoint's number of slots in the same Parameter
                     self.weight.set_(self.weight.new_empty(weight.shape))
                     self.weight.grad = None

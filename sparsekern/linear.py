@@ -57,6 +57,8 @@ class SparseLinear(SparseLayer):
             raise ValueError(
                 f"SparseLinear: group must hold one id per token, {tuple(x.shape[:-1])}, got {tuple(group.shape)}"
             )
+        if group.is_floating_point() or group.dtype == torch.bool:
+            raise ValueError(f"SparseLinear: group ids must be integers, got {group.dtype}")
         ids, order = torch.sort(group.flatten(), stable=True)
         offsets = torch.searchsorted(ids, torch.arange(self.groups + 1, device=ids.device))
         if ids.device.type == "cpu" and not torch.compiler.is_compiling() and len(ids):  # on a GPU it would synchronise
@@ -66,7 +68,7 @@ class SparseLinear(SparseLayer):
                 )
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         y = dds(
-            _Permute.apply(x.flatten(0, -2), order, inverse),
+            _Permute.apply(x.reshape(-1, x.shape[-1]), order, inverse),
             self.weight,
             self.topology,
             self.bias,
@@ -74,7 +76,7 @@ class SparseLinear(SparseLayer):
             token_offsets=offsets,
             growth=self.growth,
         )
-        return _Permute.apply(y, inverse, order).unflatten(0, group.shape)
+        return _Permute.apply(y, inverse, order).reshape(group.shape + y.shape[1:])
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

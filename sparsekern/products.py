@@ -42,7 +42,7 @@ def dds(
         torch.Size([5, 64])
     """
     x, weight, bias = _autocast(x, weight, bias)
-    _check("dds", topology, x, weight, bias, features=topology.shape[int(transpose)], ragged=token_offsets is not None)
+    _check("dds", topology, x, weight, bias, topology.shape[int(transpose)], token_offsets)
     if bias is not None and not transpose:
         raise ValueError("dds: bias belongs to x Wᵀ, but transpose is False")
     layout = topology.layout
@@ -60,7 +60,8 @@ def dds(
         y = choose.backend_for(rows, weight, layout).dds(rows, weight, layout, bias, transpose, token_offsets)
     if growth is not None and y.requires_grad:
         y = growth.watch(y, rows, token_offsets, layout)
-    return _crop(y, topology, int(not transpose), groups).unflatten(0, x.shape[:-1])
+    y = _crop(y, topology, int(not transpose), groups)
+    return y if x.dim() == 2 else y.reshape(x.shape[:-1] + y.shape[1:])
 
 
 def sdd(dy: Tensor, x: Tensor, topology: Topology, token_offsets: Tensor | None = None) -> Tensor:
@@ -80,13 +81,12 @@ def sdd(dy: Tensor, x: Tensor, topology: Topology, token_offsets: Tensor | None 
         torch.Size([2, 16, 16])
     """
     dy, x = _autocast(dy, x)
-    ragged = token_offsets is not None
-    _check("sdd", topology, dy, x, None, features=topology.shape[0], ragged=ragged)
-    _check("sdd", topology, x, dy, None, features=topology.shape[1], ragged=ragged)
+    _check("sdd", topology, dy, x, None, topology.shape[0], token_offsets)
+    _check("sdd", topology, x, dy, None, topology.shape[1], token_offsets)
     if dy.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"sdd: dy has {tuple(dy.shape[:-1])} tokens, but x has {tuple(x.shape[:-1])}")
     layout = topology.layout
-    groups = 1 if ragged else topology.groups
+    groups = 1 if token_offsets is not None else topology.groups
     dy, x = _pad(dy, topology, 0, groups), _pad(x, topology, 1, groups)
     if torch.compiler.is_compiling():
         return torch.ops.sparsekern.sdd(dy, x, token_offsets, *layout)
@@ -224,15 +224,25 @@ torch.library.register_autograd("sparsekern::sdd", _sdd_backward, setup_context=
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Cast to the autocast dtype of the first tensor's device where autocast is on, as nn.Linear's operands are."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
-def _check(name: str, topology: Topology, x: Tensor, other: Tensor, bias: Tensor | None, features: int, ragged: bool):
+def _check(
+    name: str,
+    topology: Topology,
+    x: Tensor,
+    other: Tensor,
+    bias: Tensor | None,
+    features: int,
+    token_offsets: Tensor | None,
+):
+    ragged = token_offsets is not None
     if ragged:
         features //= topology.groups
+        _check_offsets(name, topology, token_offsets, x.shape[:-1].numel())
     if x.shape[-1:] != (features,):
         side = f"{features} features" + (" (of one group)" if ragged else "")
         raise ValueError(
@@ -254,20 +264,32 @@ def _check(name: str, topology: Topology, x: Tensor, other: Tensor, bias: Tensor
         )
 
 
+def _check_offsets(name: str, topology: Topology, token_offsets: Tensor, tokens: int):
+    if token_offsets.shape != (topology.groups + 1,):
+        raise ValueError(
+            f"{name}: {topology.groups} groups want {topology.groups + 1} token offsets, got {tuple(token_offsets.shape)}"
+        )
+    if token_offsets.device.type == "cpu" and not torch.compiler.is_compiling():  # on a GPU it would synchronise
+        ends = token_offsets.tolist()
+        if ends != sorted(ends) or (ends[0], ends[-1]) != (0, tokens):
+            raise ValueError(f"{name}: token_offsets must rise from 0 to {tokens}, the number of tokens, got {ends}")
+
+
 def _pad(x: Tensor, topology: Topology, side: int, groups: int) -> Tensor:
     """Flatten to [tokens, features] and pad each group's features to whole blocks."""
+    x = x.reshape(-1, x.shape[-1])
     size = topology.shape[side] // topology.groups
     missing = topology.grid[side] // topology.groups * topology.block_size - size
     if missing:
-        x = F.pad(x.reshape(-1, groups, size), (0, missing))
-    return _row_major(x.reshape(-1, groups * (size + missing)))
+        x = F.pad(x.unflatten(1, (groups, size)), (0, missing)).flatten(1)
+    return _row_major(x)
 
 
 def _crop(y: Tensor, topology: Topology, side: int, groups: int) -> Tensor:
     """Undo `_pad`, but for the leading axes."""
     size = topology.shape[side] // topology.groups
     if size % topology.block_size:
-        y = y.view(len(y), groups, -1)[:, :, :size].flatten(1)
+        y = y.unflatten(1, (groups, y.shape[1] // groups))[:, :, :size].flatten(1)
     return y
 
 

@@ -224,11 +224,17 @@ class Topology(nn.Module):
                 f"load_state_dict: the checkpoint's topology has {words} {tuple(saved)}, the layer {tuple(own)}"
             )
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def check_checkpoint(self, state_dict: dict, prefix: str) -> None:
+        """Raise a ValueError unless the topology at `prefix` is one of this geometry; without one, do nothing."""
+        self.set_extra_state(state_dict.get(prefix + "_extra_state", self.get_extra_state()))
         rows, cols = state_dict.get(prefix + "block_rows"), state_dict.get(prefix + "block_cols")
         if rows is not None and cols is not None:
-            self.set_extra_state(state_dict.get(prefix + "_extra_state", self.get_extra_state()))
             check_blocks(rows, cols, self.grid, self.groups)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        self.check_checkpoint(state_dict, prefix)
+        rows, cols = state_dict.get(prefix + "block_rows"), state_dict.get(prefix + "block_cols")
+        if rows is not None and cols is not None:
             rows, cols = rows.to(self.block_rows), cols.to(self.block_cols)
             if not (torch.equal(rows, self.block_rows) and torch.equal(cols, self.block_cols)):
                 self.adoptions += 1
@@ -280,9 +286,10 @@ def check_blocks(block_rows: Tensor, block_cols: Tensor, grid: tuple[int, int], 
 
 def _random_positions(rows: int, cols: int, count: int) -> Tensor:
     """`count` distinct places of a rows x cols grid, sorted; the first ones cover rows and columns, the rest are uniform."""
-    longest = max(rows, cols)
-    diagonal = torch.arange(min(count, longest))
-    cover = torch.randperm(rows)[diagonal % rows] * cols + torch.randperm(cols)[diagonal % cols]
-    rest = torch.randperm(rows * cols)
-    rest = rest[~torch.isin(rest, cover)][: count - len(cover)]
-    return torch.cat((cover, rest)).sort().values
+    with torch.device("cpu"):  # whatever the default device: the same draws everywhere, and some on "meta" too
+        longest = max(rows, cols)
+        diagonal = torch.arange(min(count, longest))
+        cover = torch.randperm(rows)[diagonal % rows] * cols + torch.randperm(cols)[diagonal % cols]
+        rest = torch.randperm(rows * cols)
+        rest = rest[~torch.isin(rest, cover)][: count - len(cover)]
+        return torch.cat((cover, rest)).sort().values
