@@ -78,8 +78,8 @@ class Config:
     """Timesteps between evaluations (at the next end of a rollout), each followed by a checkpoint."""
     episodes: int = 25
     """Episodes per task in an evaluation."""
-    threads: int = 2
-    """Threads of PyTorch."""
+    threads: int = 1
+    """Threads of PyTorch. More than one gains little on networks of this size; cores are better used by other runs."""
     runs: Path = Path("runs")
     """Run folders are made here: <runs>/<suite>-<agent>-<treatment>.../<seed>-<time>/."""
     ppo: PPOConfig = PPOConfig()
