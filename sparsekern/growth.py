@@ -8,7 +8,7 @@ squared gradient norms) or of a hash (SET's uniform choice). -1 is no candidate.
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsekern import choose
 from sparsekern.products import LAYOUT_SCHEMA, library
@@ -68,7 +68,7 @@ def best_candidates(layout: Layout, count: int, score: Callable[[slice, Tensor],
     return best
 
 
-class GrowthScores(nn.Module):
+class GrowthScores:
     """RigL's scores of one layer: while armed, every backward adds its squared gradient norms to the best dead blocks.
 
     Several micro-batches between arming and reading sum up: exactly for block sizes above 1, where every dead block is
@@ -76,13 +76,12 @@ class GrowthScores(nn.Module):
     """
 
     def __init__(self, topology: Topology):
-        super().__init__()
         dead = topology.num_blocks // topology.groups - min(topology.live_per_group())
         count = dead if topology.block_size > 1 else min(dead, topology.num_slots)
         device = topology.block_rows.device
-        self.register_buffer("armed", torch.zeros((), dtype=torch.bool, device=device), persistent=False)
-        keys = torch.full((topology.groups, count), -1, dtype=torch.int64, device=device)
-        self.register_buffer("keys", keys, persistent=False)
+        # plain tensors: as buffers, DistributedDataParallel would overwrite every rank's scores with those of rank 0
+        self.armed = torch.zeros((), dtype=torch.bool, device=device)
+        self.keys = torch.full((topology.groups, count), -1, dtype=torch.int64, device=device)
 
     def arm(self, armed: bool) -> None:
         """Begin (or stop) scoring, with no scores; a device flag, so that compiled and captured steps obey it."""

@@ -48,7 +48,7 @@ def dds(
     layout = topology.layout
     groups = 1 if token_offsets is not None else topology.groups
     rows = _pad(x, topology, int(transpose), groups)
-    if bias is not None:
+    if bias is not None and topology.shape[0] // topology.groups % topology.block_size:
         bias = _pad(bias, topology, 0, topology.groups).flatten()
     if torch.compiler.is_compiling():
         y = torch.ops.sparsekern.dds(rows, weight, bias, token_offsets, *layout, transpose)
