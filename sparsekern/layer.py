@@ -121,7 +121,7 @@ class SparseLayer(nn.Module):
                 f"to_bsr: shape {self.topology.shape} in {self.groups} groups is no multiple of block_size "
                 f"{self.block_size}; use to_scipy() or to_dense()"
             )
-        return torch.sparse_bsr_tensor(*self._compressed(), size=self.topology.shape)
+        return torch.sparse_bsr_tensor(*self._compressed(), size=self.topology.shape, check_invariants=True)
 
     def to_scipy(self):
         """W on the host: a scipy.sparse.bsr_matrix; a csr_matrix if block_size is 1 or the layer is padded inside.
@@ -139,7 +139,7 @@ class SparseLayer(nn.Module):
             return csr_matrix((arrays[0].ravel(), *arrays[1:]), shape=grid_shape)
         matrix = bsr_matrix(arrays, shape=grid_shape)
         if self._padded():
-            matrix = matrix.tocsr()[self._real_lanes(0)][:, self._real_lanes(1)]
+            matrix = matrix.tocsr()[self._real_lanes(0).numpy()][:, self._real_lanes(1).numpy()]
         return matrix
 
     def to_cupy(self):

@@ -86,7 +86,7 @@ class SparseLinear(SparseLayer):
             density: live blocks / all blocks, in (0, 1]; not looked at when `keep` is a mask.
             block_size: power of two from 1 to 128.
             keep: which blocks live. "magnitude": those of largest L1 norm, with their weights and the bias. "random": a
-                random topology, with the linear's values there and its bias. "fresh": a random topology, weights and bias
+                random topology, with the linear's values and bias. "fresh": a random topology, with weights and bias
                 drawn anew for the sparse fan-in; best for training from scratch. Or a boolean mask: [out, in] (a block
                 lives if any of its elements is True; its others start at zero), or one entry per block.
         Raises:
