@@ -37,6 +37,11 @@ def backend_for(tensor: Tensor, weight: Tensor, layout: Layout) -> ModuleType:
     return reference
 
 
+def sparse_is_faster(block_size: int, density: float) -> bool:
+    """Whether a CPU product over the live blocks beats the vendor's dense GEMM at this density."""
+    return False
+
+
 def _check(backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; there are {', '.join(BACKENDS)}")

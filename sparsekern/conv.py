@@ -87,7 +87,7 @@ class SparseConv2d(SparseLayer):
             for n, p, d, k, s in zip(x.shape[2:], padding, self.dilation, self.kernel_size, self.stride, strict=True)
         ]
         taps = F.unfold(x, self.kernel_size, self.dilation, padding, self.stride)  # [N, in_channels * kh * kw, oh * ow]
-        y = dds(taps.transpose(1, 2), self.weight, self.topology, self.bias, transpose=True)
+        y = dds(taps.transpose(1, 2), self.weight, self.topology, self.bias, transpose=True, growth=self.growth)
         return y.transpose(1, 2).unflatten(2, size)
 
     def _conv_weight(self) -> Tensor:

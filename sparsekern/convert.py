@@ -174,10 +174,10 @@ def sparsify(
     modules: Iterable[type[nn.Module]] = (nn.Linear,),
     keep: str | Tensor | Mapping[str, str | Tensor] = "magnitude",
 ) -> nn.Module:
-    """Make the layers of a model sparse, in place. Every sparse weight is a new Parameter: build the optimiser after it.
+    """Make the layers of a model sparse, in place. Build the optimiser afterwards: their weights are new Parameters.
 
     An nn.Linear or nn.Conv2d is replaced by a sparse layer of its options, dtype, device and mode; hooks on it are not
-    carried over. A layer that is sparse already stays the same module, with a new topology and weight.
+    carried over. A layer that is sparse already stays the same module and Parameter, with a new topology.
 
     Args:
         density: as in `plan`; or a Plan, and then the arguments up to `modules` are not looked at.

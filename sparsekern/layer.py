@@ -1,5 +1,6 @@
 """SparseLayer: what every block-sparse layer holds (weight in slots, topology, bias), and how it loads and converts."""
 
+import copy
 from typing import Self
 
 import torch
@@ -33,12 +34,15 @@ class SparseLayer(nn.Module):
             raise ValueError(
                 f"{type(self).__name__}: topology is for shape {topology.shape}, but the layer's is {shape}"
             )
-        self.topology = topology.to(device)
+        device = device or torch.get_default_device()
+        self.topology = copy.deepcopy(topology).to(device)
         blocks = (topology.num_slots, topology.block_size, topology.block_size)
         self.weight = nn.Parameter(torch.empty(blocks, device=device, dtype=dtype))
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)) if bias else None
         )
+        self.growth = None
+        """A rule that grows by gradient (RigL) hangs its `sparsekern.growth.GrowthScores` here."""
         self.reset_parameters()
 
     @property
@@ -93,16 +97,19 @@ class SparseLayer(nn.Module):
 
     @torch.no_grad()
     def set_density(self, density: float | list[int], keep: str | Tensor = "magnitude") -> None:
-        """Take a new topology, in place but for `weight`, which becomes a new Parameter: build the optimiser afterwards.
+        """Take a topology of another density, in place; `weight` stays the same Parameter, with another number of slots.
+
+        Optimiser state of the old slots is of no use then: do this before the optimiser is built, or build it anew.
 
         Args:
-            density: in (0, 1] of each group, or the number of live blocks of each group.
-            keep: as in `SparseLinear.from_linear`. Places that were dead start at zero, unless "fresh".
+            density: in (0, 1], of each group; or the number of live blocks of each group.
+            keep: as in `SparseLinear.from_linear`. Blocks that were dead start at zero, unless "fresh".
         """
         matrices = self._matrices()
-        self.topology = choose_topology(matrices, density, self.block_size, keep).to(matrices.device)
-        weight = self.weight.new_empty(self.topology.num_slots, self.block_size, self.block_size)
-        self.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+        topology = choose_topology(matrices, density, self.block_size, keep)
+        self.topology.replace(topology.block_rows, topology.block_cols)
+        self.topology.adoptions += 1
+        self._resize(self.topology.num_slots)
         self._fill(matrices, keep)
 
     @torch.no_grad()
@@ -212,11 +219,20 @@ class SparseLayer(nn.Module):
                     f"load_state_dict: {prefix}weight must have shape ({', '.join(map(str, want))}), "
                     f"the checkpoint's has {tuple(weight.shape)}{hint}"
                 )
-            if weight.shape != self.weight.shape and prefix + "topology.block_rows" in state_dict:
-                with torch.no_grad():  # adopt the checkpoint's number of slots in the same Parameter
-                    self.weight.set_(self.weight.new_empty(weight.shape))
-                    self.weight.grad = None
+            # all that can be wrong is found before anything is changed: a refused checkpoint leaves the layer as it was
+            self.topology.check_checkpoint(state_dict, prefix + "topology.")
+            rows = state_dict.get(prefix + "topology.block_rows")
+            if rows is not None and len(rows) != len(weight):
+                raise ValueError(f"load_state_dict: {prefix}weight has {len(weight)} slots, its topology {len(rows)}")
+            if weight.shape != self.weight.shape and rows is not None:
+                self._resize(len(weight))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @torch.no_grad()
+    def _resize(self, num_slots: int) -> None:
+        """Give the same Parameter memory for another number of slots."""
+        self.weight.set_(self.weight.new_empty(num_slots, self.block_size, self.block_size))
+        self.weight.grad = None
 
 
 def choose_topology(
@@ -247,11 +263,11 @@ def choose_topology(
         raise ValueError(f"keep must be a boolean mask or one of {', '.join(KEEP)}, got {keep!r}")
     num_blocks = grid[1] * grid[2]
     live = density if isinstance(density, list) else [live_count(density, num_blocks)] * groups
-    if keep != "magnitude":
+    if keep != "magnitude" or matrices.is_meta:
         return Topology.random(shape, live, block_size, groups)
     norms = _block_sums(matrices.abs().float(), block_size).flatten(1)
     # Ties, such as places that were dead, go to random places, so that they do not crowd into the first rows.
-    shuffle = torch.randperm(num_blocks).to(norms.device)
+    shuffle = torch.randperm(num_blocks, device="cpu").to(norms.device)
     ranked = shuffle[norms[:, shuffle].sort(dim=1, descending=True, stable=True).indices]
     mask = torch.zeros_like(norms, dtype=torch.bool)
     for group, count in enumerate(live):

@@ -52,11 +52,13 @@ class SparseLinear(SparseLayer):
 
     def forward(self, x: Tensor, group: Tensor | None = None) -> Tensor:
         if group is None:
-            return dds(x, self.weight, self.topology, self.bias, transpose=True)
+            return dds(x, self.weight, self.topology, self.bias, transpose=True, growth=self.growth)
         if group.shape != x.shape[:-1]:
             raise ValueError(
                 f"SparseLinear: group must hold one id per token, {tuple(x.shape[:-1])}, got {tuple(group.shape)}"
             )
+        if group.is_floating_point() or group.dtype == torch.bool:
+            raise ValueError(f"SparseLinear: group ids must be integers, got {group.dtype}")
         ids, order = torch.sort(group.flatten(), stable=True)
         offsets = torch.searchsorted(ids, torch.arange(self.groups + 1, device=ids.device))
         if ids.device.type == "cpu" and not torch.compiler.is_compiling() and len(ids):  # on a GPU it would synchronise
@@ -66,14 +68,15 @@ class SparseLinear(SparseLayer):
                 )
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         y = dds(
-            _Permute.apply(x.flatten(0, -2), order, inverse),
+            _Permute.apply(x.reshape(-1, x.shape[-1]), order, inverse),
             self.weight,
             self.topology,
             self.bias,
             transpose=True,
             token_offsets=offsets,
+            growth=self.growth,
         )
-        return _Permute.apply(y, inverse, order).unflatten(0, group.shape)
+        return _Permute.apply(y, inverse, order).reshape(group.shape + y.shape[1:])
 
     @classmethod
     def from_linear(

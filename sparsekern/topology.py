@@ -117,6 +117,7 @@ class Topology(nn.Module):
         self.block_size = block_size
         self.groups = groups
         self.grid = tuple(groups * -(-size // groups // block_size) for size in shape)
+        check_blocks(block_rows, block_cols, self.grid, groups)
         dtype = torch.int16 if max(self.grid) < 2**15 else torch.int32
         self.register_buffer("block_rows", block_rows.to(dtype, copy=True))
         self.register_buffer("block_cols", block_cols.to(dtype, copy=True))
@@ -136,6 +137,8 @@ class Topology(nn.Module):
         if isinstance(live, float):
             live = live_count(live, rows * cols)
         live = [live] * groups if isinstance(live, int) else live
+        if not all(0 < count <= rows * cols for count in live):
+            raise ValueError(f"live must be from 1 to {rows * cols} blocks in each group, got {live}")
         chosen = [_random_positions(rows, cols, count) for count in live]
         block_rows = torch.cat([p // cols + g * rows for g, p in enumerate(chosen)])
         block_cols = torch.cat([p % cols + g * cols for g, p in enumerate(chosen)])
@@ -221,10 +224,17 @@ class Topology(nn.Module):
                 f"load_state_dict: the checkpoint's topology has {words} {tuple(saved)}, the layer {tuple(own)}"
             )
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def check_checkpoint(self, state_dict: dict, prefix: str) -> None:
+        """Raise a ValueError unless the topology at `prefix` is one of this geometry; without one, do nothing."""
+        self.set_extra_state(state_dict.get(prefix + "_extra_state", self.get_extra_state()))
         rows, cols = state_dict.get(prefix + "block_rows"), state_dict.get(prefix + "block_cols")
         if rows is not None and cols is not None:
-            self.set_extra_state(state_dict.get(prefix + "_extra_state", self.get_extra_state()))
+            check_blocks(rows, cols, self.grid, self.groups)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        self.check_checkpoint(state_dict, prefix)
+        rows, cols = state_dict.get(prefix + "block_rows"), state_dict.get(prefix + "block_cols")
+        if rows is not None and cols is not None:
             rows, cols = rows.to(self.block_rows), cols.to(self.block_cols)
             if not (torch.equal(rows, self.block_rows) and torch.equal(cols, self.block_cols)):
                 self.adoptions += 1
@@ -251,11 +261,35 @@ def check_geometry(shape: tuple[int, int], block_size: int, groups: int) -> None
             raise ValueError(f"{name} must be a positive multiple of groups, got {name}={size}, groups={groups}")
 
 
+def check_blocks(block_rows: Tensor, block_cols: Tensor, grid: tuple[int, int], groups: int) -> None:
+    """Refuse coordinates that are no topology; native kernels would follow them outside of their memory."""
+    if block_rows.dim() != 1 or block_rows.shape != block_cols.shape:
+        shapes = f"{tuple(block_rows.shape)} and {tuple(block_cols.shape)}"
+        raise ValueError(f"Topology: block_rows and block_cols must be of one length, got shapes {shapes}")
+    if block_rows.device.type == "meta":
+        return
+    rows, cols = block_rows.long(), block_cols.long()
+    outside = (rows < 0) | (rows >= grid[0]) | (cols < 0) | (cols >= grid[1])
+    outside |= rows // (grid[0] // groups) != cols // (grid[1] // groups)
+    outside &= (rows != -1) | (cols != -1)
+    if outside.any():
+        slot = int(outside.int().argmax())
+        block = (int(rows[slot]), int(cols[slot]))
+        raise ValueError(
+            f"Topology: slot {slot} has block {block}, outside the {grid[0]} x {grid[1]} blocks in {groups} groups"
+        )
+    places = torch.sort(rows[rows >= 0] * grid[1] + cols[rows >= 0]).values
+    twice = places[1:][places.diff() == 0]
+    if len(twice):
+        raise ValueError(f"Topology: block {divmod(int(twice[0]), grid[1])} is live in two slots")
+
+
 def _random_positions(rows: int, cols: int, count: int) -> Tensor:
     """`count` distinct places of a rows x cols grid, sorted; the first ones cover rows and columns, the rest are uniform."""
-    longest = max(rows, cols)
-    diagonal = torch.arange(min(count, longest))
-    cover = torch.randperm(rows)[diagonal % rows] * cols + torch.randperm(cols)[diagonal % cols]
-    rest = torch.randperm(rows * cols)
-    rest = rest[~torch.isin(rest, cover)][: count - len(cover)]
-    return torch.cat((cover, rest)).sort().values
+    with torch.device("cpu"):  # whatever the default device: the same draws everywhere, and some on "meta" too
+        longest = max(rows, cols)
+        diagonal = torch.arange(min(count, longest))
+        cover = torch.randperm(rows)[diagonal % rows] * cols + torch.randperm(cols)[diagonal % cols]
+        rest = torch.randperm(rows * cols)
+        rest = rest[~torch.isin(rest, cover)][: count - len(cover)]
+        return torch.cat((cover, rest)).sort().values

@@ -52,8 +52,9 @@ def dds(
         return y
     if layout.groups == 1:
         return _affine(x, dense[0], bias)
-    y = torch.bmm(x.view(len(x), layout.groups, -1).transpose(0, 1), dense).transpose(0, 1).reshape(len(x), -1)
-    return y if bias is None else y.add_(bias)
+    x = _split(x, layout.groups)
+    y = torch.bmm(x, dense) if bias is None else torch.baddbmm(biases[:, None], x, dense)
+    return y.transpose(0, 1).flatten(1)
 
 
 def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = None) -> Tensor:
@@ -64,7 +65,7 @@ def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = No
 def block_norms(dy: Tensor, x: Tensor, layout: Layout, rows: slice, token_offsets: Tensor | None = None) -> Tensor:
     """Squared Frobenius norms, float32 [groups, rows, cols], of the blocks of dyᵀx in some block rows of every group."""
     b, per_group = layout.block_size, layout.num_rows // layout.groups
-    strip = dy.view(len(dy), -1, per_group, b)[:, :, rows].reshape(len(dy), -1)
+    strip = dy.unflatten(1, (dy.shape[1] // (per_group * b), per_group, b))[:, :, rows].flatten(1)
     dense = _dense_gradient(strip, x, layout.groups, token_offsets)
     squares = dense.float().square_()
     return squares.view(layout.groups, -1, b, squares.shape[2] // b, b).sum(dim=(2, 4))
@@ -81,4 +82,9 @@ def _dense_gradient(dy: Tensor, x: Tensor, groups: int, token_offsets: Tensor | 
         return torch.stack([dy[a:b].t() @ x[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)])
     if groups == 1:
         return (dy.t() @ x)[None]
-    return torch.bmm(dy.view(len(dy), groups, -1).permute(1, 2, 0), x.view(len(x), groups, -1).transpose(0, 1))
+    return torch.bmm(_split(dy, groups).transpose(1, 2), _split(x, groups))
+
+
+def _split(x: Tensor, groups: int) -> Tensor:
+    """[tokens, groups * features] as [groups, tokens, features]."""
+    return x.unflatten(1, (groups, x.shape[1] // groups)).transpose(0, 1)

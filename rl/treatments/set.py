@@ -1,0 +1,30 @@
+"""SET: linear layers are sparse from the start; every 2000 timesteps their smallest weights move to random places.
+
+Convolutions stay dense. The densities of the layers follow Erdős-Rényi-Kernel and together make up `density`.
+"""
+
+from torch import nn
+from torch.optim import Optimizer
+
+import sparsekern as sk
+from rl.config import Config
+
+
+def prepare(network: nn.Module, config: Config) -> None:
+    sk.sparsify(
+        network,
+        density=config.density,
+        block_size=config.block_size,
+        distribution="erk",
+        modules=(sk.SparseLinear,),
+    )
+
+
+def make_rule(network: nn.Module, optimizer: Optimizer, config: Config) -> "sk.SET":
+    return sk.SET(
+        network,
+        optimizer,
+        drop_fraction=config.set.drop_fraction,
+        update_every=config.set.update_every,
+        seed=config.seed,
+    )
