@@ -8,9 +8,9 @@ squared gradient norms) or of a hash (SET's uniform choice). -1 is no candidate.
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparsekern import choose
+from sparsekern.backends import reference
 from sparsekern.products import LAYOUT_SCHEMA, library
 from sparsekern.topology import Layout, Topology
 
@@ -68,7 +68,7 @@ def best_candidates(layout: Layout, count: int, score: Callable[[slice, Tensor],
     return best
 
 
-class GrowthScores(nn.Module):
+class GrowthScores:
     """RigL's scores of one layer: while armed, every backward adds its squared gradient norms to the best dead blocks.
 
     Several micro-batches between arming and reading sum up: exactly for block sizes above 1, where every dead block is
@@ -76,13 +76,12 @@ class GrowthScores(nn.Module):
     """
 
     def __init__(self, topology: Topology):
-        super().__init__()
         dead = topology.num_blocks // topology.groups - min(topology.live_per_group())
         count = dead if topology.block_size > 1 else min(dead, topology.num_slots)
         device = topology.block_rows.device
-        self.register_buffer("armed", torch.zeros((), dtype=torch.bool, device=device), persistent=False)
-        keys = torch.full((topology.groups, count), -1, dtype=torch.int64, device=device)
-        self.register_buffer("keys", keys, persistent=False)
+        # plain tensors: as buffers, DistributedDataParallel would overwrite every rank's scores with those of rank 0
+        self.armed = torch.zeros((), dtype=torch.bool, device=device)
+        self.keys = torch.full((topology.groups, count), -1, dtype=torch.int64, device=device)
 
     def arm(self, armed: bool) -> None:
         """Begin (or stop) scoring, with no scores; a device flag, so that compiled and captured steps obey it."""
@@ -117,13 +116,11 @@ def _score_growth(dy, x, token_offsets, *args):
     layout, (armed, keys) = Layout(*args[:-2]), args[-2:]
     if armed.device.type == "cpu" and not armed:  # elsewhere reading the flag would synchronise
         return
-    backend = choose.backend_for(x, None, layout)
-    block_norms = getattr(backend, "block_norms", choose.BACKENDS["reference"].block_norms)
     dy, x = dy.detach().contiguous(), x.detach()
     held, held_positions = scores_of(keys), positions_of(keys)
 
     def score(strip: slice, places: Tensor) -> Tensor:
-        norms = block_norms(dy, x, layout, strip, token_offsets).flatten(1)
+        norms = reference.block_norms(dy, x, layout, strip, token_offsets).flatten(1)
         inside = (held_positions >= places[0]) & (held_positions <= places[-1])
         index = torch.where(inside, held_positions - places[0], 0)
         return float_bits(norms.scatter_add(1, index, torch.where(inside, held, 0)))

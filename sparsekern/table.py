@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str | int | float]]) -> str:
-    """Align the columns, those of text to the left and those with numbers to the right; floats get four decimals."""
-    texts = [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in (header, *rows)]
+    """Align the columns, those of text to the left and those with numbers to the right."""
+    texts = [[_text(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     left = [all(isinstance(row[i], str) for row in rows) for i in range(len(header))]
     return "\n".join(
@@ -15,3 +15,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str | int | float]]) ->
         ).rstrip()
         for row in texts
     )
+
+
+def _text(cell: str | int | float) -> str:
+    if isinstance(cell, str):
+        return cell
+    return f"{cell:,}" if isinstance(cell, int) else f"{cell:.4f}"

@@ -1,0 +1,64 @@
+// What the products walk: live blocks in index order, and panels of tokens.
+#pragma once
+#include <vector>
+
+#include "kernels.h"
+#include "parallel.h"
+#include "scratch.h"
+
+namespace sparsekern {
+
+inline int bytes_of(Type type) { return type == FLOAT32 ? 4 : 2; }
+inline const void* element(const void* array, int64_t place, Type type) {
+    return static_cast<const char*>(array) + place * bytes_of(type);
+}
+
+// A float32 copy of an array in `scratch`, or the array itself where it is float32 already.
+class AsFloat {
+public:
+    AsFloat(const void* array, int64_t count, Type type, Scratch<float>& scratch);
+    void fill() const;  // called by every thread of the team
+    const float* data() const { return out; }
+
+private:
+    const uint16_t* from = nullptr;  // bfloat16
+    int64_t count;
+    const float* out;
+    float* copy = nullptr;
+};
+
+// The live blocks of every block row, or of every block column: pairs[offsets[major]:offsets[major + 1]].
+class Walk {
+public:
+    Walk(const Layout&, bool by_rows, const void* weight, Type);
+    void fill() const;  // called by every thread of the team
+
+    const Pair* pairs;
+    const int32_t* offsets;
+
+private:
+    int major_of(int64_t position) const;
+    const Layout& layout;
+    const bool by_rows;
+    const void* weight;
+    const Type type;
+    Pair* own_pairs = nullptr;  // null when the index holds them
+    int32_t* own_offsets = nullptr;
+};
+
+// Consecutive tokens of one group.
+struct Panel {
+    int group;
+    int64_t token;
+    int tokens, vectors;
+};
+
+// Cuts each group's tokens into panels of at most `widest` vectors; fewer where `features` of them would overflow the L2 cache.
+std::vector<Panel>& cut_panels(int groups, const TokenOffsets&, int64_t tokens, int lanes, int widest, int64_t features);
+
+inline int kernel_width(int vectors) { return vectors == 8 ? 3 : vectors == 4 ? 2 : vectors - 1; }
+
+// Below this a team of threads costs more than it saves: some 5 microseconds to start, against 20 multiply-adds a nanosecond.
+inline int worthwhile(int threads, int64_t multiply_adds) { return multiply_adds < 200000 ? 1 : threads; }
+
+}  // namespace sparsekern

@@ -1,0 +1,74 @@
+"""The two native modules and nothing else: sparsekern._C (CPU, C++) and, where nvcc is, sparsekern._cuda.
+
+Neither sees a torch header, so the build needs no torch; and a module that cannot be built does not cost the other one.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CPP_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden"]
+
+
+class BuildNative(build_ext):
+    def build_extension(self, ext):
+        try:
+            openmp = ["-fopenmp"] if self.compiler_takes("-fopenmp") else []
+            ext.extra_compile_args, ext.extra_link_args = CPP_FLAGS + openmp, openmp
+            super().build_extension(ext)
+        except Exception as error:
+            say(f"{ext.name} was not built, so the package works without it: {error}")
+
+    def compiler_takes(self, flag: str) -> bool:
+        """Whether a program compiles and links with the flag."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "main.cpp")
+            source.write_text("int main() { return 0; }\n")
+            try:
+                objects = self.compiler.compile([str(source)], output_dir=folder, extra_postargs=[flag])
+                self.compiler.link_executable(objects, "main", folder, extra_postargs=[flag])
+            except Exception:
+                say(f"the compiler does not take {flag}: the CPU kernels will use one thread")
+                return False
+        return True
+
+
+def say(sentence: str) -> None:
+    print(f"sparsekern: {sentence}", file=sys.stderr)
+
+
+def cuda_problem() -> str | None:
+    """What is missing to build sparsekern._cuda, or None."""
+    if not Path("csrc/cuda").is_dir():
+        return "this version of sparsekern has no CUDA sources (csrc/cuda)"
+    if shutil.which("nvcc") is None:
+        return "nvcc, the CUDA compiler, is not on the PATH"
+    return None
+
+
+def wants_cuda() -> bool:
+    choice, problem = os.environ.get("SPARSEKERN_CUDA", "auto"), cuda_problem()
+    if choice not in ("auto", "0", "1"):
+        raise SystemExit(f"SPARSEKERN_CUDA must be auto, 0 or 1, got {choice!r}")
+    if choice == "1" and problem:
+        raise SystemExit(f"SPARSEKERN_CUDA=1 asks for sparsekern._cuda, but {problem}")
+    return choice != "0" and not problem
+
+
+cpu = Extension(
+    "sparsekern._C",
+    sources=["csrc/module.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))],
+    depends=sorted(map(str, Path("csrc/cpu").glob("*.h"))),
+    include_dirs=["csrc", pybind11.get_include()],
+    language="c++",
+    optional=True,  # setup then accepts that it is missing
+)
+# sparsekern._cuda joins this list, `if wants_cuda()`, with a build step for .cu files, once csrc/cuda exists.
+wants_cuda()
+setup(ext_modules=[cpu], cmdclass={"build_ext": BuildNative})

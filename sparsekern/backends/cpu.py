@@ -1,0 +1,91 @@
+"""The products on a CPU, by the C++ kernels of csrc/cpu. Like `reference`, but float32 and bfloat16 only.
+
+Only pointers and sizes cross into C++: `products` has checked shapes, dtypes and devices. Rows may have any stride,
+their elements lie side by side. Results do not depend on the number of threads.
+"""
+
+import torch
+from torch import Tensor
+
+from sparsekern.topology import Layout
+
+try:
+    from sparsekern import _C
+except ImportError as error:
+    _C, _import_error = None, error
+
+
+def unavailable() -> str | None:
+    """Why these kernels cannot run here, in a sentence; None when they can."""
+    if _C is None:
+        return (
+            f"sparsekern was installed without its C++ module ({_import_error}); install it again with a C++ compiler."
+        )
+    return None
+
+
+def instruction_set() -> str:
+    """Name of the vector instructions in use: avx512, avx2 or plain."""
+    return _C.instruction_set()
+
+
+def dds(
+    x: Tensor,
+    weight: Tensor,
+    layout: Layout,
+    bias: Tensor | None = None,
+    transpose: bool = False,
+    token_offsets: Tensor | None = None,
+) -> Tensor:
+    """y = x Wᵀ + bias if `transpose`, else y = x W. See `sparsekern.products.dds`; here x is 2-D and padded."""
+    blocks = layout.num_rows if transpose else layout.num_cols
+    if token_offsets is not None:
+        blocks //= layout.groups
+    y = x.new_empty(x.shape[0], blocks * layout.block_size)
+    _C.dds(
+        _native(layout), x.data_ptr(), x.stride(0), x.shape[0], weight.data_ptr(), bias.data_ptr() if bias is not None else 0,
+        y.data_ptr(), transpose, *_offsets(token_offsets), x.dtype == torch.bfloat16, torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = None) -> Tensor:
+    """The live blocks of dyᵀx, [num_slots, B, B]. See `sparsekern.products.sdd`; here both are 2-D and padded."""
+    grad = x.new_empty(layout.block_rows.shape[0], layout.block_size, layout.block_size)
+    _C.sdd(
+        _native(layout), dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), x.shape[0], grad.data_ptr(),
+        *_offsets(token_offsets), x.dtype == torch.bfloat16, torch.get_num_threads(),
+    )  # fmt: skip
+    return grad
+
+
+def densify(weight: Tensor, layout: Layout) -> Tensor:
+    """Scatter the blocks into dense matrices [groups, out_per_group, in_per_group] (padded sizes); dead places are zero."""
+    g, b = layout.groups, layout.block_size
+    shape = g, layout.num_rows // g * b, layout.num_cols // g * b
+    if layout.full and b == 1:
+        return weight.view(shape)
+    dense = weight.new_empty(shape)
+    _C.densify(_native(layout), weight.data_ptr(), dense.data_ptr(), weight.element_size(), torch.get_num_threads())
+    return dense
+
+
+def gather(dense: Tensor, layout: Layout) -> Tensor:
+    """Collect the live blocks [num_slots, B, B] of dense matrices [groups, out_per_group, in_per_group]; dead slots are 0."""
+    dense = dense.contiguous()
+    weight = dense.new_empty(layout.block_rows.shape[0], layout.block_size, layout.block_size)
+    _C.gather(_native(layout), dense.data_ptr(), weight.data_ptr(), dense.element_size(), torch.get_num_threads())
+    return weight
+
+
+def _native(layout: Layout):
+    rows, cols, index, num_rows, num_cols, groups, block_size, full = layout
+    return _C.Layout(
+        rows.data_ptr(), cols.data_ptr(), rows.element_size(), index.data_ptr(), rows.shape[0],
+        num_rows, num_cols, groups, block_size, full,
+    )  # fmt: skip
+
+
+def _offsets(token_offsets: Tensor | None) -> tuple[int, int]:
+    """Address and bytes per element."""
+    return (0, 0) if token_offsets is None else (token_offsets.data_ptr(), token_offsets.element_size())
