@@ -10,6 +10,7 @@ from sparsekern.rewire.gmp import GMP
 from sparsekern.rewire.optimizer_state import reset_state
 from sparsekern.rewire.rules import SET, RigL, Static
 from sparsekern.rewire.schedule import cosine
+from sparsekern.summary import summary
 from sparsekern.topology import Topology
 
 __all__ = [
@@ -29,5 +30,6 @@ __all__ = [
     "reset_state",
     "sdd",
     "sparsify",
+    "summary",
     "use",
 ]

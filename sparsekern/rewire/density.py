@@ -15,8 +15,8 @@ def uniform(layers: Sequence[Dims], density: float) -> list[int]:
         layers: per layer its sizes in blocks, (block rows, block columns); each group is a layer of its own.
         density: live blocks / all blocks over all layers, in (0, 1].
     Returns:
-        Live blocks per layer, from 1 to all of them. They sum to round(density * blocks of all layers), rounded by largest
-        remainder (ties to the earlier layer); to the number of layers if that is more.
+        Live blocks per layer, from 1 to all of them. They sum to round(density * blocks of all layers), rounded by
+        largest remainder (ties to the earlier layer); to the number of layers if that is more.
     Raises:
         ValueError: density is not in (0, 1].
     Example:
