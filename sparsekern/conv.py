@@ -4,10 +4,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsekern.backends import cpu
 from sparsekern.backends.reference import densify
+from sparsekern.choose import BREAK_EVEN
 from sparsekern.layer import SparseLayer
 from sparsekern.products import dds
 from sparsekern.topology import Topology
+
+# im2col pays where skipping dead blocks saves more than writing x out costs. On a CPU, forward and backward, writing it
+# out takes as long as the vendor's convolution takes for about 128 output channels.
+IM2COL_COST = 128
 
 
 class SparseConv2d(SparseLayer):
@@ -20,8 +26,10 @@ class SparseConv2d(SparseLayer):
         topology: live blocks to start from, instead of a random topology of this density.
 
     Shapes: x [N, in_channels, H, W] or [in_channels, H, W]; weight [num_slots, B, B]; bias [out_channels].
-    A full store (density 1) runs F.conv2d. Below that im2col writes x out kh * kw times over, so that a convolution
-    gains less from sparsity than a linear layer does.
+    im2col writes x out kh * kw times over, so a convolution gains less time from sparsity than a linear layer does: at
+    density 1, on a GPU, and on a CPU with fewer than some 200 output channels per group, the layer runs F.conv2d on a
+    dense weight made for the call. Weight, gradient and optimiser state are held for live blocks only either way. RigL's
+    scores need im2col, so under RigL it is taken at every density below 1.
 
     Example:
         >>> layer = SparseConv2d(32, 64, 3, padding=1, density=0.1, block_size=16)
@@ -80,7 +88,7 @@ class SparseConv2d(SparseLayer):
         if self.padding_mode != "zeros" or padding != (bottom, right):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x, padding = F.pad(x, self._edges, mode=mode), (0, 0)
-        if self.topology.full:
+        if self.topology.full or self.growth is None and not self._im2col_pays(x):
             return F.conv2d(x, self._conv_weight(), self.bias, self.stride, padding, self.dilation, self.groups)
         size = [
             (n + 2 * p - d * (k - 1) - 1) // s + 1
@@ -90,10 +98,19 @@ class SparseConv2d(SparseLayer):
         y = dds(taps.transpose(1, 2), self.weight, self.topology, self.bias, transpose=True, growth=self.growth)
         return y.transpose(1, 2).unflatten(2, size)
 
+    def _im2col_pays(self, x: Tensor) -> bool:
+        """Whether the sparse product is likely the faster path; reads no tensor."""
+        if x.device.type != "cpu" or cpu.unavailable():
+            return False
+        density = self.topology.num_slots / self.topology.num_blocks
+        return self.out_channels // self.groups * (1 - density / BREAK_EVEN[self.block_size]) > IM2COL_COST
+
     def _conv_weight(self) -> Tensor:
         """The weight [out_channels, in_channels / groups, kh, kw]; differentiable, dead slots have no gradient."""
-        live = (self.topology.block_rows >= 0)[:, None, None]
-        dense = densify(torch.where(live, self.weight, 0), self.topology.layout)
+        weight = self.weight
+        if torch.is_grad_enabled():
+            weight = torch.where((self.topology.block_rows >= 0)[:, None, None], weight, 0)
+        dense = densify(weight, self.topology.layout)
         out, into = (size // self.groups for size in self.topology.shape)
         return dense[:, :out, :into].reshape(self.out_channels, -1, *self.kernel_size)
 

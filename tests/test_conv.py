@@ -8,6 +8,8 @@ from oracle import BLOCK_SIZES
 from torch import nn
 
 import sparsekern as sk
+from sparsekern import conv
+from sparsekern.backends import cpu
 
 PAIR = st.one_of(st.integers(1, 3), st.tuples(st.integers(1, 3), st.integers(1, 3)))
 
@@ -37,6 +39,12 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-4}  # float32: sums of some
 
 def close(a, b):
     torch.testing.assert_close(a, b, rtol=TOLERANCE[a.dtype], atol=TOLERANCE[a.dtype])
+
+
+@pytest.fixture(autouse=True, params=["im2col", "dense"])
+def path(request, monkeypatch):
+    """Run every test on both paths, whichever is the faster one."""
+    monkeypatch.setattr(sk.SparseConv2d, "_im2col_pays", lambda self, x: request.param == "im2col")
 
 
 @pytest.fixture(autouse=True)
@@ -148,6 +156,23 @@ def test_it_compiles_as_one_graph_and_rewiring_recompiles_nothing(density):
                     layer.topology.block_rows[slot] = group * layer.topology.grid[0] // 2 + row
                     layer.topology.block_cols[slot] = group * layer.topology.grid[1] // 2 + col
                     layer.topology.rebuild()
+
+
+@pytest.mark.skipif(bool(cpu.unavailable()), reason="without the C++ kernels the dense path is always the faster one")
+def test_im2col_is_taken_where_it_pays_compiled_too(monkeypatch):
+    monkeypatch.undo()
+    calls = []
+    real = conv.dds
+    monkeypatch.setattr(conv, "dds", lambda *args, **options: calls.append(len(calls)) or real(*args, **options))
+    x = torch.randn(1, 8, 4, 4)
+    for channels, density, expected in ((512, 0.1, 1), (512, 0.9, 0), (32, 0.1, 0)):
+        layer = sk.SparseConv2d(8, channels, 3, density=density, block_size=8)
+        layer(x)
+        assert len(calls) == expected, (channels, density)
+        calls.clear()
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), layer(x))
+        calls.clear()
 
 
 def test_rules_rewire_convolutions():
