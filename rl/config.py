@@ -78,10 +78,8 @@ class Config:
     """Timesteps between evaluations (at the next end of a rollout), each followed by a checkpoint."""
     episodes: int = 25
     """Episodes per task in an evaluation."""
-    env_processes: int = 2
-    """Processes that step environments, this one included; any number gives the same results."""
-    threads: int = 2
-    """Threads of PyTorch."""
+    threads: int = 1
+    """Threads of PyTorch. More than one gains little on networks of this size; cores are better used by other runs."""
     runs: Path = Path("runs")
     """Run folders are made here: <runs>/<suite>-<agent>-<treatment>.../<seed>-<time>/."""
     ppo: PPOConfig = PPOConfig()
@@ -91,7 +89,7 @@ class Config:
     def __post_init__(self):
         if not 0 < self.density <= 1:
             raise ValueError(f"density must be in (0, 1], got {self.density}")
-        for name in ("timesteps", "evaluate_every", "episodes", "env_processes", "threads"):
+        for name in ("timesteps", "evaluate_every", "episodes", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.seed < 0:

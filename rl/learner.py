@@ -7,7 +7,7 @@ import sparsekern as sk
 from rl.agents import AGENTS
 from rl.config import Config
 from rl.envs import SUITES
-from rl.seeds import Stream, torch_generator
+from rl.seeds import Stream, numpy_generator
 from rl.treatments import TREATMENTS
 
 
@@ -20,15 +20,17 @@ class Learner:
     """
 
     def __init__(self, config: Config, role: str, out_features: int):
+        seeds = numpy_generator(config.seed, Stream[role.upper()])
         with torch.random.fork_rng(devices=()):
-            torch.manual_seed(torch_generator(config.seed, Stream[role.upper()]).initial_seed())
+            torch.manual_seed(int(seeds.integers(2**63)))
             self.network = AGENTS[config.agent](len(SUITES[config.suite]), out_features)
             self.dense_parameters = sum(p.numel() for p in self.network.parameters())
             parts = TREATMENTS[config.treatment] if config.networks in ("both", role) else ()
             for part in parts:
                 part.prepare(self.network, config)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.ppo.learning_rate, fused=True)
-        self.rules = [part.make_rule(self.network, self.optimizer, config) for part in parts]
+        rule_seed = int(seeds.integers(2**31))  # another one per network, else actor and critic would grow alike
+        self.rules = [part.make_rule(self.network, self.optimizer, config, rule_seed) for part in parts]
 
     def minimise(self, loss: Tensor) -> None:
         """Take one optimiser step."""

@@ -1,7 +1,6 @@
 """Train one agent: python rl/run.py --suite mt3 --agent mtppo --treatment set --density 0.05 --seed 0.
 
-Imports of torch and the environments wait inside the functions: --help answers at once, and the processes that step
-environments, which import this file again, stay small.
+Imports of torch and the environments wait inside the functions, so that --help answers at once.
 """
 
 import dataclasses
@@ -102,12 +101,12 @@ def show(folder: Path) -> None:
     earned.add_row("mean", "", f"{last['score/mean']:.3f}", f"{last['success/mean']:.3f}")
 
     cost = Table("actor and critic", "this run", "dense", "ratio", title="cost")
-    for label, name in (("live parameters", "parameters"), ("bytes of weights + gradients + Adam + index", "bytes")):
+    for label, name in (("live parameters", "parameters"), ("bytes: weights, gradients, Adam, index", "bytes")):
         own = last["sparse/live_parameters" if name == "parameters" else "sparse/bytes"]
         dense = last[f"sparse/dense_{name}"]
         cost.add_row(label, f"{own:,.0f}", f"{dense:,.0f}", f"{own / dense:.3f}")
     cost.add_section()
-    cost.add_row("update on one rollout, in ms", f"{typical['time/update_ms']:,.0f}")
+    cost.add_row("milliseconds per update (one rollout)", f"{typical['time/update_ms']:,.0f}")
     cost.add_row("environment steps per second", f"{typical['time/steps_per_second']:,.0f}")
     for table in (earned, cost):
         for column in table.columns[1:]:

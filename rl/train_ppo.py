@@ -24,69 +24,70 @@ def train(config: Config, folder: Path) -> None:
     """Train in this run folder, from its last checkpoint where it has one."""
     torch.set_num_threads(config.threads)
     tasks = SUITES[config.suite]
-    # rollouts use the first environments of the evaluation: each begins with fresh episodes, so no harm is done
-    with EnvPool(tasks * config.episodes, config.env_processes) as pool:
-        actor = Learner(config, "actor", int(pool.action_space.n))
-        critic = Learner(config, "critic", 1)
-        state = checkpoint.load(folder) or {"clock": 0, "csv_bytes": 0}
-        if state["clock"]:
-            actor.load_state_dict(state["actor"])
-            critic.load_state_dict(state["critic"])
-        clock = state["clock"]
-        progress = tqdm(total=config.timesteps, initial=clock, unit="timestep", disable=None)
-        with Logger(folder, clock, state["csv_bytes"]) as logger, progress:
-            while clock < config.timesteps:
-                steps = min(config.ppo.rollout_steps, config.timesteps - clock)
-                metrics: dict[str, float] = {}
-                rollout = collect(pool, actor.network, len(tasks), steps, config.seed, clock)
-                with timed(metrics, "time/update_ms"):
-                    metrics |= fit(actor, critic, rollout, config.ppo, config.seed, clock)
-                metrics |= describe(tasks, rollout) | sizes(actor, critic)
+    # rollouts share the evaluation's first environments: both begin with fresh episodes, so neither disturbs the other
+    pool = EnvPool(tasks * config.episodes)
+    actor = Learner(config, "actor", int(pool.action_space.n))
+    critic = Learner(config, "critic", 1)
+    state = checkpoint.load(folder) or {"clock": 0, "csv_bytes": 0}
+    if state["clock"]:
+        actor.load_state_dict(state["actor"])
+        critic.load_state_dict(state["critic"])
+    clock = state["clock"]
+    progress = tqdm(total=config.timesteps, initial=clock, unit="timestep", disable=None)
+    with Logger(folder, clock, state["csv_bytes"]) as logger, progress:
+        while clock < config.timesteps:
+            steps = min(config.ppo.rollout_steps, config.timesteps - clock)
+            metrics: dict[str, float] = {}
+            rollout = collect(pool, actor.network, len(tasks), steps, config.seed, clock)
+            with timed(metrics, "time/update_ms"):
+                metrics |= fit(actor, critic, rollout, config.ppo, config.seed, clock)
+            metrics |= describe(tasks, rollout) | sizes(actor, critic)
 
-                evaluating = (clock + steps) // config.evaluate_every > clock // config.evaluate_every
-                clock += steps
-                finished = clock == config.timesteps
-                if evaluating or finished:  # before rewiring: this is the policy that the fit made
-                    with timed(metrics, "time/evaluate_ms"):
-                        returns = evaluate(pool, actor.network, len(tasks), config.episodes, config.seed, clock)
-                    metrics |= judge(tasks, returns)
-                    progress.set_postfix(score=metrics["score/mean"], success=metrics["success/mean"])
-                if not finished:  # nobody would train what a last rewire grows
-                    with timed(metrics, "time/rewire_ms"):
-                        actor.rewire(clock)
-                        critic.rewire(clock)
-                logger.record(clock, metrics)
-                if evaluating or finished:
-                    learners = {"actor": actor.state_dict(), "critic": critic.state_dict()}
-                    checkpoint.save(folder, {"clock": clock, "csv_bytes": logger.flush(), **learners})
-                progress.update(steps)
+            evaluating = (clock + steps) // config.evaluate_every > clock // config.evaluate_every
+            clock += steps
+            finished = clock == config.timesteps
+            if evaluating or finished:  # before rewiring: this is the policy that the fit made
+                with timed(metrics, "time/evaluate_ms"):
+                    returns = evaluate(pool, actor.network, len(tasks), config.episodes, config.seed, clock)
+                metrics |= judge(tasks, returns)
+                progress.set_postfix(score=metrics["score/mean"], success=metrics["success/mean"])
+            if not finished:  # nobody would train what a last rewire grows
+                with timed(metrics, "time/rewire_ms"):
+                    actor.rewire(clock)
+                    critic.rewire(clock)
+            logger.record(clock, metrics)
+            if evaluating or finished:
+                learners = {"actor": actor.state_dict(), "critic": critic.state_dict()}
+                checkpoint.save(folder, {"clock": clock, "csv_bytes": logger.flush(), **learners})
+            progress.update(steps)
 
 
 def fit(actor: Learner, critic: Learner, rollout: Rollout, ppo: PPOConfig, seed: int, clock: int) -> dict[str, float]:
     """Improve critic and actor by one rollout; returns their losses and what else says how it went."""
-    steps, num_tasks = rollout.rewards.shape
-    task = torch.arange(num_tasks).expand(steps, num_tasks)
-    observations = rollout.observations.flatten(0, 1)
+    seen, cut = rollout.seen, rollout.cut
+    num_tasks = seen.shape[1]
     with torch.no_grad():
-        values = critic.network(observations, task.flatten()).view_as(rollout.rewards)
+        values = critic.network(rollout.observations, rollout.tasks).squeeze(-1)[seen]
         next_values = values.roll(-1, dims=0)
-        cut = rollout.cut
-        next_values[cut] = critic.network(rollout.next_observations[cut], task[cut]).squeeze(-1)
+        cut_tasks = torch.arange(num_tasks).expand_as(cut)[cut]
+        next_values[cut] = critic.network(rollout.next_observations[cut], cut_tasks).squeeze(-1)
     advantages = gae(rollout.rewards, values, next_values, rollout.terminated, cut, ppo.gamma, ppo.gae_lambda)
     targets = values + advantages
-    value_loss = nn.functional.mse_loss(critic.network(observations, task.flatten()).view_as(targets), targets)
+    value_loss = nn.functional.mse_loss(critic.network(rollout.observations, rollout.tasks).squeeze(-1)[seen], targets)
     critic.minimise(value_loss)
 
     # each task's advantages by its own spread: rewards differ in scale between tasks
     advantages = (advantages - advantages.mean(0)) / (advantages.std(0, correction=0) + 1e-8)
-    log_probs = log_prob(rollout.logits, rollout.actions)
-    transitions = [t.flatten() for t in (task, rollout.actions, log_probs, advantages)]
+    log_probs = rollout.logits.log_softmax(-1)[seen, rollout.actions]
+    transitions = [t.flatten() for t in (seen, rollout.actions, log_probs, advantages)]
     generator = torch_generator(seed, Stream.MINIBATCH, clock)
     history = []
     for _ in range(ppo.epochs):
-        for batch in torch.randperm(len(observations), generator=generator).split(ppo.minibatch * num_tasks):
-            b_task, b_actions, b_log_probs, b_advantages = (t[batch] for t in transitions)
-            logits = actor.network(observations[batch], b_task)
+        for batch in torch.randperm(seen.numel(), generator=generator).split(ppo.minibatch * num_tasks):
+            b_seen, b_actions, b_log_probs, b_advantages = (t[batch] for t in transitions)
+            # what was seen several times goes through the network once, with the same loss and gradient
+            distinct, b_seen = b_seen.unique(return_inverse=True)
+            logits = actor.network(rollout.observations[distinct], rollout.tasks[distinct])[b_seen]
             loss, stats = policy_loss(logits, b_actions, b_log_probs, b_advantages, ppo.clip, ppo.entropy)
             actor.minimise(loss)
             history.append(stats)
@@ -114,10 +115,6 @@ def gae(
     for t in reversed(range(len(errors))):
         following = torch.addcmul(errors[t], decay[t], following, out=advantages[t])
     return advantages
-
-
-def log_prob(logits: Tensor, actions: Tensor) -> Tensor:
-    return logits.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
 
 
 def policy_loss(

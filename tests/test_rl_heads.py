@@ -8,7 +8,9 @@ from rl.agents.heads import TaskHeads
 
 
 @pytest.mark.parametrize(
-    "task", [[2, 0, 0, 1, 2, 2, 0], [1, 1, 1], [0, 1, 2], []], ids=["unequal", "two empty", "in order", "no tokens"]
+    "task",
+    [[2, 0, 0, 1, 2, 2, 0], [1, 1, 1], [0, 1, 2, 0, 1, 2], []],
+    ids=["unequal", "two empty", "in order", "no tokens"],
 )
 def test_heads_and_their_gradients_equal_one_network_per_task(task):
     torch.manual_seed(0)

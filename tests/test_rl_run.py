@@ -20,7 +20,7 @@ TREATMENTS = ["dense"]
 def short(runs, **changes):
     """A run of five fits and three evaluations."""
     ppo = PPOConfig(rollout_steps=100, epochs=2)
-    settings = {"timesteps": 500, "evaluate_every": 200, "episodes": 1, "env_processes": 1, "threads": 1}
+    settings = {"timesteps": 500, "evaluate_every": 200, "episodes": 1, "threads": 1}
     return replace(Config(runs=runs, ppo=ppo, **settings), **changes)
 
 
@@ -99,7 +99,7 @@ def test_command_line_prints_the_folder_first_and_the_tables_last(tmp_path, trea
     assert folder.parents[1] == tmp_path
     for name in ("config.json", "environment.txt", "metrics.csv", "tb", "checkpoints/last.pt"):
         assert (folder / name).exists()
-    for words in ("RedBlueDoors-6x6", "normalised", "live parameters", "bytes of weights", "steps per second"):
+    for words in ("RedBlueDoors-6x6", "normalised", "live parameters", "bytes: weights", "steps per second"):
         assert words in done.stdout
 
 

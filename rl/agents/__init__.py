@@ -1,4 +1,4 @@
-"""The agents by their command-line names: networks that map (observations, task ids) to one output per row."""
+"""The agents by their command-line names: networks called with observations and task ids, as MTPPO says."""
 
 from rl.agents.mtppo import MTPPO
 

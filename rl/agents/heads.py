@@ -7,7 +7,7 @@ import sparsekern as sk
 
 
 class TaskHeads(nn.Module):
-    """Per task Linear(in_features, hidden), Tanh, Linear(hidden, out_features); row i goes to head task[i].
+    """Per task Linear(in_features, hidden), Tanh, Linear(hidden, out_features).
 
     The layers start with every block live, which makes them the dense network; a treatment may make them sparse.
     """

@@ -2,7 +2,7 @@
 
 A treatment is a tuple of parts, done in this order; a part is a module with two functions:
     prepare(network, config): change the freshly built network, before its optimiser exists;
-    make_rule(network, optimizer, config): an object that is told the time after every fit, by step(clock=timestep), and
+    make_rule(network, optimizer, config, seed): an object that is told the time after every fit by step(clock=...) and
         has state_dict and load_state_dict.
 """
 

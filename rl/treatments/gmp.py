@@ -11,7 +11,7 @@ def prepare(network: nn.Module, config: Config) -> None:
     sk.sparsify(network, density=1.0, block_size=config.block_size, modules=(nn.Conv2d, sk.SparseLinear))
 
 
-def make_rule(network: nn.Module, optimizer: Optimizer, config: Config) -> "sk.GMP":
+def make_rule(network: nn.Module, optimizer: Optimizer, config: Config, seed: int) -> sk.GMP:
     return sk.GMP(
         network,
         optimizer,

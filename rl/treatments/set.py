@@ -20,11 +20,11 @@ def prepare(network: nn.Module, config: Config) -> None:
     )
 
 
-def make_rule(network: nn.Module, optimizer: Optimizer, config: Config) -> "sk.SET":
+def make_rule(network: nn.Module, optimizer: Optimizer, config: Config, seed: int) -> sk.SET:
     return sk.SET(
         network,
         optimizer,
         drop_fraction=config.set.drop_fraction,
         update_every=config.set.update_every,
-        seed=config.seed,
+        seed=seed,
     )
