@@ -58,13 +58,16 @@ class Learner:
 
     def live_parameters(self) -> int:
         """Parameters that take part: all but the slots of dead blocks and the padding of blocks that stick out."""
-        sparse = [m for m in self.network.modules() if isinstance(m, sk.SparseLinear)]
         stored = sum(p.numel() for p in self.network.parameters())
-        return stored - sum(m.weight.numel() - int(m.lanes().sum()) for m in sparse)
+        return stored - sum(m.weight.numel() - int(m.lanes().expand_as(m.weight).sum()) for m in self._sparse_layers())
 
     def nbytes(self) -> int:
         """Bytes of weights, gradients, optimiser state and, of sparse layers, coordinates and index."""
         parameters = list(self.network.parameters())
         gradients = [p.grad for p in parameters if p.grad is not None]
-        state = [v for values in self.optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]
-        return sum(t.nbytes for t in [*parameters, *self.network.buffers(), *gradients, *state])
+        state = [v for values in self.optimizer.state.values() for v in values.values()]
+        tensors = sum(t.nbytes for t in [*parameters, *gradients, *state])
+        return tensors + sum(layer.topology.nbytes for layer in self._sparse_layers())
+
+    def _sparse_layers(self) -> list[sk.SparseLinear]:
+        return [module for module in self.network.modules() if isinstance(module, sk.SparseLinear)]
