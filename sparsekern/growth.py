@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparsekern import choose
+from sparsekern.backends import reference
 from sparsekern.products import LAYOUT_SCHEMA, library
 from sparsekern.topology import Layout, Topology
 
@@ -116,13 +116,11 @@ def _score_growth(dy, x, token_offsets, *args):
     layout, (armed, keys) = Layout(*args[:-2]), args[-2:]
     if armed.device.type == "cpu" and not armed:  # elsewhere reading the flag would synchronise
         return
-    backend = choose.backend_for(x, None, layout)
-    block_norms = getattr(backend, "block_norms", choose.BACKENDS["reference"].block_norms)
     dy, x = dy.detach().contiguous(), x.detach()
     held, held_positions = scores_of(keys), positions_of(keys)
 
     def score(strip: slice, places: Tensor) -> Tensor:
-        norms = block_norms(dy, x, layout, strip, token_offsets).flatten(1)
+        norms = reference.block_norms(dy, x, layout, strip, token_offsets).flatten(1)
         inside = (held_positions >= places[0]) & (held_positions <= places[-1])
         index = torch.where(inside, held_positions - places[0], 0)
         return float_bits(norms.scatter_add(1, index, torch.where(inside, held, 0)))

@@ -161,7 +161,7 @@ class GMP(Rule):
             topology = layer.topology
             if self.compact and live < topology.num_slots and (2 * live <= topology.num_slots or self._done):
                 self._compact(path, max(live, 1))
-            elif topology.full and choose.sparse_is_faster(topology.block_size, live / topology.num_blocks):
+            elif topology.full and choose.sparse_is_faster(topology.layout):
                 for copy in self._copies(path):
                     copy.topology.leave_full_store()
         self._counts = self._arrived = None

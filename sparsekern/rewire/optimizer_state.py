@@ -72,6 +72,11 @@ def reset_state(optimizer: Optimizer, layer: nn.Module | nn.Parameter, mask: Ten
         )
     if isinstance(layer, SparseLayer) and mask.shape == layer.topology.shape:
         mask = _gather_mask(mask, layer)
+    try:
+        mask = mask.expand(param.shape)
+    except RuntimeError:
+        shapes = f"{tuple(mask.shape)} and {tuple(param.shape)}"
+        raise ValueError(f"reset_state: the mask must fit the parameter, got shapes {shapes}") from None
     for _, value, fresh in element_state(optimizer, param):
         value.masked_fill_(mask, fresh)
 
