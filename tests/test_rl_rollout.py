@@ -13,7 +13,7 @@ TASKS = SUITES["mt3"]
 
 def test_rollout_keeps_what_was_seen_and_how_the_actor_answered():
     torch.manual_seed(0)
-    actor = MTPPO(num_tasks=3, out_features=7)
+    actor = MTPPO(num_tasks=3, out_features=7, block_size=1)
     rollout = collect(EnvPool(TASKS), actor, num_tasks=3, steps=400, seed=0, clock=0)
     assert len(rollout.observations) < 600  # of 1200: the rest had been seen before
 

@@ -14,7 +14,7 @@ from rl.config import Config, PPOConfig
 from rl.run import new_folder
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-TREATMENTS = ["dense"]
+TREATMENTS = ["dense", "gmp", "set"]
 
 
 def short(runs, **changes):
