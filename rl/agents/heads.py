@@ -9,8 +9,8 @@ import sparsekern as sk
 class TaskHeads(nn.Module):
     """Per task Linear(in_features, hidden), Tanh, Linear(hidden, out_features).
 
-    The layers start with every block live, which makes them the dense network; a treatment may make them sparse. A layer
-    that blocks of block_size would pad by over 25% gets blocks of 1.
+    The layers start with every block live, which makes them the dense network; a treatment may make them sparse. A
+    layer that blocks of block_size would pad by over 25% gets blocks of 1.
     """
 
     def __init__(self, num_tasks: int, in_features: int, out_features: int, block_size: int, hidden: int = 128):
