@@ -29,6 +29,16 @@ def instruction_set() -> str:
     return _C.instruction_set()
 
 
+def supported_instruction_sets() -> list[str]:
+    """Those of this machine, best first."""
+    return _C.supported_instruction_sets()
+
+
+def set_instruction_set(name: str) -> None:
+    """For tests and measurements: the best one is in use from the start."""
+    _C.set_instruction_set(name)
+
+
 def dds(
     x: Tensor,
     weight: Tensor,
@@ -71,7 +81,12 @@ def densify(weight: Tensor, layout: Layout) -> Tensor:
 
 
 def gather(dense: Tensor, layout: Layout) -> Tensor:
-    """Collect the live blocks [num_slots, B, B] of dense matrices [groups, out_per_group, in_per_group]; dead slots are 0."""
+    """Collect the live blocks [num_slots, B, B] of dense matrices [groups, out_per_group, in_per_group]; dead slots are 0.
+
+    For a full store of block size 1 that is the dense matrix itself, with dead slots cleared in place.
+    """
+    if layout.full and layout.block_size == 1:
+        return dense.reshape(-1, 1, 1).masked_fill_((layout.block_rows < 0)[:, None, None], 0)
     dense = dense.contiguous()
     weight = dense.new_empty(layout.block_rows.shape[0], layout.block_size, layout.block_size)
     _C.gather(_native(layout), dense.data_ptr(), weight.data_ptr(), dense.element_size(), torch.get_num_threads())
