@@ -47,9 +47,11 @@ def dds(
         raise ValueError("dds: bias belongs to x Wᵀ, but transpose is False")
     layout = topology.layout
     groups = 1 if token_offsets is not None else topology.groups
-    rows = _pad(x, topology, int(transpose), groups)
-    if bias is not None and topology.shape[0] // topology.groups % topology.block_size:
-        bias = _pad(bias, topology, 0, topology.groups).flatten()
+    rows, weight = _pad(x, topology, int(transpose), groups), weight.contiguous()
+    if bias is not None:
+        if topology.shape[0] // topology.groups % topology.block_size:
+            bias = _pad(bias, topology, 0, topology.groups).flatten()
+        bias = bias.contiguous()
     if torch.compiler.is_compiling():
         y = torch.ops.sparsekern.dds(rows, weight, bias, token_offsets, *layout, transpose)
     elif torch.is_grad_enabled() and (

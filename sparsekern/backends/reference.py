@@ -72,8 +72,9 @@ def multiply(x: Tensor, dense: Tensor, bias: Tensor | None, transpose: bool, tok
     if groups == 1:
         return F.linear(x, dense[0] if transpose else dense[0].t(), bias)
     matrices = dense.transpose(1, 2) if transpose else dense
-    y = torch.bmm(x.view(len(x), groups, -1).transpose(0, 1), matrices).transpose(0, 1).reshape(len(x), -1)
-    return y if bias is None else y.add_(bias)
+    x = _split(x, groups)
+    y = torch.bmm(x, matrices) if bias is None else torch.baddbmm(bias.view(groups, 1, -1), x, matrices)
+    return y.transpose(0, 1).flatten(1)
 
 
 def outer(dy: Tensor, x: Tensor, groups: int, token_offsets: Tensor | None) -> Tensor:
@@ -82,7 +83,12 @@ def outer(dy: Tensor, x: Tensor, groups: int, token_offsets: Tensor | None) -> T
         return torch.stack([dy[a:b].t() @ x[a:b] for a, b in _spans(token_offsets)])
     if groups == 1:
         return (dy.t() @ x)[None]
-    return torch.bmm(dy.view(len(dy), groups, -1).permute(1, 2, 0), x.view(len(x), groups, -1).transpose(0, 1))
+    return torch.bmm(_split(dy, groups).transpose(1, 2), _split(x, groups))
+
+
+def _split(x: Tensor, groups: int) -> Tensor:
+    """[tokens, groups * features] as [groups, tokens, features]."""
+    return x.unflatten(1, (groups, x.shape[1] // groups)).transpose(0, 1)
 
 
 def _spans(token_offsets: Tensor) -> list[tuple[int, int]]:
