@@ -131,6 +131,7 @@ class Rule:
                 f"{type(self).__name__}.load_state_dict: the state is for layers {sorted(state['moved'])}, "
                 f"but the model has {sorted(self.layers)}"
             )
+        self._check_adoptions()
         self.clock, self.events, self._next = state["clock"], state["events"], state["next"]
         self._moved = {path: tuple(moved) for path, moved in state["moved"].items()}
         if self._covered is not None and "covered" in state:
@@ -415,11 +416,10 @@ class RigL(DropAndGrow):
     event that came unforeseen is put off by one step.
     """
 
+    _armed = False
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        for layer in self.layers.values():
-            layer.growth = GrowthScores(layer.topology)
-        self._armed = False
         self._prepare(1.0)
 
     def growth_candidates(self, path: str, layer: SparseLayer, count: int) -> Tensor:
@@ -435,8 +435,8 @@ class RigL(DropAndGrow):
     def _adopted(self, paths: list[str]) -> None:
         super()._adopted(paths)
         for path in paths:
-            if hasattr(self.layers[path], "growth"):
-                self.layers[path].growth = GrowthScores(self.layers[path].topology)
+            self.layers[path].growth = GrowthScores(self.layers[path].topology)
+        self._arm(False)  # what was scored were other blocks, so an event that is due waits for the next step
 
     def _ready(self) -> bool:
         return self._armed
