@@ -223,8 +223,8 @@ class Topology(nn.Module):
         return self
 
     def get_extra_state(self) -> Tensor:
-        """int64 (out_features, in_features, block_size, groups): with the coordinates, all there is to know."""
-        return torch.tensor([*self.shape, self.block_size, self.groups])
+        """int64 (out_features, in_features, block_size, groups, full): with the coordinates, all there is to know."""
+        return torch.tensor([*self.shape, self.block_size, self.groups, self.full])
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         destination[prefix + "block_rows"], destination[prefix + "block_cols"] = self.block_rows, self.block_cols
@@ -234,13 +234,11 @@ class Topology(nn.Module):
         """Whether there is a topology at `prefix`; raise a ValueError if it is not one of this geometry."""
         if any(prefix + name not in state_dict for name in _SAVED):
             return False
-        rows, cols, geometry = (state_dict[prefix + name] for name in _SAVED)
-        own = self.get_extra_state().tolist()
-        if geometry.tolist() != own:
+        rows, cols, extra = (state_dict[prefix + name] for name in _SAVED)
+        saved, own = tuple(extra.tolist()[:4]), (*self.shape, self.block_size, self.groups)
+        if saved != own:
             words = "(out_features, in_features, block_size, groups)"
-            raise ValueError(
-                f"load_state_dict: the checkpoint's topology has {words} {tuple(geometry.tolist())}, the layer {tuple(own)}"
-            )
+            raise ValueError(f"load_state_dict: the checkpoint's topology has {words} {saved}, the layer {own}")
         check_blocks(rows, cols, self.grid, self.groups)
         return True
 
@@ -253,6 +251,8 @@ class Topology(nn.Module):
         if not (torch.equal(rows, self.block_rows) and torch.equal(cols, self.block_cols)):
             self.adoptions += 1
             self.replace(rows, cols)
+        if self.full and not state_dict[prefix + "_extra_state"][4]:
+            self.leave_full_store()
 
     def extra_repr(self) -> str:
         groups = f", groups={self.groups}" if self.groups > 1 else ""
