@@ -42,8 +42,8 @@ private:
     const bool by_rows;
     const void* weight;
     const Type type;
-    Pair* own_pairs = nullptr;  // null when the index holds them
-    int32_t* own_offsets = nullptr;
+    Pair* own_pairs = nullptr;
+    int32_t* own_offsets = nullptr;  // null when the index holds them
 };
 
 // Consecutive tokens of one group.
