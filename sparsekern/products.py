@@ -20,6 +20,7 @@ def dds(
     bias: Tensor | None = None,
     transpose: bool = False,
     token_offsets: Tensor | None = None,
+    growth=None,
 ) -> Tensor:
     """Multiply a dense matrix by a block-sparse one: x W, or x Wᵀ + bias with `transpose`.
 
@@ -30,6 +31,7 @@ def dds(
         bias: [out_features]; with `transpose` only.
         token_offsets: int [groups + 1], for ragged groups: rows token_offsets[g]:token_offsets[g + 1] of the 2-D x belong
             to group g, and x and the result have the features of one group.
+        growth: a `sparsekern.growth.GrowthScores` that is to score the gradient of W, with `transpose` only.
     Returns:
         [..., in_features], or [..., out_features] with `transpose`; sums in float32 for 16-bit inputs.
     Raises:
@@ -40,13 +42,13 @@ def dds(
         torch.Size([5, 64])
     """
     x, weight, bias = _autocast(x, weight, bias)
-    _check("dds", topology, x, weight, bias, features=topology.shape[int(transpose)], ragged=token_offsets is not None)
+    _check("dds", topology, x, weight, bias, topology.shape[int(transpose)], token_offsets)
     if bias is not None and not transpose:
         raise ValueError("dds: bias belongs to x Wᵀ, but transpose is False")
     layout = topology.layout
     groups = 1 if token_offsets is not None else topology.groups
     rows = _pad(x, topology, int(transpose), groups)
-    if bias is not None:
+    if bias is not None and topology.shape[0] // topology.groups % topology.block_size:
         bias = _pad(bias, topology, 0, topology.groups).flatten()
     if torch.compiler.is_compiling():
         y = torch.ops.sparsekern.dds(rows, weight, bias, token_offsets, *layout, transpose)
@@ -55,8 +57,11 @@ def dds(
     ):
         y = _Dds.apply(rows, weight, bias, token_offsets, layout, transpose)
     else:
-        y = choose.backend_for(rows, weight, layout).dds(rows, weight, layout, bias, transpose, token_offsets)
-    return _crop(y, topology, int(not transpose), groups).unflatten(0, x.shape[:-1])
+        y = choose.backend_for(rows, layout).dds(rows, weight, layout, bias, transpose, token_offsets)
+    if growth is not None and y.requires_grad:
+        y = growth.watch(y, rows, token_offsets, layout)
+    y = _crop(y, topology, int(not transpose), groups)
+    return y if x.dim() == 2 else y.reshape(x.shape[:-1] + y.shape[1:])
 
 
 def sdd(dy: Tensor, x: Tensor, topology: Topology, token_offsets: Tensor | None = None) -> Tensor:
@@ -76,13 +81,12 @@ def sdd(dy: Tensor, x: Tensor, topology: Topology, token_offsets: Tensor | None 
         torch.Size([2, 16, 16])
     """
     dy, x = _autocast(dy, x)
-    ragged = token_offsets is not None
-    _check("sdd", topology, dy, x, None, features=topology.shape[0], ragged=ragged)
-    _check("sdd", topology, x, dy, None, features=topology.shape[1], ragged=ragged)
+    _check("sdd", topology, dy, x, None, topology.shape[0], token_offsets)
+    _check("sdd", topology, x, dy, None, topology.shape[1], token_offsets)
     if dy.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"sdd: dy has {tuple(dy.shape[:-1])} tokens, but x has {tuple(x.shape[:-1])}")
     layout = topology.layout
-    groups = 1 if ragged else topology.groups
+    groups = 1 if token_offsets is not None else topology.groups
     dy, x = _pad(dy, topology, 0, groups), _pad(x, topology, 1, groups)
     if torch.compiler.is_compiling():
         return torch.ops.sparsekern.sdd(dy, x, token_offsets, *layout)
@@ -94,7 +98,7 @@ class _Dds(torch.autograd.Function):
     def forward(ctx, x, weight, bias, token_offsets, layout, transpose):
         ctx.save_for_backward(x, weight, token_offsets)
         ctx.layout, ctx.transpose = layout, transpose
-        return choose.backend_for(x, weight, layout).dds(x, weight, layout, bias, transpose, token_offsets)
+        return choose.backend_for(x, layout).dds(x, weight, layout, bias, transpose, token_offsets)
 
     @staticmethod
     def backward(ctx, dy):
@@ -112,7 +116,7 @@ class _Sdd(torch.autograd.Function):
     def forward(ctx, dy, x, token_offsets, layout):
         ctx.save_for_backward(dy, x, token_offsets)
         ctx.layout = layout
-        return choose.backend_for(x, None, layout).sdd(dy, x, layout, token_offsets)
+        return choose.backend_for(x, layout).sdd(dy, x, layout, token_offsets)
 
     @staticmethod
     def backward(ctx, grad):
@@ -126,13 +130,13 @@ class _Sdd(torch.autograd.Function):
 def _dds(x: Tensor, weight: Tensor, token_offsets: Tensor | None, layout: Layout, transpose: bool) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):  # a backward with create_graph=True
         return _Dds.apply(x, weight, None, token_offsets, layout, transpose)
-    return choose.backend_for(x, weight, layout).dds(x, weight, layout, None, transpose, token_offsets)
+    return choose.backend_for(x, layout).dds(x, weight, layout, None, transpose, token_offsets)
 
 
 def _sdd(dy: Tensor, x: Tensor, token_offsets: Tensor | None, layout: Layout) -> Tensor:
     if torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad):
         return _Sdd.apply(dy, x, token_offsets, layout)
-    return choose.backend_for(x, None, layout).sdd(dy, x, layout, token_offsets)
+    return choose.backend_for(x, layout).sdd(dy, x, layout, token_offsets)
 
 
 def _bias_gradient(dy: Tensor, token_offsets: Tensor | None) -> Tensor:
@@ -144,31 +148,31 @@ def _bias_gradient(dy: Tensor, token_offsets: Tensor | None) -> Tensor:
 
 # The operators as torch.compile, export and opcheck see them. The arguments after token_offsets are a Layout, unpacked.
 
-_LAYOUT = "Tensor block_rows, Tensor block_cols, Tensor index, int num_rows, int num_cols, int groups, int block_size, bool full"
-_library = torch.library.Library("sparsekern", "DEF")
-_library.define(
-    f"dds(Tensor x, Tensor weight, Tensor? bias, Tensor? token_offsets, {_LAYOUT}, bool transpose) -> Tensor"
+LAYOUT_SCHEMA = "Tensor block_rows, Tensor block_cols, Tensor index, int num_rows, int num_cols, int groups, int block_size, bool full"
+library = torch.library.Library("sparsekern", "DEF")
+library.define(
+    f"dds(Tensor x, Tensor weight, Tensor? bias, Tensor? token_offsets, {LAYOUT_SCHEMA}, bool transpose) -> Tensor"
 )
-_library.define(f"sdd(Tensor dy, Tensor x, Tensor? token_offsets, {_LAYOUT}) -> Tensor")
+library.define(f"sdd(Tensor dy, Tensor x, Tensor? token_offsets, {LAYOUT_SCHEMA}) -> Tensor")
 
 
 def _dds_op(x, weight, bias, token_offsets, *args):
     layout, transpose = Layout(*args[:-1]), args[-1]
     x = _row_major(x)
-    return choose.backend_for(x, weight, layout).dds(x, weight.contiguous(), layout, bias, transpose, token_offsets)
+    return choose.backend_for(x, layout).dds(x, weight.contiguous(), layout, bias, transpose, token_offsets)
 
 
 def _sdd_op(dy, x, token_offsets, *layout):
     layout = Layout(*layout)
-    return choose.backend_for(x, None, layout).sdd(_row_major(dy), _row_major(x), layout, token_offsets)
+    return choose.backend_for(x, layout).sdd(_row_major(dy), _row_major(x), layout, token_offsets)
 
 
 for _device in ("CPU", "CUDA"):
-    _library.impl("dds", _dds_op, _device)
-    _library.impl("sdd", _sdd_op, _device)
+    library.impl("dds", _dds_op, _device)
+    library.impl("sdd", _sdd_op, _device)
 
 
-@torch.library.register_fake("sparsekern::dds", lib=_library)
+@torch.library.register_fake("sparsekern::dds", lib=library)
 def _(x, weight, bias, token_offsets, *args):
     layout, transpose = Layout(*args[:-1]), args[-1]
     blocks = layout.num_rows if transpose else layout.num_cols
@@ -177,7 +181,7 @@ def _(x, weight, bias, token_offsets, *args):
     return x.new_empty(x.shape[0], blocks * layout.block_size)
 
 
-@torch.library.register_fake("sparsekern::sdd", lib=_library)
+@torch.library.register_fake("sparsekern::sdd", lib=library)
 def _(dy, x, token_offsets, *layout):
     layout = Layout(*layout)
     return x.new_empty(layout.num_slots, layout.block_size, layout.block_size)
@@ -213,22 +217,32 @@ def _sdd_backward(ctx, grad):
     return d_dy, d_x, *(9 * (None,))
 
 
-torch.library.register_autograd("sparsekern::dds", _dds_backward, setup_context=_setup_dds, lib=_library)
-torch.library.register_autograd("sparsekern::sdd", _sdd_backward, setup_context=_setup_sdd, lib=_library)
+torch.library.register_autograd("sparsekern::dds", _dds_backward, setup_context=_setup_dds, lib=library)
+torch.library.register_autograd("sparsekern::sdd", _sdd_backward, setup_context=_setup_sdd, lib=library)
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Cast to the autocast dtype of the first tensor's device where autocast is on, as nn.Linear's operands are."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
-def _check(name: str, topology: Topology, x: Tensor, other: Tensor, bias: Tensor | None, features: int, ragged: bool):
+def _check(
+    name: str,
+    topology: Topology,
+    x: Tensor,
+    other: Tensor,
+    bias: Tensor | None,
+    features: int,
+    token_offsets: Tensor | None,
+):
+    ragged = token_offsets is not None
     if ragged:
         features //= topology.groups
+        _check_offsets(name, topology, token_offsets, x.shape[:-1].numel())
     if x.shape[-1:] != (features,):
         side = f"{features} features" + (" (of one group)" if ragged else "")
         raise ValueError(
@@ -250,20 +264,32 @@ def _check(name: str, topology: Topology, x: Tensor, other: Tensor, bias: Tensor
         )
 
 
+def _check_offsets(name: str, topology: Topology, token_offsets: Tensor, tokens: int):
+    if token_offsets.shape != (topology.groups + 1,):
+        raise ValueError(
+            f"{name}: {topology.groups} groups want {topology.groups + 1} token offsets, got {tuple(token_offsets.shape)}"
+        )
+    if token_offsets.device.type == "cpu" and not torch.compiler.is_compiling():  # on a GPU it would synchronise
+        ends = token_offsets.tolist()
+        if ends != sorted(ends) or (ends[0], ends[-1]) != (0, tokens):
+            raise ValueError(f"{name}: token_offsets must rise from 0 to {tokens}, the number of tokens, got {ends}")
+
+
 def _pad(x: Tensor, topology: Topology, side: int, groups: int) -> Tensor:
     """Flatten to [tokens, features] and pad each group's features to whole blocks."""
+    x = x.reshape(-1, x.shape[-1])
     size = topology.shape[side] // topology.groups
     missing = topology.grid[side] // topology.groups * topology.block_size - size
     if missing:
-        x = F.pad(x.reshape(-1, groups, size), (0, missing))
-    return _row_major(x.reshape(-1, groups * (size + missing)))
+        x = F.pad(x.unflatten(1, (groups, size)), (0, missing)).flatten(1)
+    return _row_major(x)
 
 
 def _crop(y: Tensor, topology: Topology, side: int, groups: int) -> Tensor:
     """Undo `_pad`, but for the leading axes."""
     size = topology.shape[side] // topology.groups
     if size % topology.block_size:
-        y = y.view(len(y), groups, -1)[:, :, :size].flatten(1)
+        y = y.unflatten(1, (groups, y.shape[1] // groups))[:, :, :size].flatten(1)
     return y
 
 

@@ -94,12 +94,16 @@ def build_index(layout: Layout) -> Tensor:
     return torch.cat((row_pairs, col_pairs, row_offsets, col_offsets, row_order, col_order)).int()
 
 
+_SAVED = ("block_rows", "block_cols", "_extra_state")
+
+
 class Topology(nn.Module):
     """The live blocks of a block-sparse matrix and the slots they are stored in.
 
-    `block_rows` and `block_cols` are persistent buffers and *are* the topology: slot s of the weight holds block
-    (block_rows[s], block_cols[s]), in global block coordinates; -1 marks a dead slot. `index` is derived from them.
-    With groups, the matrix is block-diagonal: group g owns block rows g*R/G ... and block columns g*C/G ... .
+    `block_rows` and `block_cols` *are* the topology: slot s of the weight holds block (block_rows[s], block_cols[s]), in
+    global block coordinates; -1 marks a dead slot. They move and are saved as buffers are, but are not registered as such:
+    DistributedDataParallel would broadcast them at every forward, and no backend of it knows int16. `index` is derived
+    from them and not saved. With groups, the matrix is block-diagonal: group g owns block rows g*R/G ... and block columns g*C/G ... .
 
     Args:
         block_rows, block_cols: int [num_slots], no duplicates; -1 in both = dead slot.
@@ -117,10 +121,11 @@ class Topology(nn.Module):
         self.block_size = block_size
         self.groups = groups
         self.grid = tuple(groups * -(-size // groups // block_size) for size in shape)
+        check_blocks(block_rows, block_cols, self.grid, groups)
         dtype = torch.int16 if max(self.grid) < 2**15 else torch.int32
-        self.register_buffer("block_rows", block_rows.to(dtype, copy=True))
-        self.register_buffer("block_cols", block_cols.to(dtype, copy=True))
-        self.register_buffer("index", torch.empty(0, dtype=torch.int32, device=block_rows.device), persistent=False)
+        self.block_rows = block_rows.to(dtype, copy=True)
+        self.block_cols = block_cols.to(dtype, copy=True)
+        self.index = torch.empty(0, dtype=torch.int32, device=block_rows.device)
         # How often a checkpoint brought in another topology; a rule compares it to notice stale optimiser state.
         self.adoptions = 0
         self._reindex()
@@ -136,6 +141,8 @@ class Topology(nn.Module):
         if isinstance(live, float):
             live = live_count(live, rows * cols)
         live = [live] * groups if isinstance(live, int) else live
+        if not all(0 < count <= rows * cols for count in live):
+            raise ValueError(f"live must be from 1 to {rows * cols} blocks in each group, got {live}")
         chosen = [_random_positions(rows, cols, count) for count in live]
         block_rows = torch.cat([p // cols + g * rows for g, p in enumerate(chosen)])
         block_cols = torch.cat([p % cols + g * cols for g, p in enumerate(chosen)])
@@ -190,9 +197,9 @@ class Topology(nn.Module):
 
     @torch.no_grad()
     def replace(self, block_rows: Tensor, block_cols: Tensor) -> None:
-        """Take over coordinates of any number of slots, in the same buffers; compaction, checkpoints and followers use it."""
-        for buffer, value in ((self.block_rows, block_rows), (self.block_cols, block_cols)):
-            buffer.set_(value.to(buffer, copy=True))
+        """Take over coordinates of any number of slots, in the same tensors: what compaction and loading need."""
+        for own, value in ((self.block_rows, block_rows), (self.block_cols, block_cols)):
+            own.set_(value.to(own, copy=True))
         self._reindex()
 
     @torch.no_grad()
@@ -210,26 +217,42 @@ class Topology(nn.Module):
             self.full = bool(((positions == places) | (self.block_rows < 0)).all())
         self.index.set_(build_index(self.layout))
 
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.block_rows, self.block_cols, self.index = fn(self.block_rows), fn(self.block_cols), fn(self.index)
+        return self
+
     def get_extra_state(self) -> Tensor:
+        """int64 (out_features, in_features, block_size, groups): with the coordinates, all there is to know."""
         return torch.tensor([*self.shape, self.block_size, self.groups])
 
-    def set_extra_state(self, state: Tensor) -> None:
-        saved, own = state.tolist(), self.get_extra_state().tolist()
-        if saved != own:
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[prefix + "block_rows"], destination[prefix + "block_cols"] = self.block_rows, self.block_cols
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def check_checkpoint(self, state_dict: dict, prefix: str) -> bool:
+        """Whether there is a topology at `prefix`; raise a ValueError if it is not one of this geometry."""
+        if any(prefix + name not in state_dict for name in _SAVED):
+            return False
+        rows, cols, geometry = (state_dict[prefix + name] for name in _SAVED)
+        own = self.get_extra_state().tolist()
+        if geometry.tolist() != own:
             words = "(out_features, in_features, block_size, groups)"
             raise ValueError(
-                f"load_state_dict: the checkpoint's topology has {words} {tuple(saved)}, the layer {tuple(own)}"
+                f"load_state_dict: the checkpoint's topology has {words} {tuple(geometry.tolist())}, the layer {tuple(own)}"
             )
+        check_blocks(rows, cols, self.grid, self.groups)
+        return True
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        rows, cols = state_dict.get(prefix + "block_rows"), state_dict.get(prefix + "block_cols")
-        if rows is not None and cols is not None:
-            self.set_extra_state(state_dict.get(prefix + "_extra_state", self.get_extra_state()))
-            rows, cols = rows.to(self.block_rows), cols.to(self.block_cols)
-            if not (torch.equal(rows, self.block_rows) and torch.equal(cols, self.block_cols)):
-                self.adoptions += 1
-                self.replace(rows, cols)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
+        if not self.check_checkpoint(state_dict, prefix):
+            missing_keys.extend(prefix + name for name in _SAVED if prefix + name not in state_dict)
+            return
+        rows, cols = state_dict[prefix + "block_rows"], state_dict[prefix + "block_cols"]
+        rows, cols = rows.to(self.block_rows), cols.to(self.block_cols)
+        if not (torch.equal(rows, self.block_rows) and torch.equal(cols, self.block_cols)):
+            self.adoptions += 1
+            self.replace(rows, cols)
 
     def extra_repr(self) -> str:
         groups = f", groups={self.groups}" if self.groups > 1 else ""
@@ -251,11 +274,35 @@ def check_geometry(shape: tuple[int, int], block_size: int, groups: int) -> None
             raise ValueError(f"{name} must be a positive multiple of groups, got {name}={size}, groups={groups}")
 
 
+def check_blocks(block_rows: Tensor, block_cols: Tensor, grid: tuple[int, int], groups: int) -> None:
+    """Refuse coordinates that are no topology; native kernels would follow them outside of their memory."""
+    if block_rows.dim() != 1 or block_rows.shape != block_cols.shape:
+        shapes = f"{tuple(block_rows.shape)} and {tuple(block_cols.shape)}"
+        raise ValueError(f"Topology: block_rows and block_cols must be of one length, got shapes {shapes}")
+    if block_rows.device.type == "meta":
+        return
+    rows, cols = block_rows.long(), block_cols.long()
+    outside = (rows < 0) | (rows >= grid[0]) | (cols < 0) | (cols >= grid[1])
+    outside |= rows // (grid[0] // groups) != cols // (grid[1] // groups)
+    outside &= (rows != -1) | (cols != -1)
+    if outside.any():
+        slot = int(outside.int().argmax())
+        block = (int(rows[slot]), int(cols[slot]))
+        raise ValueError(
+            f"Topology: slot {slot} has block {block}, outside the {grid[0]} x {grid[1]} blocks in {groups} groups"
+        )
+    places = torch.sort(rows[rows >= 0] * grid[1] + cols[rows >= 0]).values
+    twice = places[1:][places.diff() == 0]
+    if len(twice):
+        raise ValueError(f"Topology: block {divmod(int(twice[0]), grid[1])} is live in two slots")
+
+
 def _random_positions(rows: int, cols: int, count: int) -> Tensor:
     """`count` distinct places of a rows x cols grid, sorted; the first ones cover rows and columns, the rest are uniform."""
-    longest = max(rows, cols)
-    diagonal = torch.arange(min(count, longest))
-    cover = torch.randperm(rows)[diagonal % rows] * cols + torch.randperm(cols)[diagonal % cols]
-    rest = torch.randperm(rows * cols)
-    rest = rest[~torch.isin(rest, cover)][: count - len(cover)]
-    return torch.cat((cover, rest)).sort().values
+    with torch.device("cpu"):  # whatever the default device: the same draws everywhere, and some on "meta" too
+        longest = max(rows, cols)
+        diagonal = torch.arange(min(count, longest))
+        cover = torch.randperm(rows)[diagonal % rows] * cols + torch.randperm(cols)[diagonal % cols]
+        rest = torch.randperm(rows * cols)
+        rest = rest[~torch.isin(rest, cover)][: count - len(cover)]
+        return torch.cat((cover, rest)).sort().values

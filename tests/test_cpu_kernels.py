@@ -91,7 +91,9 @@ def check(topology, dy, x, offsets, dtype, bias=None):
 
     y = cpu.dds(x, weight, layout, bias, True, offsets)
     truth = reference.dds(x64, w64, layout, b64, True, offsets)
-    assert_close(y, truth, reference.dds(x64.abs(), w64.abs(), layout, None if bias is None else b64.abs(), True, offsets), dtype)
+    assert_close(
+        y, truth, reference.dds(x64.abs(), w64.abs(), layout, None if bias is None else b64.abs(), True, offsets), dtype
+    )
 
     dx = cpu.dds(dy, weight, layout, token_offsets=offsets)
     truth = reference.dds(dy64, w64, layout, token_offsets=offsets)

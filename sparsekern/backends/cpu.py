@@ -18,7 +18,9 @@ except ImportError as error:
 def unavailable() -> str | None:
     """Why these kernels cannot run here, in a sentence; None when they can."""
     if _C is None:
-        return f"sparsekern was installed without its C++ module ({_import_error}); install it again with a C++ compiler."
+        return (
+            f"sparsekern was installed without its C++ module ({_import_error}); install it again with a C++ compiler."
+        )
     return None
 
 
@@ -64,9 +66,7 @@ def densify(weight: Tensor, layout: Layout) -> Tensor:
     if layout.full and b == 1:
         return weight.view(shape)
     dense = weight.new_empty(shape)
-    _C.densify(
-        _native(layout), weight.data_ptr(), dense.data_ptr(), weight.element_size(), torch.get_num_threads()
-    )
+    _C.densify(_native(layout), weight.data_ptr(), dense.data_ptr(), weight.element_size(), torch.get_num_threads())
     return dense
 
 

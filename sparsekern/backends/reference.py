@@ -11,6 +11,10 @@ from torch.nn import functional as F
 from sparsekern.topology import Layout
 
 
+def unavailable() -> None:
+    """The reference runs everywhere."""
+
+
 def densify(weight: Tensor, layout: Layout) -> Tensor:
     """Scatter the blocks into dense matrices [groups, out_per_group, in_per_group] (padded sizes); dead places are zero."""
     g, r, c, b = layout.groups, layout.num_rows // layout.groups, layout.num_cols // layout.groups, layout.block_size
@@ -39,46 +43,48 @@ def dds(
     token_offsets: Tensor | None = None,
 ) -> Tensor:
     """y = x Wᵀ + bias if `transpose`, else y = x W. See `sparsekern.products.dds`; here x is 2-D and padded."""
-    dense = densify(weight, layout)
-    if transpose:
-        dense = dense.transpose(1, 2)
-    biases = None if bias is None else bias.view(layout.groups, -1)
-    if token_offsets is not None:
-        ends = token_offsets.tolist()
-        y = x.new_empty(x.shape[0], dense.shape[2])
-        for g in range(layout.groups):
-            part = slice(ends[g], ends[g + 1])
-            y[part] = _affine(x[part], dense[g], None if biases is None else biases[g])
-        return y
-    if layout.groups == 1:
-        return _affine(x, dense[0], bias)
-    y = torch.bmm(x.view(len(x), layout.groups, -1).transpose(0, 1), dense).transpose(0, 1).reshape(len(x), -1)
-    return y if bias is None else y.add_(bias)
+    return multiply(x, densify(weight, layout), bias, transpose, token_offsets)
 
 
 def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = None) -> Tensor:
     """The live blocks of dyᵀx, [num_slots, B, B]. See `sparsekern.products.sdd`; here both are 2-D and padded."""
-    return gather(_dense_gradient(dy, x, layout.groups, token_offsets), layout)
+    return gather(outer(dy, x, layout.groups, token_offsets), layout)
 
 
 def block_norms(dy: Tensor, x: Tensor, layout: Layout, rows: slice, token_offsets: Tensor | None = None) -> Tensor:
     """Squared Frobenius norms, float32 [groups, rows, cols], of the blocks of dyᵀx in some block rows of every group."""
     b, per_group = layout.block_size, layout.num_rows // layout.groups
-    strip = dy.view(len(dy), -1, per_group, b)[:, :, rows].reshape(len(dy), -1)
-    dense = _dense_gradient(strip, x, layout.groups, token_offsets)
+    strip = dy.unflatten(1, (dy.shape[1] // (per_group * b), per_group, b))[:, :, rows].flatten(1)
+    dense = outer(strip, x, layout.groups, token_offsets)
     squares = dense.float().square_()
     return squares.view(layout.groups, -1, b, squares.shape[2] // b, b).sum(dim=(2, 4))
 
 
-def _affine(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, matrix.t(), bias)
+def multiply(x: Tensor, dense: Tensor, bias: Tensor | None, transpose: bool, token_offsets: Tensor | None) -> Tensor:
+    """x D, or x Dᵀ + bias, for the dense matrices D [groups, out_per_group, in_per_group] of a layer."""
+    groups = len(dense)
+    if token_offsets is not None:
+        biases = groups * (None,) if bias is None else bias.view(groups, -1)
+        y = x.new_empty(len(x), dense.shape[1 if transpose else 2])
+        for (a, b), matrix, own in zip(_spans(token_offsets), dense, biases, strict=True):
+            y[a:b] = F.linear(x[a:b], matrix if transpose else matrix.t(), own)
+        return y
+    if groups == 1:
+        return F.linear(x, dense[0] if transpose else dense[0].t(), bias)
+    matrices = dense.transpose(1, 2) if transpose else dense
+    y = torch.bmm(x.view(len(x), groups, -1).transpose(0, 1), matrices).transpose(0, 1).reshape(len(x), -1)
+    return y if bias is None else y.add_(bias)
 
 
-def _dense_gradient(dy: Tensor, x: Tensor, groups: int, token_offsets: Tensor | None) -> Tensor:
+def outer(dy: Tensor, x: Tensor, groups: int, token_offsets: Tensor | None) -> Tensor:
     """dyᵀx of every group, [groups, out_per_group, in_per_group]."""
     if token_offsets is not None:
-        ends = token_offsets.tolist()
-        return torch.stack([dy[a:b].t() @ x[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)])
+        return torch.stack([dy[a:b].t() @ x[a:b] for a, b in _spans(token_offsets)])
     if groups == 1:
         return (dy.t() @ x)[None]
     return torch.bmm(dy.view(len(dy), groups, -1).permute(1, 2, 0), x.view(len(x), groups, -1).transpose(0, 1))
+
+
+def _spans(token_offsets: Tensor) -> list[tuple[int, int]]:
+    ends = token_offsets.tolist()
+    return list(zip(ends[:-1], ends[1:], strict=True))

@@ -1,0 +1,119 @@
+"""The settings of a run: one frozen dataclass, which is the command line, and config.json in the run folder.
+
+Defaults are the paper's (arXiv 2508.06871), except for `timesteps`: the paper trains for 400,000. A timestep is one
+lock-step round in which every task's environment steps once.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    rollout_steps: int = 2000
+    """Timesteps between two fits; every rollout starts fresh episodes."""
+    epochs: int = 8
+    """Passes of the actor over a rollout. The critic takes one step on all of it."""
+    minibatch: int = 256
+    """Transitions per task in a minibatch of the actor, on average: minibatches are drawn from the shuffled union."""
+    learning_rate: float = 1e-3
+    """Adam's, for actor and critic."""
+    gamma: float = 0.99
+    """Discount per timestep."""
+    gae_lambda: float = 0.95
+    """Decay per timestep of generalised advantage estimation."""
+    clip: float = 0.2
+    """The probability ratio earns nothing beyond 1 +- clip."""
+    entropy: float = 0.01
+    """Weight of the policy's entropy [nats] in the actor's loss."""
+
+
+@dataclass(frozen=True)
+class SETConfig:
+    drop_fraction: float = 0.3
+    """Share of a layer's live blocks that moves at a rewire."""
+    update_every: int = 2000
+    """Timesteps between two rewires."""
+
+
+@dataclass(frozen=True)
+class GMPConfig:
+    start: float = 0.05
+    """Share of the run after which pruning starts."""
+    end: float = 0.8
+    """Share of the run after which the final density is reached."""
+    update_every: int = 500
+    """Timesteps between two prunings; those that fall into one rollout are done at once, after its fit."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train one agent on one suite of tasks, and print what it earned and what it cost.
+
+    Example: python rl/run.py --suite mt3 --agent mtppo --treatment set --density 0.05 --block-size 1 --seed 0
+    """
+
+    suite: Literal["mt3", "mt5", "mt7"] = "mt3"
+    """Tasks: 3, 5 or 7 of MiniGrid."""
+    agent: Literal["mtppo"] = "mtppo"
+    """mtppo: PPO, one convolutional encoder for all tasks, one head per task."""
+    treatment: Literal["dense", "gmp", "set"] = "set"
+    """dense: nothing. gmp: prune gradually by magnitude. set: sparse throughout, small weights move at random."""
+    networks: Literal["both", "actor", "critic"] = "both"
+    """Which networks are treated; the others are dense."""
+    density: float = 0.05
+    """Live blocks / all blocks, in (0, 1]: gmp ends with it, over all weights; set keeps it, over linear layers."""
+    block_size: Literal[1, 2, 4, 8, 16, 32, 64, 128] = 1
+    """Side of the blocks that live and die together; 1 is unstructured, as in the paper."""
+    seed: int = 0
+    """The same command with the same seed writes the same metrics.csv, but for its time/ rows."""
+    timesteps: int = 40_000
+    """Length of the run; the paper's is 400,000."""
+    evaluate_every: int = 10_000
+    """Timesteps between evaluations (at the next end of a rollout), each followed by a checkpoint."""
+    episodes: int = 25
+    """Episodes per task in an evaluation."""
+    threads: int = 1
+    """Threads of PyTorch. More than one gains little on networks of this size; cores are better used by other runs."""
+    runs: Path = Path("runs")
+    """Run folders are made here: <runs>/<suite>-<agent>-<treatment>.../<seed>-<time>/."""
+    ppo: PPOConfig = PPOConfig()
+    set: SETConfig = SETConfig()
+    gmp: GMPConfig = GMPConfig()
+
+    def __post_init__(self):
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density must be in (0, 1], got {self.density}")
+        for name in ("timesteps", "evaluate_every", "episodes", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
+
+    @property
+    def experiment(self) -> str:
+        """What runs that differ only in seed share."""
+        parts = [self.suite, self.agent, self.treatment]
+        if self.treatment != "dense":
+            parts += [f"density{self.density:g}", f"block{self.block_size}"]
+            parts += [self.networks] * (self.networks != "both")
+        return "-".join(parts)
+
+    def save(self, folder: Path) -> None:
+        text = json.dumps(dataclasses.asdict(self), indent=2, default=str)
+        (folder / CONFIG).write_text(text + "\n")
+
+
+def load(folder: Path) -> Config:
+    """Read the settings of the run in this folder."""
+    if not (folder / CONFIG).exists():
+        raise ValueError(f"--resume: {folder} is no run folder, it has no {CONFIG}")
+    values = json.loads((folder / CONFIG).read_text())
+    parts = {"ppo": PPOConfig, "set": SETConfig, "gmp": GMPConfig}
+    values |= {name: part(**values[name]) for name, part in parts.items()}
+    return Config(**values | {"runs": Path(values["runs"])})

@@ -1,0 +1,68 @@
+"""Learner: one network with its optimiser and what its treatment does to it."""
+
+import torch
+from torch import Tensor
+
+import sparsekern as sk
+from rl.agents import AGENTS
+from rl.config import Config
+from rl.envs import SUITES
+from rl.seeds import Stream, numpy_generator
+from rl.treatments import TREATMENTS
+
+
+class Learner:
+    """An agent's network, built and treated as the configuration says.
+
+    Args:
+        role: "actor" or "critic".
+        out_features: outputs per observation.
+    """
+
+    def __init__(self, config: Config, role: str, out_features: int):
+        seeds = numpy_generator(config.seed, Stream[role.upper()])
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(int(seeds.integers(2**63)))
+            parts = TREATMENTS[config.treatment] if config.networks in ("both", role) else ()
+            block_size = config.block_size if parts else 1  # a dense layer in blocks of 1 is a matrix as it stands
+            self.network = AGENTS[config.agent](len(SUITES[config.suite]), out_features, block_size)
+            self.dense_parameters = self.live_parameters()
+            for part in parts:
+                part.prepare(self.network, config)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.ppo.learning_rate, fused=True)
+        rule_seed = int(seeds.integers(2**31))  # another one per network, else actor and critic would grow alike
+        self.rules = [part.make_rule(self.network, self.optimizer, config, rule_seed) for part in parts]
+
+    def minimise(self, loss: Tensor) -> None:
+        """Take one optimiser step."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def rewire(self, clock: int) -> None:
+        """Tell the treatment that `clock` timesteps have passed."""
+        for rule in self.rules:
+            rule.step(clock=clock)
+
+    def state_dict(self) -> dict:
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rules": [rule.state_dict() for rule in self.rules],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for rule, rule_state in zip(self.rules, state["rules"], strict=True):
+            rule.load_state_dict(rule_state)
+
+    def live_parameters(self) -> int:
+        """Parameters that take part: neither slots of dead blocks nor the padding of blocks that stick out."""
+        sparse = [m for m in self.network.modules() if isinstance(m, (sk.SparseLinear, sk.SparseConv2d))]
+        stored = sum(p.numel() for p in self.network.parameters())
+        return stored - sum(m.weight.numel() - int(m.lanes().expand_as(m.weight).sum()) for m in sparse)
+
+    def nbytes(self) -> int:
+        """Bytes of weights, gradients, optimiser state and, of sparse layers, coordinates and index."""
+        return sk.summary(self.network, self.optimizer).total.total

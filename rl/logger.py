@@ -1,0 +1,54 @@
+"""Logger: one record call, two sinks: metrics.csv in long form (step,name,value) and TensorBoard."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+from torch.utils.tensorboard import SummaryWriter
+
+CSV = "metrics.csv"
+
+
+class Logger:
+    """Writes a run's metrics into its folder.
+
+    Args:
+        folder: the run folder.
+        step: where a resumed run goes on, in timesteps; 0 for a new one.
+        csv_bytes: length of metrics.csv at that step: what an interrupted run wrote later is dropped.
+    """
+
+    def __init__(self, folder: Path, step: int = 0, csv_bytes: int = 0):
+        self._csv = (folder / CSV).open("a", newline="")
+        self._csv.truncate(csv_bytes)
+        if csv_bytes == 0:
+            self._csv.write("step,name,value\n")
+        self._tensorboard = SummaryWriter(folder / "tb", purge_step=step + 1)
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._csv.write(f"{step},{name},{float(value):.8g}\n")
+            self._tensorboard.add_scalar(name, value, step)
+
+    def flush(self) -> int:
+        """Write out what is recorded so far; returns the length of metrics.csv in bytes, for the checkpoint."""
+        self._tensorboard.flush()
+        self._csv.flush()
+        return self._csv.tell()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._csv.close()
+        self._tensorboard.close()
+
+
+@contextmanager
+def timed(metrics: dict[str, float], name: str) -> Iterator[None]:
+    """Write the wall time of the with block, in milliseconds, into metrics[name]."""
+    start = time.perf_counter()
+    yield
+    metrics[name] = 1e3 * (time.perf_counter() - start)

@@ -1,0 +1,26 @@
+"""Every random number of a run is drawn from (seed, stream, clock): a checkpoint has no generator to save.
+
+A stream names what the numbers are for, so that asking for more of one (longer evaluations, say) leaves the others as
+they were. The clock is the timestep at which the drawing starts.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+import torch
+
+
+class Stream(IntEnum):
+    ACTOR = 0  # initial weights and topology
+    CRITIC = 1
+    ROLLOUT = 2
+    MINIBATCH = 3
+    EVALUATION = 4
+
+
+def numpy_generator(seed: int, stream: Stream, clock: int = 0) -> np.random.Generator:
+    return np.random.default_rng((seed, stream, clock))
+
+
+def torch_generator(seed: int, stream: Stream, clock: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(int(numpy_generator(seed, stream, clock).integers(2**63)))

@@ -1,0 +1,169 @@
+"""Multi-task PPO: rollouts of all tasks in lock-step, one fit after each, evaluations and checkpoints between fits."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rl import checkpoint
+from rl.config import Config, PPOConfig
+from rl.envs import SUITES
+from rl.envs.minigrid import Task
+from rl.envs.pool import EnvPool
+from rl.evaluate import evaluate
+from rl.learner import Learner
+from rl.logger import Logger, timed
+from rl.rollout import Rollout, collect
+from rl.seeds import Stream, torch_generator
+
+
+def train(config: Config, folder: Path) -> None:
+    """Train in this run folder, from its last checkpoint where it has one."""
+    torch.set_num_threads(config.threads)
+    tasks = SUITES[config.suite]
+    # rollouts share the evaluation's first environments: both begin with fresh episodes, so neither disturbs the other
+    pool = EnvPool(tasks * config.episodes)
+    actor = Learner(config, "actor", int(pool.action_space.n))
+    critic = Learner(config, "critic", 1)
+    state = checkpoint.load(folder) or {"clock": 0, "csv_bytes": 0}
+    if state["clock"]:
+        actor.load_state_dict(state["actor"])
+        critic.load_state_dict(state["critic"])
+    clock = state["clock"]
+    progress = tqdm(total=config.timesteps, initial=clock, unit="timestep", disable=None)
+    with Logger(folder, clock, state["csv_bytes"]) as logger, progress:
+        while clock < config.timesteps:
+            steps = min(config.ppo.rollout_steps, config.timesteps - clock)
+            metrics: dict[str, float] = {}
+            rollout = collect(pool, actor.network, len(tasks), steps, config.seed, clock)
+            with timed(metrics, "time/update_ms"):
+                metrics |= fit(actor, critic, rollout, config.ppo, config.seed, clock)
+            metrics |= describe(tasks, rollout) | sizes(actor, critic)
+
+            evaluating = (clock + steps) // config.evaluate_every > clock // config.evaluate_every
+            clock += steps
+            finished = clock == config.timesteps
+            if evaluating or finished:  # before rewiring: this is the policy that the fit made
+                with timed(metrics, "time/evaluate_ms"):
+                    returns = evaluate(pool, actor.network, len(tasks), config.episodes, config.seed, clock)
+                metrics |= judge(tasks, returns)
+                progress.set_postfix(score=metrics["score/mean"], success=metrics["success/mean"])
+            if not finished:  # nobody would train what a last rewire grows
+                with timed(metrics, "time/rewire_ms"):
+                    actor.rewire(clock)
+                    critic.rewire(clock)
+            logger.record(clock, metrics)
+            if evaluating or finished:
+                learners = {"actor": actor.state_dict(), "critic": critic.state_dict()}
+                checkpoint.save(folder, {"clock": clock, "csv_bytes": logger.flush(), **learners})
+            progress.update(steps)
+
+
+def fit(actor: Learner, critic: Learner, rollout: Rollout, ppo: PPOConfig, seed: int, clock: int) -> dict[str, float]:
+    """Improve critic and actor by one rollout; returns their losses and what else says how it went."""
+    seen, cut = rollout.seen, rollout.cut
+    num_tasks = seen.shape[1]
+    with torch.no_grad():
+        values = critic.network(rollout.observations, rollout.tasks).squeeze(-1)[seen]
+        next_values = values.roll(-1, dims=0)
+        cut_tasks = torch.arange(num_tasks).expand_as(cut)[cut]
+        next_values[cut] = critic.network(rollout.next_observations[cut], cut_tasks).squeeze(-1)
+    advantages = gae(rollout.rewards, values, next_values, rollout.terminated, cut, ppo.gamma, ppo.gae_lambda)
+    targets = values + advantages
+    value_loss = nn.functional.mse_loss(critic.network(rollout.observations, rollout.tasks).squeeze(-1)[seen], targets)
+    critic.minimise(value_loss)
+
+    # each task's advantages by its own spread: rewards differ in scale between tasks
+    advantages = (advantages - advantages.mean(0)) / (advantages.std(0, correction=0) + 1e-8)
+    log_probs = rollout.logits.log_softmax(-1)[seen, rollout.actions]
+    transitions = [t.flatten() for t in (seen, rollout.actions, log_probs, advantages)]
+    generator = torch_generator(seed, Stream.MINIBATCH, clock)
+    history = []
+    for _ in range(ppo.epochs):
+        for batch in torch.randperm(seen.numel(), generator=generator).split(ppo.minibatch * num_tasks):
+            b_seen, b_actions, b_log_probs, b_advantages = (t[batch] for t in transitions)
+            # what was seen several times goes through the network once, with the same loss and gradient
+            distinct, b_seen = b_seen.unique(return_inverse=True)
+            logits = actor.network(rollout.observations[distinct], rollout.tasks[distinct])[b_seen]
+            loss, stats = policy_loss(logits, b_actions, b_log_probs, b_advantages, ppo.clip, ppo.entropy)
+            actor.minimise(loss)
+            history.append(stats)
+    names = ("loss/policy", "ppo/entropy", "ppo/approx_kl", "ppo/clip_fraction")
+    return dict(zip(names, torch.stack(history).mean(0).tolist(), strict=True)) | {
+        "loss/value": value_loss.item(),
+        "ppo/explained_variance": 1 - ((targets - values).var() / targets.var()).item(),
+    }
+
+
+def gae(
+    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, cut: Tensor, gamma: float, lam: float
+) -> Tensor:
+    """Generalised advantage estimates [T, n].
+
+    Args:
+        rewards, values, next_values: float [T, n]; next_values[t] is the value of what followed timestep t.
+        terminated: bool [T, n]: nothing followed, so next_values is not used.
+        cut: bool [T, n]: the episode went on unseen; next_values is used, but no later timestep.
+    """
+    errors = rewards + gamma * next_values.masked_fill(terminated, 0) - values
+    decay = gamma * lam * ~(terminated | cut)
+    advantages = torch.empty_like(errors)
+    following = torch.zeros_like(errors[0])
+    for t in reversed(range(len(errors))):
+        following = torch.addcmul(errors[t], decay[t], following, out=advantages[t])
+    return advantages
+
+
+def policy_loss(
+    logits: Tensor, actions: Tensor, old_log_probs: Tensor, advantages: Tensor, clip: float, entropy: float
+) -> tuple[Tensor, Tensor]:
+    """Clipped surrogate minus the entropy bonus, over N transitions.
+
+    Returns:
+        The loss, and detached [4]: loss, entropy in nats, approximate KL(old, new) in nats, share of clipped ratios.
+    """
+    log_probs = logits.log_softmax(-1)
+    log_ratio = log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1) - old_log_probs
+    ratio = log_ratio.exp()
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
+    mean_entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
+    loss = -surrogate - entropy * mean_entropy
+    clipped = ((ratio - 1).abs() > clip).float().mean()
+    return loss, torch.stack((loss, mean_entropy, (ratio - 1 - log_ratio).mean(), clipped)).detach()
+
+
+def describe(tasks: Sequence[Task], rollout: Rollout) -> dict[str, float]:
+    """How collecting went: the mean return of the episodes that ended, per task that had any, and the time it took."""
+    ended = zip(tasks, rollout.episode_returns, strict=True)
+    return {f"rollout/{task.name}": sum(returns) / len(returns) for task, returns in ended if returns} | {
+        "time/steps_per_second": rollout.rewards.numel() / rollout.seconds,
+        "time/acting_share": rollout.seconds_acting / rollout.seconds,
+    }
+
+
+def judge(tasks: Sequence[Task], returns: np.ndarray) -> dict[str, float]:
+    """Evaluated returns [num_tasks, episodes] as metrics: mean return, normalised return and success of each task."""
+    metrics = {}
+    for task, of_task in zip(tasks, returns, strict=True):
+        metrics[f"return/{task.name}"] = of_task.mean()
+        metrics[f"score/{task.name}"] = task.score(of_task.mean())
+        metrics[f"success/{task.name}"] = np.mean([task.solved(r) for r in of_task])
+    for kind in ("score", "success"):
+        metrics[f"{kind}/mean"] = np.mean([metrics[f"{kind}/{task.name}"] for task in tasks])
+    return metrics
+
+
+def sizes(*learners: Learner) -> dict[str, float]:
+    """Parameters and bytes of all networks together, and of the dense networks they stand for."""
+    live = sum(learner.live_parameters() for learner in learners)
+    dense = sum(learner.dense_parameters for learner in learners)
+    return {
+        "sparse/live_parameters": live,
+        "sparse/dense_parameters": dense,
+        "sparse/density": live / dense,
+        "sparse/bytes": sum(learner.nbytes() for learner in learners),
+        "sparse/dense_bytes": 16 * dense,  # float32: weight, gradient and Adam's two moments
+    }

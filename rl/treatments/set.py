@@ -1,0 +1,33 @@
+"""SET: linear layers are sparse from the start; every 2000 timesteps their smallest weights move to random places.
+
+Convolutions stay dense. The densities of the layers follow Erdős-Rényi-Kernel and together make up `density`.
+"""
+
+from torch import nn
+from torch.optim import Optimizer
+
+import sparsekern as sk
+from rl.config import Config
+
+
+def prepare(network: nn.Module, config: Config) -> None:
+    heads = {name: layer for name, layer in network.named_modules() if isinstance(layer, sk.SparseLinear)}
+    stay_dense = [name for name, layer in heads.items() if layer.block_size != config.block_size]  # too small for it
+    sk.sparsify(
+        network,
+        density=config.density,
+        block_size=config.block_size,
+        distribution="erk",
+        exclude=stay_dense,
+        keep="fresh",
+    )
+
+
+def make_rule(network: nn.Module, optimizer: Optimizer, config: Config, seed: int) -> sk.SET:
+    return sk.SET(
+        network,
+        optimizer,
+        drop_fraction=config.set.drop_fraction,
+        update_every=config.set.update_every,
+        seed=seed,
+    )

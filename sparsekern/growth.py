@@ -1,0 +1,133 @@
+"""Candidates for growth, best first, while a dense gradient is never held.
+
+A candidate is one int64 key: 31 bits of score above 32 bits of inverted position, so that the largest keys are the best
+scores, ties go to the lower position, and every device selects alike. Scores are the bits of a non-negative float32 (RigL's
+squared gradient norms) or of a hash (SET's uniform choice). -1 is no candidate.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sparsekern.backends import reference
+from sparsekern.products import LAYOUT_SCHEMA, library
+from sparsekern.topology import Layout, Topology
+
+# Positions looked at in one go. 2**20 keys are 8 MB: beyond the caches of a core, but far below a dense gradient of a
+# large layer, and on a 1024 x 1024 layer of block size 1 one strip is all there is.
+STRIP = 2**20
+
+_LOW = 2**32 - 1
+
+
+def pack(scores: Tensor, positions: Tensor) -> Tensor:
+    """Keys of int64 scores in [0, 2**31) at int64 positions in [0, 2**32)."""
+    return (scores << 32) | (_LOW - positions)
+
+
+def positions_of(keys: Tensor) -> Tensor:
+    """Position of each key's block within its group; -1 where there is no candidate."""
+    return torch.where(keys < 0, -1, _LOW - (keys & _LOW))
+
+
+def scores_of(keys: Tensor) -> Tensor:
+    """float32 score of keys that were packed from floats; 0 where there is no candidate."""
+    return (keys >> 32).clamp(min=0).int().view(torch.float32)
+
+
+def float_bits(scores: Tensor) -> Tensor:
+    """int64 bits of non-negative float32 scores, which order as the scores do; -1 for what is not finite."""
+    return torch.where(scores.isfinite(), scores.float().contiguous().view(torch.int32).long(), -1)
+
+
+def best_candidates(layout: Layout, count: int, score: Callable[[slice, Tensor], Tensor]) -> Tensor:
+    """Keys [groups, count] of the best dead blocks of every group, found strip by strip with a running top-k.
+
+    Args:
+        count: how many to keep; fewer may exist.
+        score: called with a slice of block rows (of every group) and the positions in it, int64 [rows * cols]; returns
+            int64 [groups, rows * cols] scores in [0, 2**31), negative for blocks that must not grow.
+    """
+    groups, rows, cols = layout.groups, layout.num_rows // layout.groups, layout.num_cols // layout.groups
+    positions = layout.positions()
+    group, position = positions // (rows * cols), positions % (rows * cols)
+    best = torch.full((groups, count), -1, dtype=torch.int64, device=positions.device)
+    height = max(1, STRIP // (groups * cols))
+    for top in range(0, rows, height):
+        strip = slice(top, min(top + height, rows))
+        start, size = top * cols, (strip.stop - top) * cols
+        places = torch.arange(start, start + size, device=positions.device)
+        scores = score(strip, places)
+        keys = torch.where(scores < 0, -1, pack(scores, places))
+        # live blocks are no candidates; those outside this strip (and dead slots) write to a column that is cut off
+        keys = torch.cat((keys, keys.new_empty(groups, 1)), dim=1)
+        inside = (position >= start) & (position < start + size) & (group < groups)
+        keys.view(-1).index_fill_(0, torch.where(inside, group * (size + 1) + position - start, size), -1)
+        best = torch.cat((best, keys[:, :size]), dim=1).topk(count, dim=1).values
+    return best
+
+
+class GrowthScores:
+    """RigL's scores of one layer: while armed, every backward adds its squared gradient norms to the best dead blocks.
+
+    Several micro-batches between arming and reading sum up: exactly for block sizes above 1, where every dead block is
+    kept; for block size 1 a block must be among the `num_slots` best so far to keep its sum.
+    """
+
+    def __init__(self, topology: Topology):
+        dead = topology.num_blocks // topology.groups - min(topology.live_per_group())
+        count = dead if topology.block_size > 1 else min(dead, topology.num_slots)
+        device = topology.block_rows.device
+        # plain tensors: as buffers, DistributedDataParallel would overwrite every rank's scores with those of rank 0
+        self.armed = torch.zeros((), dtype=torch.bool, device=device)
+        self.keys = torch.full((topology.groups, count), -1, dtype=torch.int64, device=device)
+
+    def arm(self, armed: bool) -> None:
+        """Begin (or stop) scoring, with no scores; a device flag, so that compiled and captured steps obey it."""
+        self.armed.fill_(armed)
+        self.keys.fill_(-1)
+
+    def watch(self, y: Tensor, x: Tensor, token_offsets: Tensor | None, layout: Layout) -> Tensor:
+        """Return y = x Wᵀ unchanged, and score its gradient when it comes."""
+        return _Watch.apply(y, x, token_offsets, self.armed, self.keys, layout)
+
+
+class _Watch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, x, token_offsets, armed, keys, layout):
+        ctx.save_for_backward(x, token_offsets, armed, *layout[:3])
+        ctx.keys, ctx.geometry = keys, layout[3:]
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, token_offsets, armed, *tensors = ctx.saved_tensors
+        torch.ops.sparsekern.score_growth(dy, x, token_offsets, *tensors, *ctx.geometry, armed, ctx.keys)
+        return dy, None, None, None, None, None
+
+
+library.define(
+    f"score_growth(Tensor dy, Tensor x, Tensor? token_offsets, {LAYOUT_SCHEMA}, Tensor armed, Tensor(a!) keys) -> ()"
+)
+
+
+def _score_growth(dy, x, token_offsets, *args):
+    layout, (armed, keys) = Layout(*args[:-2]), args[-2:]
+    if armed.device.type == "cpu" and not armed:  # elsewhere reading the flag would synchronise
+        return
+    dy, x = dy.detach().contiguous(), x.detach()
+    held, held_positions = scores_of(keys), positions_of(keys)
+
+    def score(strip: slice, places: Tensor) -> Tensor:
+        norms = reference.block_norms(dy, x, layout, strip, token_offsets).flatten(1)
+        inside = (held_positions >= places[0]) & (held_positions <= places[-1])
+        index = torch.where(inside, held_positions - places[0], 0)
+        return float_bits(norms.scatter_add(1, index, torch.where(inside, held, 0)))
+
+    keys.copy_(torch.where(armed, best_candidates(layout, keys.shape[1], score), keys))
+
+
+library.impl("score_growth", _score_growth, "CPU")
+library.impl("score_growth", _score_growth, "CUDA")
+torch.library.register_fake("sparsekern::score_growth", lambda *args: None, lib=library)

@@ -1,0 +1,183 @@
+"""GMP: gradual magnitude pruning that really shrinks the layers."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparsekern import choose
+from sparsekern.rewire.optimizer_state import element_state
+from sparsekern.rewire.rewire import weakest
+from sparsekern.rewire.rules import Rule, distributed
+from sparsekern.rewire.schedule import cubic_density
+from sparsekern.rewire.scores import block_l1
+from sparsekern.topology import live_count
+
+
+class GMP(Rule):
+    """Gradual Magnitude Pruning (Zhu and Gupta, arXiv 1710.01878), strictly monotone: a pruned block never returns.
+
+    At every event the weakest blocks are marked dead until the density is
+    final + (initial - final) * (1 - (t - start_step) / (end_step - start_step))**3. Dead slots cost no time; once no more than
+    half of a layer's slots are live, and after the last event, the layer is compacted: the same Parameter gets a smaller
+    storage, and gradient and optimiser state follow. Start from `sparsify(model, density=1.0)`, which runs the vendor's dense
+    GEMM as long as that is faster.
+
+    Args:
+        model, optimizer, followers: as in SET.
+        final_density: live blocks / all blocks at end_step, in (0, 1].
+        start_step, end_step: the ramp. Events are due every `update_every` after start_step, and the last at end_step.
+        update_every: steps (or units of the clock) between events.
+        scope: "global" ranks the blocks of all layers together, by mean |w|; "layer" prunes each layer (and each group)
+            to the same density.
+        compact: False keeps every storage as it is, with dead slots; also so under data parallelism, where the buckets
+            of gradients have fixed sizes.
+
+    Attributes:
+        compactions: how often a layer was compacted; whoever captured a CUDA graph must capture it again.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        final_density: float = 0.05,
+        start_step: float = 0,
+        end_step: float | None = None,
+        update_every: float = 500,
+        scope: str = "global",
+        compact: bool = True,
+        followers: Iterable[nn.Module] = (),
+    ):
+        live_count(final_density, 1)  # checks the range
+        if scope not in ("global", "layer"):
+            raise ValueError(f"GMP: scope must be 'global' or 'layer', got {scope!r}")
+        if end_step is None:
+            raise ValueError("GMP: end_step is the time at which final_density is reached; it must be given, got None")
+        super().__init__(model, optimizer, update_every, start_step, end_step, 0, followers, False)
+        self.final_density, self.scope = final_density, scope
+        self.compact = compact and not distributed()
+        self.compactions = 0
+        self._done = False
+        self._live: dict[str, list[int]] = {}
+        self._adopted(list(self.layers))
+        self._initial = {path: layer.topology.live_per_group() for path, layer in self.layers.items()}
+        # How many blocks each layer has live, on its way from the device to the host, and the event that says it arrived.
+        self._counts: Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
+
+    def state_dict(self) -> dict:
+        initial = {path: list(live) for path, live in self._initial.items()}
+        return super().state_dict() | {"done": self._done, "initial": initial, "compactions": self.compactions}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self._done, self._initial, self.compactions = state["done"], state["initial"], state["compactions"]
+
+    def _adopted(self, paths: list[str]) -> None:
+        for path in paths:
+            self._live[path] = self.layers[path].topology.live_per_group()
+
+    def _due(self) -> float | None:
+        return None if self._done else min(self.start_step + self._next * self.update_every, self.end_step)
+
+    def _advance(self, now: float) -> None:
+        super()._advance(now)
+        self._done = now >= self.end_step
+
+    def _event(self, now: float) -> bool:
+        self._settle(wait=True)
+        progress = self._progress(now)
+        dead = self._weakest_of_all(progress) if self.scope == "global" else self._weakest_of_each(progress)
+        for path, mask in dead.items():
+            self._mark(path, mask)
+        counts = torch.stack([(layer.topology.block_rows >= 0).sum() for layer in self.layers.values()])
+        self._counts = counts.to("cpu", non_blocking=True)
+        if counts.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        return True
+
+    def _prepare(self, pace: float) -> None:
+        self._settle(wait=False)
+
+    def _weakest_of_all(self, progress: float) -> dict[str, Tensor]:
+        """Masks of the slots to be dead, from one ranking over all layers; elements count, as block sizes may differ."""
+        unit = min(layer.block_size for layer in self.layers.values()) ** 2
+        scores, sizes, total, initial = [], [], 0, 0
+        for path, layer in self.layers.items():
+            score = block_l1(layer, mean=True)
+            self._note_nan(path, score)
+            live = layer.topology.block_rows >= 0
+            size = layer.block_size**2 // unit
+            scores.append(torch.where(live, torch.where(score.isnan(), -torch.inf, score), torch.inf))
+            sizes.append(live * size)
+            total += size * layer.topology.num_blocks
+            initial += size * sum(self._initial[path])
+        sizes = torch.cat(sizes)
+        target = round(cubic_density(progress, initial / total, self.final_density) * total)
+        order = torch.sort(torch.cat(scores), stable=True).indices
+        dropped = sizes[order].cumsum(0) <= sizes.sum() - target
+        dead = torch.empty_like(dropped).scatter_(0, order, dropped | (sizes[order] == 0))
+        parts = dead.split([layer.topology.num_slots for layer in self.layers.values()])
+        return dict(zip(self.layers, parts, strict=True))
+
+    def _weakest_of_each(self, progress: float) -> dict[str, Tensor]:
+        dead = {}
+        for path, layer in self.layers.items():
+            topology = layer.topology
+            scores = block_l1(layer)
+            self._note_nan(path, scores)
+            places = topology.num_blocks // topology.groups
+            live = self._live[path]
+            targets = [
+                min(now, max(1, round(cubic_density(progress, first / places, self.final_density) * places)))
+                for now, first in zip(live, self._initial[path], strict=True)
+            ]
+            slots = weakest(scores, topology.layout, live, [n - t for n, t in zip(live, targets, strict=True)])
+            self._live[path] = targets
+            dead[path] = (topology.block_rows < 0).index_fill_(0, slots, True)
+        return dead
+
+    def _mark(self, path: str, dead: Tensor) -> None:
+        """Make these slots dead, with weight, gradient and state as in a fresh slot."""
+        self._moved[path] = ((self.layers[path].topology.block_rows >= 0) & dead).sum(), 0
+        for tensor, fresh in self._element_tensors(path):
+            tensor.masked_fill_(dead[:, None, None], fresh)
+        for copy in self._copies(path):
+            copy.weight.masked_fill_(dead[:, None, None], 0)
+            copy.topology.block_rows.masked_fill_(dead, -1)
+            copy.topology.block_cols.masked_fill_(dead, -1)
+            copy.topology.rebuild()
+
+    def _settle(self, wait: bool) -> None:
+        """Compact the layers that have become half empty, as soon as the host knows their number of live blocks."""
+        if self._counts is None or not (wait or self._arrived is None or self._arrived.query()):
+            return
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        for (path, layer), live in zip(self.layers.items(), self._counts.tolist(), strict=True):
+            topology = layer.topology
+            if self.compact and live < topology.num_slots and (2 * live <= topology.num_slots or self._done):
+                self._compact(path, max(live, 1))
+            elif topology.full and choose.sparse_is_faster(topology.layout):
+                for copy in self._copies(path):
+                    copy.topology.leave_full_store()
+        self._counts = self._arrived = None
+
+    @torch.no_grad()
+    def _compact(self, path: str, live: int) -> None:
+        """Keep the first `live` live slots, in order, in smaller storages of the same Parameters."""
+        layer = self.layers[path]
+        kept = torch.sort((layer.topology.block_rows < 0).int(), stable=True).indices[:live]
+        rows, cols = layer.topology.block_rows[kept], layer.topology.block_cols[kept]
+        for name, value, _ in [] if self.optimizer is None else list(element_state(self.optimizer, layer.weight)):
+            self.optimizer.state[layer.weight][name] = value[kept]
+        for copy in self._copies(path):
+            grad, copy.weight.grad = copy.weight.grad, None
+            copy.weight.set_(copy.weight[kept])
+            copy.weight.grad = None if grad is None else grad[kept]
+            copy.topology.replace(rows, cols)
+        self.compactions += 1

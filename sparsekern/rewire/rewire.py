@@ -1,0 +1,46 @@
+"""Drop and grow: pure selections of slots and positions, by operations of static shape (no host synchronisation)."""
+
+import torch
+from torch import Tensor
+
+from sparsekern.growth import best_candidates, positions_of
+from sparsekern.rewire.scores import uniform_hash
+from sparsekern.topology import Layout
+
+
+def weakest(scores: Tensor, layout: Layout, live: list[int], counts: list[int]) -> Tensor:
+    """int64 [sum(counts)]: the `counts[g]` live slots of each group g with the smallest scores; ties go to the lower slot.
+
+    Args:
+        scores: float32 [num_slots]; NaN ranks below every number.
+        live: live blocks of each group.
+    """
+    group = torch.where(layout.block_rows < 0, layout.groups, layout.block_rows // (layout.num_rows // layout.groups))
+    slots = torch.sort(torch.where(scores.isnan(), -torch.inf, scores), stable=True).indices
+    slots = slots[torch.sort(group[slots], stable=True).indices]
+    starts = [sum(live[:g]) for g in range(layout.groups)]
+    return torch.cat([slots[start : start + count] for start, count in zip(starts, counts, strict=True)])
+
+
+def random_candidates(layout: Layout, count: int, start: int) -> Tensor:
+    """Keys [groups, count] of dead blocks, each as likely as another; `start` picks the random stream."""
+    size = layout.num_rows * layout.num_cols // layout.groups // layout.groups
+
+    def score(strip: slice, places: Tensor) -> Tensor:
+        groups = torch.arange(layout.groups, device=places.device)[:, None]
+        return uniform_hash(start, groups * size + places)
+
+    return best_candidates(layout, count, score)
+
+
+def places(keys: Tensor, layout: Layout, counts: list[int]) -> tuple[Tensor, Tensor]:
+    """Global block rows and columns, int64 [sum(counts)], of each group's best keys; -1 where candidates ran out."""
+    best = keys.topk(max(counts), dim=1).values
+    position = torch.cat([positions_of(best[g, :count]) for g, count in enumerate(counts)])
+    group = torch.cat([torch.full((count,), g, device=keys.device) for g, count in enumerate(counts)])
+    rows, cols = layout.num_rows // layout.groups, layout.num_cols // layout.groups
+    none = position < 0
+    return (
+        torch.where(none, -1, group * rows + position // cols),
+        torch.where(none, -1, group * cols + position % cols),
+    )

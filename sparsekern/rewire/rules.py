@@ -1,0 +1,486 @@
+"""Rules: when a topology is rewired and how. A rule is called once per training step, after the optimiser."""
+
+import math
+import warnings
+from collections.abc import Iterable
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparsekern.growth import GrowthScores, float_bits, pack, positions_of, scores_of
+from sparsekern.layer import SparseLayer
+from sparsekern.rewire.optimizer_state import check_elementwise, element_state
+from sparsekern.rewire.rewire import places, random_candidates, weakest
+from sparsekern.rewire.schedule import Constant
+from sparsekern.rewire.scores import block_l1, stream, uniform_hash
+
+
+class Rule:
+    """Base of all rules: the clock, the layers and their followers, stats and resume. A subclass says what an event does.
+
+    Events are due at start_step + k * update_every for k = 1, 2, ... up to end_step, and fire at the first call at or past
+    their time. Times are in calls of `step()`, or in the units of the clock that is given to it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None,
+        update_every: float,
+        start_step: float,
+        end_step: float | None,
+        seed: int,
+        followers: Iterable[nn.Module],
+        coverage: bool,
+    ):
+        name = type(self).__name__
+        self.optimizer, self.seed = optimizer, seed
+        self.update_every, self.start_step, self.end_step = update_every, start_step, end_step
+        if update_every <= 0:
+            raise ValueError(f"{name}: update_every must be positive, got {update_every}")
+        if end_step is not None and end_step < start_step:
+            raise ValueError(f"{name}: end_step must not be before start_step, got {end_step} and {start_step}")
+        layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, SparseLayer)}
+        if not layers:
+            raise ValueError(
+                f"{name}: the model has no sparse layers; build it with SparseLinear or call sparsify(model)"
+            )
+        self.layers = {path: layer for path, layer in layers.items() if layer.weight.requires_grad}
+        """The sparse layers by name; a frozen layer (weight.requires_grad is False) is left alone."""
+        self._index = {path: i for i, path in enumerate(layers)}
+        self._check_optimizer(name)
+        self.followers = [self._follower(f) for f in followers]
+        self.clock = 0.0
+        self.events = 0
+        """Events that fired so far."""
+        self._next = 1
+        # Blocks dropped and grown at the last event; tensors while only the device knows.
+        self._moved: dict[str, tuple[int | Tensor, int | Tensor]] = dict.fromkeys(self.layers, (0, 0))
+        self._nan = {path: torch.zeros((), dtype=torch.bool, device=l.weight.device) for path, l in self.layers.items()}
+        self._covered = {path: l.topology.mask() for path, l in self.layers.items()} if coverage else None
+        self._seen = self._adoptions()
+        self._with_state = self._layers_with_state()
+        self._state_loads = self._state_loads_seen = 0
+        if optimizer is not None:
+            optimizer.register_load_state_dict_post_hook(self._note_state_load)
+        self._check_ranks()
+
+    def step(self, clock: float | None = None) -> bool:
+        """Count one training step, and rewire if an event is due.
+
+        Args:
+            clock: time in the units of update_every and the *_step arguments; without it, the number of calls so far.
+        Returns:
+            True when blocks were rewired.
+        """
+        now = self.clock + 1 if clock is None else clock
+        if now < self.clock:
+            raise ValueError(
+                f"{type(self).__name__}.step: the clock must not run backwards, got {clock} after {self.clock}"
+            )
+        self._check_adoptions()
+        pace, self.clock = now - self.clock, now
+        due = self._due()
+        fires = due is not None and self._reached(now, due) and self._ready()
+        changed = False
+        if fires:
+            with torch.no_grad():
+                changed = self._event(now)
+            self.events += 1
+            self._advance(now)
+        self._prepare(pace)
+        return changed
+
+    def stats(self) -> dict[str, dict[str, float]]:
+        """Per layer: live blocks, blocks dropped and grown at the last event, rows and columns without live blocks.
+
+        With `coverage=True` given to the rule, also the share of places that ever held a live block. Synchronises with the
+        device; names layers where NaN weights were dropped.
+        """
+        stats = {}
+        for path, layer in self.layers.items():
+            if self._nan[path]:
+                self._warn_nan(path)
+            mask = layer.topology.mask()
+            dropped, grown = self._moved[path]
+            stats[path] = {
+                "live": int(mask.sum()),
+                "dropped": int(dropped),
+                "grown": int(grown),
+                "dead_rows": int((~mask.any(dim=2)).sum()),
+                "dead_cols": int((~mask.any(dim=1)).sum()),
+            }
+            if self._covered is not None:
+                stats[path]["coverage"] = self._covered[path].float().mean().item()
+        return stats
+
+    def state_dict(self) -> dict:
+        """Plain numbers and tensors: what, beside the model and the optimiser, a bit-exact resume needs."""
+        moved = {path: tuple(map(int, moved)) for path, moved in self._moved.items()}
+        state = {"clock": self.clock, "events": self.events, "next": self._next, "moved": moved}
+        if self._covered is not None:
+            state["covered"] = dict(self._covered)
+        return state
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue where `state_dict` was taken. Load the model's and the optimiser's state first."""
+        if set(state["moved"]) != set(self.layers):
+            raise ValueError(
+                f"{type(self).__name__}.load_state_dict: the state is for layers {sorted(state['moved'])}, "
+                f"but the model has {sorted(self.layers)}"
+            )
+        self.clock, self.events, self._next = state["clock"], state["events"], state["next"]
+        self._moved = {path: tuple(moved) for path, moved in state["moved"].items()}
+        if self._covered is not None and "covered" in state:
+            self._covered = {path: state["covered"][path].to(mask.device) for path, mask in self._covered.items()}
+
+    # What a subclass fills in.
+
+    def _event(self, now: float) -> bool:
+        """Rewire; return whether a block moved."""
+        raise NotImplementedError
+
+    def _ready(self) -> bool:
+        """Whether an event that is due can fire now; else it waits for the next step."""
+        return True
+
+    def _prepare(self, pace: float) -> None:
+        """Called at the end of every step with the time it took."""
+
+    # The clock.
+
+    def _due(self) -> float | None:
+        """Time of the next event."""
+        due = self.start_step + self._next * self.update_every
+        return None if self.end_step is not None and not self._reached(self.end_step, due) else due
+
+    def _reached(self, now: float, due: float) -> bool:
+        return now >= due - 1e-9 * self.update_every  # 3 * 0.1 > 0.3 in floating point
+
+    def _advance(self, now: float) -> None:
+        self._next = math.floor((now - self.start_step) / self.update_every + 1e-9) + 1
+
+    def _progress(self, now: float) -> float:
+        if self.end_step is None:
+            return 0.0
+        span = self.end_step - self.start_step
+        return min(max((now - self.start_step) / span, 0.0), 1.0) if span else 1.0
+
+    # Checks.
+
+    def _check_optimizer(self, name: str) -> None:
+        if self.optimizer is None:
+            return
+        check_elementwise(name, self.optimizer)
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        owners: dict[int, str] = {}
+        for path, layer in self.layers.items():
+            if id(layer.weight) not in held:
+                raise ValueError(
+                    f"{name}: the optimiser does not hold the weight of layer {path!r}; "
+                    "build the optimiser after sparsify(model), from model.parameters()"
+                )
+            other = owners.setdefault(id(layer.weight), path)
+            if other != path:
+                raise ValueError(
+                    f"{name}: layers {other!r} and {path!r} share one weight but not one topology; use one layer"
+                )
+
+    def _follower(self, model: nn.Module) -> dict[str, SparseLayer]:
+        modules = dict(model.named_modules())
+        for path, layer in self.layers.items():
+            other = modules.get(path)
+            if not isinstance(other, SparseLayer) or other.topology.shape != layer.topology.shape:
+                found = "nothing" if other is None else type(other).__name__
+                raise ValueError(
+                    f"{type(self).__name__}: a follower needs a sparse layer {path!r} of shape {layer.topology.shape}, "
+                    f"but has {found} there"
+                )
+            same = (
+                torch.equal(getattr(other.topology, b), getattr(layer.topology, b))
+                for b in ("block_rows", "block_cols")
+            )
+            if not all(same):
+                raise ValueError(
+                    f"{type(self).__name__}: layer {path!r} of a follower has another topology than the model; "
+                    "copy the model (copy.deepcopy, or load_state_dict) before making the rule"
+                )
+        return {path: modules[path] for path in self.layers}
+
+    def _adoptions(self) -> dict[str, int]:
+        return {path: layer.topology.adoptions for path, layer in self.layers.items()}
+
+    def _note_state_load(self, optimizer: Optimizer) -> None:
+        self._state_loads += 1
+
+    def _layers_with_state(self) -> set[str]:
+        state = {} if self.optimizer is None else self.optimizer.state
+        return {path for path, layer in self.layers.items() if state.get(layer.weight)}
+
+    def _check_adoptions(self) -> None:
+        # state that came up since the last step belongs to the blocks that were loaded, not to those before
+        stale, self._with_state = self._with_state, self._layers_with_state()
+        if (seen := self._adoptions()) == self._seen:
+            return
+        changed = [path for path, count in seen.items() if count != self._seen[path]]
+        if stale.intersection(changed) and self._state_loads == self._state_loads_seen:
+            raise RuntimeError(
+                f"{type(self).__name__}.step: weights of another topology were loaded into {', '.join(changed)}, but the "
+                "optimiser still holds the state of the old blocks; load the optimiser's checkpoint too, or build a new one"
+            )
+        self._seen, self._state_loads_seen = seen, self._state_loads
+        self._adopted(changed)
+
+    def _adopted(self, paths: list[str]) -> None:
+        """The topologies of these layers came from a checkpoint."""
+
+    def _check_ranks(self) -> None:
+        if not distributed():
+            return
+        own = torch.stack([_checksum(layer) for layer in self.layers.values()])
+        sums = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(sums, own)
+        for path, *values in zip(self.layers, *(s.tolist() for s in sums), strict=True):
+            if len(set(values)) > 1:
+                raise RuntimeError(
+                    f"{type(self).__name__}: ranks start with different topologies in layer {path!r} (checksums {values}); "
+                    "seed all ranks alike, or broadcast the model's state_dict"
+                )
+
+    def _note_nan(self, path: str, scores: Tensor) -> None:
+        self._nan[path] |= scores.isnan().any()
+        if scores.device.type == "cpu" and self._nan[path]:  # on a GPU, reading it here would synchronise: see stats()
+            self._warn_nan(path)
+
+    def _warn_nan(self, path: str) -> None:
+        self._nan[path].fill_(False)
+        warnings.warn(
+            f"{type(self).__name__}: layer {path!r} has NaN weights; their blocks were dropped first", stacklevel=4
+        )
+
+    # Acting on a layer, its followers and its optimiser state alike.
+
+    def _copies(self, path: str) -> list[SparseLayer]:
+        return [self.layers[path], *(follower[path] for follower in self.followers)]
+
+    def _element_tensors(self, path: str) -> list[tuple[Tensor, float]]:
+        """Weight, gradient and optimiser state of a layer, with the value that a rewired slot starts from."""
+        weight = self.layers[path].weight
+        tensors = [(weight, 0.0)] if weight.grad is None else [(weight, 0.0), (weight.grad, 0.0)]
+        state = [] if self.optimizer is None else element_state(self.optimizer, weight)
+        return tensors + [(value, fresh) for _, value, fresh in state]
+
+    def _cover(self, path: str) -> None:
+        if self._covered is not None:
+            self._covered[path] |= self.layers[path].topology.mask()
+
+
+class Static(Rule):
+    """The topology stays as it is; `stats()` and the checks work as in other rules.
+
+    Example:
+        >>> rule = Static(model)
+        >>> rule.step()
+        False
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model, None, 1, 0, 0, 0, (), False)
+
+    def _event(self, now: float) -> bool:
+        return False
+
+
+class DropAndGrow(Rule):
+    """Drop the weakest blocks and grow as many elsewhere. The number of live blocks stays exactly the same.
+
+    Args:
+        model: its sparse layers are rewired; frozen ones are not.
+        optimizer: built after the model; rewired slots of its state are reset to what a fresh optimiser holds.
+        drop_fraction: share of the live blocks replaced at an event, in [0, 1]; a float, or a schedule such as
+            `cosine(0.3)`, which needs `end_step`. The remainder of drop_fraction * live is carried to the next event.
+        update_every: steps (or units of the clock) between events; the first is at start_step + update_every.
+        start_step, end_step: no event at or before the one, nor after the other (None: no end).
+        seed: of the random choices; together with layer, event and position it decides them, on every device alike.
+        followers: copies of the model (target, EMA) that take over the topology; their rewired slots get the new value.
+        coverage: keep a boolean per place for `stats()["coverage"]`, the share of places that were ever live.
+
+    A block dropped at an event is no candidate for growth at that event; where dead places run out, fewer are replaced.
+    New blocks start at zero. A new rule overrides `drop_scores` and `growth_candidates`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        drop_fraction=0.3,
+        update_every: float = 100,
+        start_step: float = 0,
+        end_step: float | None = None,
+        seed: int = 0,
+        followers: Iterable[nn.Module] = (),
+        coverage: bool = False,
+    ):
+        self.drop_fraction = drop_fraction if callable(drop_fraction) else Constant(drop_fraction)
+        if getattr(self.drop_fraction, "needs_end", False) and end_step is None:
+            raise ValueError(f"{type(self).__name__}: {self.drop_fraction} needs an end_step, got None")
+        super().__init__(model, optimizer, update_every, start_step, end_step, seed, followers, coverage)
+        self._live: dict[str, list[int]] = {}
+        self._adopted(list(self.layers))
+        self._carry = {path: [0.0] * layer.groups for path, layer in self.layers.items()}
+
+    def drop_scores(self, path: str, layer: SparseLayer) -> Tensor:
+        """float32 [num_slots]; the blocks with the smallest are dropped."""
+        return block_l1(layer)
+
+    def growth_candidates(self, path: str, layer: SparseLayer, count: int) -> Tensor:
+        """Keys [groups, count or more] of dead blocks, the largest to be grown; see `sparsekern.growth`."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"carry": {path: list(carry) for path, carry in self._carry.items()}}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self._carry = {path: list(carry) for path, carry in state["carry"].items()}
+
+    def _adopted(self, paths: list[str]) -> None:
+        for path in paths:
+            self._live[path] = self.layers[path].topology.live_per_group()
+
+    def _event(self, now: float) -> bool:
+        fraction = self.drop_fraction(self._progress(now))
+        moved = [self._rewire(path, layer, fraction) for path, layer in self.layers.items()]
+        return any(moved)
+
+    def _rewire(self, path: str, layer: SparseLayer, fraction: float) -> bool:
+        counts = self._counts(path, fraction)
+        if not any(counts):
+            self._moved[path] = (0, 0)
+            return False
+        layout = layer.topology.layout
+        scores = self.drop_scores(path, layer)
+        self._note_nan(path, scores)
+        slots = weakest(scores, layout, self._live[path], counts)
+        rows, cols = places(self.growth_candidates(path, layer, max(counts)), layout, counts)
+        kept = rows < 0  # no candidate was left for this slot
+        self._moved[path] = 2 * ((~kept).sum(),)
+        for tensor, fresh in self._element_tensors(path):
+            _assign(tensor, slots, tensor[slots].masked_fill_(~kept[:, None, None], fresh))
+        rows = torch.where(kept, layout.block_rows[slots], rows)
+        cols = torch.where(kept, layout.block_cols[slots], cols)
+        for copy in self._copies(path):
+            _assign(copy.topology.block_rows, slots, rows)
+            _assign(copy.topology.block_cols, slots, cols)
+            copy.topology.rebuild()
+            if copy is not layer:
+                _assign(copy.weight, slots, torch.where(kept[:, None, None], copy.weight[slots], layer.weight[slots]))
+        self._cover(path)
+        return True
+
+    def _counts(self, path: str, fraction: float) -> list[int]:
+        """Blocks to replace in each group: exact, with the remainder carried, and no more than there are dead places."""
+        topology = self.layers[path].topology
+        counts = []
+        for g, live in enumerate(self._live[path]):
+            exact = fraction * live + self._carry[path][g]
+            count = math.floor(exact + 1e-9)  # 0.29 * 100 is 28.999... in floating point
+            self._carry[path][g] = exact - count
+            counts.append(min(count, live, topology.num_blocks // topology.groups - live))
+        return counts
+
+
+class SET(DropAndGrow):
+    """Sparse Evolutionary Training (Mocanu et al., arXiv 1707.04780): drop the smallest norms, grow uniformly at random.
+
+    Example:
+        >>> rule = SET(model, optimizer, drop_fraction=0.3, update_every=100)
+        >>> for batch in batches:
+        ...     loss(model, batch).backward(); optimizer.step(); optimizer.zero_grad()
+        ...     rule.step()
+    """
+
+    def growth_candidates(self, path: str, layer: SparseLayer, count: int) -> Tensor:
+        return random_candidates(layer.topology.layout, count, stream(self.seed, self._index[path], self.events))
+
+
+class RigL(DropAndGrow):
+    """The Rigged Lottery (Evci et al., arXiv 1911.11134): drop the smallest norms, grow where the gradient is largest.
+
+    A block's growth score is the squared norm of its gradient in the training step of the event, summed over micro-batches
+    and data-parallel ranks; it is computed strip by strip in the backward pass, and a dense gradient is never held. Scores
+    that are not finite never win. With a clock of your own, the step before an event is foreseen from the pace so far; an
+    event that came unforeseen is put off by one step.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for layer in self.layers.values():
+            layer.growth = GrowthScores(layer.topology)
+        self._armed = False
+        self._prepare(1.0)
+
+    def growth_candidates(self, path: str, layer: SparseLayer, count: int) -> Tensor:
+        return _sum_over_ranks(layer.growth.keys)
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self._arm(state["armed"])
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"armed": self._armed}
+
+    def _adopted(self, paths: list[str]) -> None:
+        super()._adopted(paths)
+        for path in paths:
+            if hasattr(self.layers[path], "growth"):
+                self.layers[path].growth = GrowthScores(self.layers[path].topology)
+
+    def _ready(self) -> bool:
+        return self._armed
+
+    def _prepare(self, pace: float) -> None:
+        due = self._due()
+        self._arm(due is not None and self._reached(self.clock + pace, due))
+
+    def _arm(self, armed: bool) -> None:
+        if armed or self._armed:
+            for layer in self.layers.values():
+                layer.growth.arm(armed)
+        self._armed = armed
+
+
+def _assign(tensor: Tensor, slots: Tensor, values: Tensor) -> None:
+    tensor.index_copy_(0, slots, values.to(tensor.dtype))
+
+
+def distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _checksum(layer: SparseLayer) -> Tensor:
+    """int64 that depends on which block is in which slot."""
+    topology = layer.topology
+    positions = topology.layout.positions()
+    slots = torch.arange(len(positions), device=positions.device)
+    return uniform_hash(0, positions * len(positions) + slots).sum()
+
+
+def _sum_over_ranks(keys: Tensor) -> Tensor:
+    """Add the scores of data-parallel ranks position by position; each rank may hold another selection of positions."""
+    if not distributed():
+        return keys
+    ranks = [torch.empty_like(keys) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(ranks, keys)
+    keys = torch.cat(ranks, dim=1)
+    positions, order = positions_of(keys).sort(dim=1)
+    totals = scores_of(keys).gather(1, order).double().cumsum(dim=1)
+    last = torch.ones_like(positions, dtype=torch.bool)
+    last[:, :-1] = positions[:, 1:] != positions[:, :-1]
+    # the total at the end of the run before: totals never fall, so it is the running maximum over earlier run ends
+    before = torch.where(last, totals, 0).cummax(dim=1).values.roll(1, dims=1)
+    before[:, 0] = 0
+    sums = torch.where(last & (positions >= 0), float_bits((totals - before).float()), -1)
+    return torch.where(sums < 0, -1, pack(sums, positions))

@@ -1,0 +1,49 @@
+"""Scores that rank blocks: the L1 norm for dropping, a counter-based hash for growing at random."""
+
+import torch
+from torch import Tensor
+
+from sparsekern.layer import SparseLayer
+
+_MASK = 2**64 - 1
+_GAMMA = 0x9E3779B97F4A7C15
+
+
+def block_l1(layer: SparseLayer, mean: bool = False) -> Tensor:
+    """float32 [num_slots]: sum of |w| of each block, or its mean over real, unpadded elements where layers are compared."""
+    norms = layer.weight.detach().abs().sum(dim=(1, 2), dtype=torch.float32)
+    if mean:
+        lanes = layer.lanes().expand_as(layer.weight).sum(dim=(1, 2))
+        norms = norms / lanes.clamp(min=1)
+    return norms
+
+
+def stream(*keys: int) -> int:
+    """One 64-bit starting point for a sequence of keys, such as (seed, layer, step)."""
+    state = 0
+    for key in keys:
+        state = _mix((state + key * _GAMMA + _GAMMA) & _MASK)
+    return state
+
+
+def uniform_hash(start: int, positions: Tensor) -> Tensor:
+    """31 random bits for each int64 position: the high bits of splitmix64(start + position), the same on every device."""
+    z = positions * _signed(_GAMMA) + _signed(start)
+    z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
+    return _shift(z ^ _shift(z, 31), 33)
+
+
+def _mix(z: int) -> int:
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical right shift; torch's own is arithmetic."""
+    return (z >> bits) & (2 ** (64 - bits) - 1)

@@ -1,0 +1,113 @@
+import numpy as np
+import oracle
+import pytest
+import torch
+from oracle import random_topology
+
+import sparsekern as sk
+from sparsekern.growth import GrowthScores, positions_of, scores_of
+
+
+def watched(topology):
+    out, into = topology.shape
+    layer = sk.SparseLinear(into, out, topology=topology)
+    layer.growth = GrowthScores(layer.topology)
+    layer.growth.arm(True)
+    return layer
+
+
+def block_norms(topology, dy, x, offsets=None):
+    """Squared norms of the blocks of the dense gradient, float64 [groups, rows, cols]."""
+    b, (groups, rows, cols) = topology.block_size, topology.mask().shape
+    dense = oracle.outer(dy.double().numpy(), x.detach().double().numpy(), groups, offsets)
+    padded = np.zeros((groups, rows * b, cols * b))
+    padded[:, : dense.shape[1], : dense.shape[2]] = dense
+    return (padded.reshape(groups, rows, b, cols, b) ** 2).sum((2, 4))
+
+
+def check_keys(layer, norms, rel=1e-5):
+    """The keys hold every dead block's score, best first, and no live block."""
+    mask = layer.topology.mask().numpy()
+    for g, keys in enumerate(layer.growth.keys):
+        expected = norms[g][~mask[g]]
+        count = min(len(keys), len(expected))
+        positions = positions_of(keys)[:count].numpy()
+        assert not mask[g].ravel()[positions].any()
+        scores = scores_of(keys)[:count].numpy()
+        np.testing.assert_allclose(scores, norms[g].ravel()[positions], rtol=rel)
+        np.testing.assert_allclose(scores, np.sort(expected)[::-1][:count], rtol=rel)
+        assert (keys[count:] == -1).all()
+
+
+@pytest.mark.parametrize("strip", [1, 7, 2**20])
+@pytest.mark.parametrize(("block_size", "groups"), [(1, 1), (1, 2), (4, 1), (8, 3)])
+def test_scores_are_the_squared_norms_of_the_dense_gradient_at_dead_blocks(
+    monkeypatch, backend, block_size, groups, strip
+):
+    monkeypatch.setattr("sparsekern.growth.STRIP", strip)
+    layer = watched(random_topology((5, 4), block_size, groups, padding=(0, block_size // 2), dead=1))
+    x, dy = torch.randn(9, layer.in_features), torch.randn(9, layer.out_features)
+    layer(x).backward(dy)
+    check_keys(layer, block_norms(layer.topology, dy, x))
+
+
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_ragged_groups_are_scored_by_their_own_tokens(backend, block_size):
+    layer = watched(random_topology((5, 4), block_size, 3))
+    ids = torch.tensor([0, 0, 0, 0, 2, 2, 2])  # sorted, so that the tokens of a group follow one another
+    x, dy = torch.randn(7, layer.in_features // 3), torch.randn(7, layer.out_features // 3)
+    layer(x, group=ids).backward(dy)
+    check_keys(layer, block_norms(layer.topology, dy, x, [0, 4, 4, 7]))
+
+
+def test_several_micro_batches_sum_their_squared_norms(backend):
+    layer = watched(random_topology((5, 4), 4))
+    norms = 0
+    for _ in range(3):
+        x, dy = torch.randn(2, 3, layer.in_features), torch.randn(2, 3, layer.out_features)
+        layer(x).backward(dy)
+        norms = norms + block_norms(layer.topology, dy.flatten(0, 1), x.flatten(0, 1))
+    check_keys(layer, norms)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_scores_agree_with_float64(backend, dtype):
+    layer = watched(random_topology((5, 4), 8)).to(dtype)
+    x, dy = torch.randn(33, layer.in_features).to(dtype), torch.randn(33, layer.out_features).to(dtype)
+    layer(x).backward(dy)
+    check_keys(layer, block_norms(layer.topology, dy, x), rel=4 * oracle.BOUND[dtype])
+
+
+def test_an_unarmed_watcher_scores_nothing_and_arming_starts_anew(backend):
+    layer = watched(random_topology((5, 4), 4))
+    layer(torch.randn(3, layer.in_features)).sum().backward()
+    assert (layer.growth.keys >= 0).any()
+    for armed in (False, True):
+        layer.growth.arm(armed)
+        assert (layer.growth.keys == -1).all()
+        with torch.no_grad():
+            layer(torch.randn(3, layer.in_features))
+    layer.growth.arm(False)
+    layer(torch.randn(3, layer.in_features)).sum().backward()
+    assert (layer.growth.keys == -1).all()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_gradients_that_are_not_finite_give_no_candidates(backend, value):
+    layer = watched(sk.Topology(torch.tensor([0]), torch.tensor([0]), (8, 8), 4))
+    x, dy = torch.ones(2, 8), torch.ones(2, 8)
+    dy[0, 5] = value  # the lower two blocks get no finite gradient
+    layer(x).backward(dy)
+    assert positions_of(layer.growth.keys[0]).tolist() == [1, -1, -1]
+
+
+def test_watching_changes_neither_output_nor_gradients(backend):
+    layer = watched(random_topology((5, 4), 4))
+    x, dy = torch.randn(3, layer.in_features, requires_grad=True), torch.randn(3, layer.out_features)
+    leaves = (x, layer.weight, layer.bias)
+    results = []
+    for growth in (layer.growth, None):
+        layer.growth = growth
+        y = layer(x)
+        results.append((y, *torch.autograd.grad(y, leaves, dy)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

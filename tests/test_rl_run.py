@@ -1,0 +1,122 @@
+"""rl/run.py: the command line, seeds, checkpoints and resuming."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pandas
+import pytest
+import torch
+
+from rl import checkpoint, config, train_ppo
+from rl.config import Config, PPOConfig
+from rl.run import new_folder
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+def short(runs, **changes):
+    """A run of five fits and three evaluations."""
+    ppo = PPOConfig(rollout_steps=100, epochs=2)
+    settings = {"timesteps": 500, "evaluate_every": 200, "episodes": 1, "threads": 1}
+    return replace(Config(runs=runs, ppo=ppo, **settings), **changes)
+
+
+def metrics(folder):
+    """What the run logged, but for times."""
+    table = pandas.read_csv(folder / "metrics.csv")
+    return table[~table["name"].str.startswith("time/")].reset_index(drop=True)
+
+
+@pytest.mark.parametrize("treatment", ["dense", "gmp", "set"])
+def test_same_seed_repeats_and_a_killed_run_resumes_to_the_same_metrics(tmp_path, monkeypatch, treatment):
+    settings = short(tmp_path, treatment=treatment)
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    straight.mkdir(), killed.mkdir()
+    train_ppo.train(settings, straight)
+    expected = metrics(straight)
+    assert {"score/mean", "success/MemoryS11", "return/LavaGapS7", "loss/policy"} <= {*expected["name"]}
+    assert sorted(expected["step"].unique()) == [100, 200, 300, 400, 500]
+
+    fits, fit = [], train_ppo.fit
+
+    def die_in_the_fourth_fit(*args):
+        fits.append(args)
+        if len(fits) == 4:
+            raise KeyboardInterrupt
+        return fit(*args)
+
+    monkeypatch.setattr(train_ppo, "fit", die_in_the_fourth_fit)
+    with pytest.raises(KeyboardInterrupt):
+        train_ppo.train(settings, killed)
+    pandas.testing.assert_frame_equal(metrics(killed), expected[expected["step"] <= 300])  # repeats so far
+    assert checkpoint.load(killed)["clock"] == 200  # and goes on from before what it has logged
+    train_ppo.train(settings, killed)
+    pandas.testing.assert_frame_equal(metrics(killed), expected)
+
+
+def test_another_seed_gives_another_run(tmp_path):
+    for seed in (0, 1):
+        (tmp_path / str(seed)).mkdir()
+        train_ppo.train(short(tmp_path, treatment="dense", timesteps=100, seed=seed), tmp_path / str(seed))
+    assert not metrics(tmp_path / "0").equals(metrics(tmp_path / "1"))
+
+
+def test_interrupted_checkpoint_write_leaves_the_previous_one(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, {"clock": 1, "weights": torch.arange(3)})
+
+    def die_halfway(state, path):
+        Path(path).write_bytes(b"half a")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", die_halfway)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, {"clock": 2, "weights": torch.arange(4)})
+    assert checkpoint.load(tmp_path)["clock"] == 1
+
+
+def test_settings_survive_the_run_folder(tmp_path):
+    settings = short(tmp_path, treatment="gmp", density=0.2, networks="actor")
+    folder = new_folder(settings)
+    assert config.load(folder) == settings
+    assert folder.parent == tmp_path / "mt3-mtppo-gmp-density0.2-block1-actor"
+    with pytest.raises(ValueError, match="no run folder"):
+        config.load(tmp_path)
+
+
+def command_line(*options, script=("rl/run.py",)):
+    return subprocess.run([sys.executable, *script, *options], cwd=CHECKOUT, capture_output=True, text=True)
+
+
+def test_command_line_prints_the_folder_first_and_the_tables_last(tmp_path):
+    options = f"--suite mt3 --treatment set --block-size 4 --timesteps 300 --episodes 1 --runs {tmp_path}".split()
+    done = command_line(*options)
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.splitlines()[0])
+    assert folder.parents[1] == tmp_path
+    for name in ("config.json", "environment.txt", "metrics.csv", "tb", "checkpoints/last.pt"):
+        assert (folder / name).exists()
+    for words in ("RedBlueDoors-6x6", "normalised", "live parameters", "bytes: weights", "steps per second"):
+        assert words in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--suite", "mt9"], ["mt9", "mt3", "mt5", "mt7"]),
+        (["--treatment", "sett"], ["sett", "dense", "gmp", "set"]),
+        (["--block-size", "3"], ["'3'", "16", "128"]),
+        (["--block-sise", "4"], ["--block-size"]),
+        (["--density", "5"], ["density", "(0, 1]", "5"]),
+        (["--timesteps", "0"], ["timesteps", "at least 1", "0"]),
+        (["--resume", "runs/none", "--seed", "3"], ["--resume", "no other option"]),
+        (["--resume", "runs/none"], ["runs/none", "no run folder"]),
+    ],
+)
+def test_wrong_command_line_says_what_is_allowed(options, words):
+    done = command_line(*options, script=("-m", "rl.run"))
+    assert done.returncode != 0
+    said = done.stdout + done.stderr
+    assert all(word in said for word in words), said
+    assert "Traceback" not in said
