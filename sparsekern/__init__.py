@@ -2,25 +2,34 @@
 
 from sparsekern._version import __version__
 from sparsekern.choose import use
+from sparsekern.conv import SparseConv2d
+from sparsekern.convert import densify, plan, plan_from, sparsify
 from sparsekern.linear import SparseLinear
 from sparsekern.products import dds, sdd
 from sparsekern.rewire.gmp import GMP
 from sparsekern.rewire.optimizer_state import reset_state
 from sparsekern.rewire.rules import SET, RigL, Static
 from sparsekern.rewire.schedule import cosine
+from sparsekern.summary import summary
 from sparsekern.topology import Topology
 
 __all__ = [
     "GMP",
     "SET",
     "RigL",
+    "SparseConv2d",
     "SparseLinear",
     "Static",
     "Topology",
     "__version__",
     "cosine",
     "dds",
+    "densify",
+    "plan",
+    "plan_from",
     "reset_state",
     "sdd",
+    "sparsify",
+    "summary",
     "use",
 ]

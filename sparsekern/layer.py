@@ -1,12 +1,16 @@
-"""SparseLayer: what every block-sparse layer holds, a weight in slots, a topology and a bias; and how they load."""
+"""SparseLayer: what every block-sparse layer holds (weight in slots, topology, bias), and how it loads and converts."""
 
 import copy
+from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from sparsekern.backends.reference import densify
-from sparsekern.topology import Topology
+from sparsekern.backends.reference import densify, gather
+from sparsekern.topology import Topology, check_geometry, live_count
+
+KEEP = ("magnitude", "random", "fresh")
 
 
 class SparseLayer(nn.Module):
@@ -79,7 +83,7 @@ class SparseLayer(nn.Module):
         """Boolean [num_slots, B, B], or [num_slots, 1, 1] where nothing is padded: the elements that stand for a weight."""
         topology = self.topology
         live = (topology.block_rows >= 0)[:, None, None]
-        if all(size // self.groups % self.block_size == 0 for size in topology.shape):
+        if not self._padded():
             return live
         lane = torch.arange(self.block_size, device=live.device)
         rows = lane < self._extent(topology.block_rows, 0)[:, None]
@@ -92,11 +96,118 @@ class SparseLayer(nn.Module):
         return (size - blocks.long() % count * self.block_size).clamp(max=self.block_size)
 
     @torch.no_grad()
+    def set_density(self, density: float | list[int], keep: str | Tensor = "magnitude") -> None:
+        """Take a topology of another density, in place; `weight` stays the same Parameter, with another number of slots.
+
+        Optimiser state of the old slots is of no use then: do this before the optimiser is built, or build it anew.
+
+        Args:
+            density: in (0, 1], of each group; or the number of live blocks of each group.
+            keep: as in `SparseLinear.from_linear`. Blocks that were dead start at zero, unless "fresh".
+        """
+        matrices = self._matrices()
+        topology = choose_topology(matrices, density, self.block_size, keep)
+        self.topology.replace(topology.block_rows, topology.block_cols)
+        self.topology.adoptions += 1
+        self._resize(self.topology.num_slots)
+        self._fill(matrices, keep)
+
+    @torch.no_grad()
     def to_dense(self) -> Tensor:
         """W as a dense [out_features, in_features] matrix; block-diagonal with groups."""
-        dense = densify(self.weight, self.topology.layout)
+        return torch.block_diag(*self._matrices())
+
+    def to_bsr(self) -> Tensor:
+        """W as a torch.sparse_bsr tensor [out_features, in_features]; block-diagonal with groups.
+
+        Raises:
+            ValueError: the layer is padded inside; torch has no BSR tensor whose last blocks are cut off.
+        """
+        if self._padded():
+            raise ValueError(
+                f"to_bsr: shape {self.topology.shape} in {self.groups} groups is no multiple of block_size "
+                f"{self.block_size}; use to_scipy() or to_dense()"
+            )
+        return torch.sparse_bsr_tensor(*self._compressed(), size=self.topology.shape, check_invariants=True)
+
+    def to_scipy(self):
+        """W on the host: a scipy.sparse.bsr_matrix; a csr_matrix if block_size is 1 or the layer is padded inside.
+
+        16-bit values become float32, which scipy can hold.
+        """
+        from scipy.sparse import bsr_matrix, csr_matrix
+
+        starts, cols, blocks = (t.cpu() for t in self._compressed())
+        if blocks.dtype in (torch.float16, torch.bfloat16):
+            blocks = blocks.float()
+        arrays = (blocks.numpy(), cols.numpy(), starts.numpy())
+        grid_shape = tuple(n * self.block_size for n in self.topology.grid)
+        if self.block_size == 1:
+            return csr_matrix((arrays[0].ravel(), *arrays[1:]), shape=grid_shape)
+        matrix = bsr_matrix(arrays, shape=grid_shape)
+        if self._padded():
+            matrix = matrix.tocsr()[self._real_lanes(0).numpy()][:, self._real_lanes(1).numpy()]
+        return matrix
+
+    def to_cupy(self):
+        """W as a cupyx.scipy.sparse.csr_matrix on the current CUDA device (cupy has no BSR), float32 for 16-bit values.
+
+        Raises:
+            RuntimeError: cupy is not installed.
+        """
+        try:
+            from cupyx.scipy.sparse import csr_matrix
+        except ImportError as error:
+            raise RuntimeError(
+                "to_cupy: cupy is not installed; pip install 'sparsekern[cupy]', or use to_scipy()"
+            ) from error
+        return csr_matrix(self.to_scipy().tocsr())
+
+    @classmethod
+    @torch.no_grad()
+    def _from_dense(cls, dense: nn.Module, density: float | list[int], block_size: int, keep: str | Tensor) -> Self:
+        """The sparse layer of the options, dtype, device and mode of a dense one; `density` as in `set_density`."""
+        groups = getattr(dense, "groups", 1)
+        matrices = dense.weight.detach().reshape(groups, dense.weight.shape[0] // groups, -1)
+        if isinstance(keep, Tensor) and keep.shape == dense.weight.shape:
+            keep = keep.reshape(matrices.shape)
+        layer = cls._like(dense, choose_topology(matrices, density, block_size, keep))
+        if layer.bias is not None and not _is_fresh(keep):
+            layer.bias.copy_(dense.bias)
+        layer._fill(matrices, keep)
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(getattr(dense, name).requires_grad)
+        return layer.train(dense.training)
+
+    def _fill(self, matrices: Tensor, keep: str | Tensor) -> None:
+        """Give the slots their values: out of dense matrices [groups, out, in], or new ones."""
+        if _is_fresh(keep):
+            self.reset_parameters()
+            return
+        if isinstance(keep, Tensor) and keep.shape[-2:] == matrices.shape[-2:]:
+            matrices = matrices * keep.to(matrices.device)
+        self.weight.copy_(gather(_pad_to_blocks(matrices, self.block_size), self.topology.layout))
+
+    def _matrices(self) -> Tensor:
+        """The dense matrices [groups, out / groups, in / groups], unpadded."""
         out, into = (size // self.groups for size in self.topology.shape)
-        return torch.block_diag(*dense[:, :out, :into])
+        return densify(self.weight.detach(), self.topology.layout)[:, :out, :into]
+
+    def _padded(self) -> bool:
+        return any(size // self.groups % self.block_size for size in self.topology.shape)
+
+    def _real_lanes(self, side: int) -> Tensor:
+        """int64: the unpadded rows (side 0) or columns (side 1) among those of the grid."""
+        lanes = torch.arange(self.topology.grid[side] * self.block_size).view(self.groups, -1)
+        return lanes[:, : self.topology.shape[side] // self.groups].flatten()
+
+    def _compressed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Row starts [block rows + 1], block columns and blocks of the live slots, sorted by (row, column)."""
+        rows, cols = self.topology.block_rows.long(), self.topology.block_cols.long()
+        live = (rows >= 0).nonzero().squeeze(1)
+        slots = live[(rows * self.topology.grid[1] + cols)[live].argsort()]
+        starts = F.pad(torch.bincount(rows[slots], minlength=self.topology.grid[0]).cumsum(0), (1, 0))
+        return starts, cols[slots], self.weight.detach()[slots]
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         weight = state_dict.get(prefix + "weight")
@@ -114,7 +225,66 @@ class SparseLayer(nn.Module):
             if rows is not None and len(rows) != len(weight):
                 raise ValueError(f"load_state_dict: {prefix}weight has {len(weight)} slots, its topology {len(rows)}")
             if weight.shape != self.weight.shape and rows is not None:
-                with torch.no_grad():  # adopt the checkpoint's number of slots in the same Parameter
-                    self.weight.set_(self.weight.new_empty(weight.shape))
-                    self.weight.grad = None
+                self._resize(len(weight))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @torch.no_grad()
+    def _resize(self, num_slots: int) -> None:
+        """Give the same Parameter memory for another number of slots."""
+        self.weight.set_(self.weight.new_empty(num_slots, self.block_size, self.block_size))
+        self.weight.grad = None
+
+
+def choose_topology(
+    matrices: Tensor, density: float | list[int], block_size: int, keep: str | Tensor = "magnitude"
+) -> Topology:
+    """Choose live blocks of dense matrices [groups, out, in]; arguments as in `SparseLayer.set_density`.
+
+    Raises:
+        ValueError: density, block size, the word or the mask's shape is none that is allowed.
+    """
+    groups, out, into = matrices.shape
+    shape = (groups * out, groups * into)
+    check_geometry(shape, block_size, groups)
+    grid = (groups, -(-out // block_size), -(-into // block_size))
+    if isinstance(keep, Tensor):
+        mask = keep.to(matrices.device)
+        if mask.dim() == 2 and groups == 1:
+            mask = mask[None]
+        if mask.dtype != torch.bool or mask.shape not in (matrices.shape, grid):
+            raise ValueError(
+                f"keep: a mask must be boolean of shape {tuple(matrices.shape)} (elements) or {grid} (blocks), "
+                f"got {keep.dtype} of shape {tuple(keep.shape)}"
+            )
+        if mask.shape != grid:
+            mask = _block_sums(mask.float(), block_size) > 0
+        return Topology.from_mask(mask, shape, block_size)
+    if keep not in KEEP:
+        raise ValueError(f"keep must be a boolean mask or one of {', '.join(KEEP)}, got {keep!r}")
+    num_blocks = grid[1] * grid[2]
+    live = density if isinstance(density, list) else [live_count(density, num_blocks)] * groups
+    if keep != "magnitude" or matrices.is_meta:
+        return Topology.random(shape, live, block_size, groups)
+    norms = _block_sums(matrices.abs().float(), block_size).flatten(1)
+    # Ties, such as places that were dead, go to random places, so that they do not crowd into the first rows.
+    shuffle = torch.randperm(num_blocks, device="cpu").to(norms.device)
+    ranked = shuffle[norms[:, shuffle].sort(dim=1, descending=True, stable=True).indices]
+    mask = torch.zeros_like(norms, dtype=torch.bool)
+    for group, count in enumerate(live):
+        mask[group, ranked[group, :count]] = True
+    return Topology.from_mask(mask.view(grid), shape, block_size)
+
+
+def _is_fresh(keep: str | Tensor) -> bool:
+    return isinstance(keep, str) and keep == "fresh"
+
+
+def _pad_to_blocks(matrices: Tensor, block_size: int) -> Tensor:
+    out, into = matrices.shape[1:]
+    return F.pad(matrices, (0, -into % block_size, 0, -out % block_size))
+
+
+def _block_sums(matrices: Tensor, block_size: int) -> Tensor:
+    """[groups, out, in] to sums over the blocks, [groups, rows, cols]."""
+    padded = _pad_to_blocks(matrices, block_size)
+    return padded.unflatten(2, (-1, block_size)).unflatten(1, (-1, block_size)).sum(dim=(2, 4))

@@ -1,7 +1,7 @@
 """SparseLinear: nn.Linear whose weight, gradient and optimiser state exist for the live blocks only."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsekern.layer import SparseLayer
 from sparsekern.products import dds
@@ -77,6 +77,53 @@ class SparseLinear(SparseLayer):
             growth=self.growth,
         )
         return _Permute.apply(y, inverse, order).reshape(group.shape + y.shape[1:])
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, density: float = 0.1, block_size: int = 16, keep: str | Tensor = "magnitude"
+    ) -> "SparseLinear":
+        """Build the block-sparse layer of an nn.Linear; dtype, device, requires_grad and training mode are the linear's.
+
+        Args:
+            linear: left as it is; nothing is shared with it.
+            density: live blocks / all blocks, in (0, 1]; not looked at when `keep` is a mask.
+            block_size: power of two from 1 to 128.
+            keep: which blocks live. "magnitude": those of largest L1 norm, with their weights and the bias. "random": a
+                random topology, with the linear's values and bias. "fresh": a random topology, with weights and bias
+                drawn anew for the sparse fan-in; best for training from scratch. Or a boolean mask: [out, in] (a block
+                lives if any of its elements is True; its others start at zero), or one entry per block.
+        Raises:
+            ValueError: an argument is none of these.
+        Example:
+            >>> SparseLinear.from_linear(nn.Linear(64, 32), density=0.25).topology.num_live
+            2
+        """
+        return cls._from_dense(linear, density, block_size, keep)
+
+    @classmethod
+    def _like(cls, linear: nn.Linear, topology: Topology) -> "SparseLinear":
+        weight = linear.weight
+        return cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            weight.device,
+            weight.dtype,
+            topology=topology,
+        )
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """The dense nn.Linear of the same function; block-diagonal with groups, for calls without group ids.
+
+        What `layer(x, group=ids)` computes is no nn.Linear; take `to_dense()` apart by groups for that.
+        """
+        weight = self.to_dense()
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, weight.device, weight.dtype)
+        linear.weight.copy_(weight).requires_grad_(self.weight.requires_grad)
+        if self.bias is not None:
+            linear.bias.copy_(self.bias).requires_grad_(self.bias.requires_grad)
+        return linear.train(self.training)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
