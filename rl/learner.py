@@ -23,9 +23,10 @@ class Learner:
         seeds = numpy_generator(config.seed, Stream[role.upper()])
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(int(seeds.integers(2**63)))
-            self.network = AGENTS[config.agent](len(SUITES[config.suite]), out_features)
-            self.dense_parameters = sum(p.numel() for p in self.network.parameters())
             parts = TREATMENTS[config.treatment] if config.networks in ("both", role) else ()
+            block_size = config.block_size if parts else 1  # a dense layer in blocks of 1 is a matrix as it stands
+            self.network = AGENTS[config.agent](len(SUITES[config.suite]), out_features, block_size)
+            self.dense_parameters = self.live_parameters()
             for part in parts:
                 part.prepare(self.network, config)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.ppo.learning_rate, fused=True)
@@ -57,14 +58,11 @@ class Learner:
             rule.load_state_dict(rule_state)
 
     def live_parameters(self) -> int:
-        """Parameters that take part: all but the slots of dead blocks and the padding of blocks that stick out."""
-        sparse = [m for m in self.network.modules() if isinstance(m, sk.SparseLinear)]
+        """Parameters that take part: neither slots of dead blocks nor the padding of blocks that stick out."""
+        sparse = [m for m in self.network.modules() if isinstance(m, (sk.SparseLinear, sk.SparseConv2d))]
         stored = sum(p.numel() for p in self.network.parameters())
-        return stored - sum(m.weight.numel() - int(m.lanes().sum()) for m in sparse)
+        return stored - sum(m.weight.numel() - int(m.lanes().expand_as(m.weight).sum()) for m in sparse)
 
     def nbytes(self) -> int:
         """Bytes of weights, gradients, optimiser state and, of sparse layers, coordinates and index."""
-        parameters = list(self.network.parameters())
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        state = [v for values in self.optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]
-        return sum(t.nbytes for t in [*parameters, *self.network.buffers(), *gradients, *state])
+        return sk.summary(self.network, self.optimizer).total.total

@@ -138,9 +138,10 @@ def test_products_take_any_strides_and_leading_axes(backend, block_size, layout,
     x, dy, weight, bias, _ = operands(topology, 6, torch.float32)
     arranged_x, arranged_dy = (LAYOUTS[layout](t).requires_grad_() for t in (x, dy))
     weight = weight.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    bias = bias.repeat_interleave(2)[::2]
     y = sk.dds(arranged_x, weight, topology, bias, transpose=True)
     flat = sk.dds(
-        arranged_x.detach().reshape(-1, x.shape[1]).clone(), weight.detach().contiguous(), topology, bias, True
+        arranged_x.detach().reshape(-1, x.shape[1]).clone(), weight.detach().contiguous(), topology, bias.clone(), True
     )
     assert y.shape == (*arranged_x.shape[:-1], topology.shape[0])
     torch.testing.assert_close(y.reshape(flat.shape), flat, rtol=0, atol=1e-5)

@@ -15,7 +15,7 @@ from rl.agents.heads import TaskHeads
 def test_heads_and_their_gradients_equal_one_network_per_task(task):
     torch.manual_seed(0)
     task = torch.tensor(task, dtype=torch.int64)
-    heads = TaskHeads(num_tasks=3, in_features=10, out_features=4, hidden=6)
+    heads = TaskHeads(num_tasks=3, in_features=10, out_features=4, block_size=1, hidden=6)
     features = torch.randn(len(task), 10, requires_grad=True)
     y = heads(features, task)
     y.square().sum().backward()

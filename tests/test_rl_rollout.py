@@ -13,16 +13,16 @@ TASKS = SUITES["mt3"]
 
 def test_rollout_keeps_what_was_seen_and_how_the_actor_answered():
     torch.manual_seed(0)
-    actor = MTPPO(num_tasks=3, out_features=7)
-    rollout = collect(EnvPool(TASKS), actor, num_tasks=3, steps=400, seed=0, clock=0)
-    assert len(rollout.observations) < 600  # of 1200: the rest had been seen before
+    actor = MTPPO(num_tasks=3, out_features=7, block_size=1)
+    rollout = collect(EnvPool(TASKS), actor, num_tasks=3, steps=200, seed=0, clock=0)
+    assert len(rollout.observations) < 400  # of 600: the rest had been seen before
 
     seen, following = rollout.observations[rollout.seen], rollout.next_observations
-    assert torch.equal(rollout.tasks[rollout.seen], torch.arange(3).expand(400, 3))
+    assert torch.equal(rollout.tasks[rollout.seen], torch.arange(3).expand(200, 3))
     ended = (rollout.terminated | rollout.cut)[:-1]
     assert torch.equal(seen[1:][~ended], following[:-1][~ended])
     assert ended.any() and rollout.cut[-1].logical_xor(rollout.terminated[-1]).all()
-    task = torch.arange(3).repeat(400)
+    task = torch.arange(3).repeat(200)
     torch.testing.assert_close(rollout.logits[rollout.seen].flatten(0, 1), actor(seen.flatten(0, 1), task))
 
 

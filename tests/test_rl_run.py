@@ -14,7 +14,6 @@ from rl.config import Config, PPOConfig
 from rl.run import new_folder
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-TREATMENTS = ["dense"]
 
 
 def short(runs, **changes):
@@ -30,7 +29,7 @@ def metrics(folder):
     return table[~table["name"].str.startswith("time/")].reset_index(drop=True)
 
 
-@pytest.mark.parametrize("treatment", TREATMENTS)
+@pytest.mark.parametrize("treatment", ["dense", "gmp", "set"])
 def test_same_seed_repeats_and_a_killed_run_resumes_to_the_same_metrics(tmp_path, monkeypatch, treatment):
     settings = short(tmp_path, treatment=treatment)
     straight, killed = tmp_path / "straight", tmp_path / "killed"
@@ -90,9 +89,8 @@ def command_line(*options, script=("rl/run.py",)):
     return subprocess.run([sys.executable, *script, *options], cwd=CHECKOUT, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("treatment", TREATMENTS)
-def test_command_line_prints_the_folder_first_and_the_tables_last(tmp_path, treatment):
-    options = f"--suite mt3 --treatment {treatment} --timesteps 300 --episodes 1 --runs {tmp_path}".split()
+def test_command_line_prints_the_folder_first_and_the_tables_last(tmp_path):
+    options = f"--suite mt3 --treatment set --block-size 4 --timesteps 300 --episodes 1 --runs {tmp_path}".split()
     done = command_line(*options)
     assert done.returncode == 0, done.stderr
     folder = Path(done.stdout.splitlines()[0])

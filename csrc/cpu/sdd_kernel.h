@@ -2,10 +2,11 @@
 // over tokens, are filled from the two panels and reduced to TILE sums by one tree of shuffles at the end of the panel.
 
 constexpr int TILE = LANES > 8 ? LANES : 8;
-static_assert(TILE <= MAX_TILE, "partial sums of one thread may run over into its padding only");
+static_assert(TILE <= MAX_TILE, "the padding behind partial sums must hold a whole tile");
 
 template <int ROWS, int COLS, int WIDTH>
-INLINE void accumulate(Vec* sum, const float* dy, const float* x) {
+INLINE void dot(Vec* sum, const float* dy, const float* x) {
+    for (int a = 0; a < ROWS * COLS; a++) sum[a] = Vec{};
     for (int v = 0; v < WIDTH; v += LANES)
         for (int i = 0; i < ROWS; i++)
             for (int j = 0; j < COLS; j++) sum[i * COLS + j] += load(dy + i * WIDTH + v) * load(x + j * WIDTH + v);
@@ -21,22 +22,31 @@ INLINE bool finish(Vec* sum, float* result, float* partial, bool first, bool las
     return last;
 }
 
+// Dot products of consecutive blocks, unrolled by B... so that all sums stay in registers; beyond `count` they are zero, which
+// leaves the partial sums that follow as they are.
+template <int BLOCK, int WIDTH, int... B>
+INLINE void dot_blocks(Vec* sum, const SddTask& task, const Place* places, int count, Sequence<B...>) {
+    constexpr int AREA = BLOCK * BLOCK;
+    const float* dy = task.dy - int64_t(task.first_row) * BLOCK * WIDTH;
+    const float* x = task.x - int64_t(task.first_col) * BLOCK * WIDTH;
+    for (int a = 0; a < TILE; a++) sum[a] = Vec{};
+    ((B < count ? dot<BLOCK, BLOCK, WIDTH>(sum + B * AREA, dy + int64_t(places[B].row) * BLOCK * WIDTH,
+                                           x + int64_t(places[B].col) * BLOCK * WIDTH)
+                : void()),
+     ...);
+}
+
 // Blocks 1 and 2: several blocks, of any rows, share one reduction.
 template <int BLOCK, int VECTORS, class T>
 void sdd_small(const SddTask& task) {
-    constexpr int WIDTH = VECTORS * LANES, AREA = BLOCK * BLOCK, BLOCKS = TILE / AREA;
+    constexpr int AREA = BLOCK * BLOCK, BLOCKS = TILE / AREA;
     T* grad = static_cast<T*>(task.grad);
     float* partial = task.partial;
     for (int64_t unit = task.begin; unit < task.end; unit += BLOCKS, partial += TILE) {
         const Place* places = task.places + unit;
         const int count = task.end - unit < BLOCKS ? int(task.end - unit) : BLOCKS;
         Vec sum[TILE];
-        for (int b = 0; b < BLOCKS; b++) {
-            for (int a = 0; a < AREA; a++) sum[b * AREA + a] = Vec{};
-            if (b >= count) continue;  // zeros leave the partial sums that follow as they are
-            accumulate<BLOCK, BLOCK, WIDTH>(sum + b * AREA, task.dy + int64_t(places[b].row - task.first_row) * BLOCK * WIDTH,
-                                            task.x + int64_t(places[b].col - task.first_col) * BLOCK * WIDTH);
-        }
+        dot_blocks<BLOCK, VECTORS * LANES>(sum, task, places, count, typename Count<BLOCKS>::type());
         alignas(64) float result[TILE];
         if (finish(sum, result, partial, task.first, task.last))
             for (int b = 0; b < count; b++)
@@ -58,8 +68,7 @@ void sdd_strips(const SddTask& task) {
         T* grad = static_cast<T*>(task.grad) + (int64_t(place.slot) * block + first) * block;
         for (int col = 0; col < block; col += COLS, x += COLS * WIDTH, partial += TILE) {
             Vec sum[TILE];
-            for (int a = 0; a < TILE; a++) sum[a] = Vec{};
-            accumulate<ROWS, COLS, WIDTH>(sum, dy, x);
+            dot<ROWS, COLS, WIDTH>(sum, dy, x);
             alignas(64) float result[TILE];
             if (finish(sum, result, partial, task.first, task.last))
                 for (int i = 0; i < ROWS; i++)

@@ -8,7 +8,7 @@ from rl.config import Config
 
 
 def prepare(network: nn.Module, config: Config) -> None:
-    sk.sparsify(network, density=1.0, block_size=config.block_size, modules=(nn.Conv2d, sk.SparseLinear))
+    sk.sparsify(network, density=1.0, block_size=config.block_size, modules=(nn.Conv2d, nn.Linear))
 
 
 def make_rule(network: nn.Module, optimizer: Optimizer, config: Config, seed: int) -> sk.GMP:

@@ -11,12 +11,15 @@ from rl.config import Config
 
 
 def prepare(network: nn.Module, config: Config) -> None:
+    heads = {name: layer for name, layer in network.named_modules() if isinstance(layer, sk.SparseLinear)}
+    stay_dense = [name for name, layer in heads.items() if layer.block_size != config.block_size]  # too small for it
     sk.sparsify(
         network,
         density=config.density,
         block_size=config.block_size,
         distribution="erk",
-        modules=(sk.SparseLinear,),
+        exclude=stay_dense,
+        keep="fresh",
     )
 
 

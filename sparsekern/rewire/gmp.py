@@ -143,6 +143,7 @@ class GMP(Rule):
 
     def _mark(self, path: str, dead: Tensor) -> None:
         """Make these slots dead, with weight, gradient and state as in a fresh slot."""
+        self._moved[path] = ((self.layers[path].topology.block_rows >= 0) & dead).sum(), 0
         for tensor, fresh in self._element_tensors(path):
             tensor.masked_fill_(dead[:, None, None], fresh)
         for copy in self._copies(path):

@@ -56,10 +56,12 @@ class Rule:
         self.events = 0
         """Events that fired so far."""
         self._next = 1
-        self._moved: dict[str, tuple[int, int]] = dict.fromkeys(self.layers, (0, 0))
+        # Blocks dropped and grown at the last event; tensors while only the device knows.
+        self._moved: dict[str, tuple[int | Tensor, int | Tensor]] = dict.fromkeys(self.layers, (0, 0))
         self._nan = {path: torch.zeros((), dtype=torch.bool, device=l.weight.device) for path, l in self.layers.items()}
         self._covered = {path: l.topology.mask() for path, l in self.layers.items()} if coverage else None
         self._seen = self._adoptions()
+        self._with_state = self._layers_with_state()
         self._state_loads = self._state_loads_seen = 0
         if optimizer is not None:
             optimizer.register_load_state_dict_post_hook(self._note_state_load)
@@ -81,7 +83,7 @@ class Rule:
         self._check_adoptions()
         pace, self.clock = now - self.clock, now
         due = self._due()
-        fires = due is not None and now >= due and self._ready()
+        fires = due is not None and self._reached(now, due) and self._ready()
         changed = False
         if fires:
             with torch.no_grad():
@@ -105,8 +107,8 @@ class Rule:
             dropped, grown = self._moved[path]
             stats[path] = {
                 "live": int(mask.sum()),
-                "dropped": dropped,
-                "grown": grown,
+                "dropped": int(dropped),
+                "grown": int(grown),
                 "dead_rows": int((~mask.any(dim=2)).sum()),
                 "dead_cols": int((~mask.any(dim=1)).sum()),
             }
@@ -116,7 +118,8 @@ class Rule:
 
     def state_dict(self) -> dict:
         """Plain numbers and tensors: what, beside the model and the optimiser, a bit-exact resume needs."""
-        state = {"clock": self.clock, "events": self.events, "next": self._next, "moved": dict(self._moved)}
+        moved = {path: tuple(map(int, moved)) for path, moved in self._moved.items()}
+        state = {"clock": self.clock, "events": self.events, "next": self._next, "moved": moved}
         if self._covered is not None:
             state["covered"] = dict(self._covered)
         return state
@@ -151,7 +154,10 @@ class Rule:
     def _due(self) -> float | None:
         """Time of the next event."""
         due = self.start_step + self._next * self.update_every
-        return None if self.end_step is not None and due > self.end_step else due
+        return None if self.end_step is not None and not self._reached(self.end_step, due) else due
+
+    def _reached(self, now: float, due: float) -> bool:
+        return now >= due - 1e-9 * self.update_every  # 3 * 0.1 > 0.3 in floating point
 
     def _advance(self, now: float) -> None:
         self._next = math.floor((now - self.start_step) / self.update_every + 1e-9) + 1
@@ -209,12 +215,17 @@ class Rule:
     def _note_state_load(self, optimizer: Optimizer) -> None:
         self._state_loads += 1
 
+    def _layers_with_state(self) -> set[str]:
+        state = {} if self.optimizer is None else self.optimizer.state
+        return {path for path, layer in self.layers.items() if state.get(layer.weight)}
+
     def _check_adoptions(self) -> None:
+        # state that came up since the last step belongs to the blocks that were loaded, not to those before
+        stale, self._with_state = self._with_state, self._layers_with_state()
         if (seen := self._adoptions()) == self._seen:
             return
         changed = [path for path, count in seen.items() if count != self._seen[path]]
-        has_state = self.optimizer is not None and any(self.optimizer.state.get(self.layers[p].weight) for p in changed)
-        if has_state and self._state_loads == self._state_loads_seen:
+        if stale.intersection(changed) and self._state_loads == self._state_loads_seen:
             raise RuntimeError(
                 f"{type(self).__name__}.step: weights of another topology were loaded into {', '.join(changed)}, but the "
                 "optimiser still holds the state of the old blocks; load the optimiser's checkpoint too, or build a new one"
@@ -346,8 +357,8 @@ class DropAndGrow(Rule):
 
     def _rewire(self, path: str, layer: SparseLayer, fraction: float) -> bool:
         counts = self._counts(path, fraction)
-        self._moved[path] = (sum(counts), sum(counts))
         if not any(counts):
+            self._moved[path] = (0, 0)
             return False
         layout = layer.topology.layout
         scores = self.drop_scores(path, layer)
@@ -355,6 +366,7 @@ class DropAndGrow(Rule):
         slots = weakest(scores, layout, self._live[path], counts)
         rows, cols = places(self.growth_candidates(path, layer, max(counts)), layout, counts)
         kept = rows < 0  # no candidate was left for this slot
+        self._moved[path] = 2 * ((~kept).sum(),)
         for tensor, fresh in self._element_tensors(path):
             _assign(tensor, slots, tensor[slots].masked_fill_(~kept[:, None, None], fresh))
         rows = torch.where(kept, layout.block_rows[slots], rows)
@@ -364,7 +376,7 @@ class DropAndGrow(Rule):
             _assign(copy.topology.block_cols, slots, cols)
             copy.topology.rebuild()
             if copy is not layer:
-                _assign(copy.weight, slots, layer.weight[slots])
+                _assign(copy.weight, slots, torch.where(kept[:, None, None], copy.weight[slots], layer.weight[slots]))
         self._cover(path)
         return True
 
@@ -431,7 +443,7 @@ class RigL(DropAndGrow):
 
     def _prepare(self, pace: float) -> None:
         due = self._due()
-        self._arm(due is not None and self.clock + pace >= due)
+        self._arm(due is not None and self._reached(self.clock + pace, due))
 
     def _arm(self, armed: bool) -> None:
         if armed or self._armed:
