@@ -106,8 +106,9 @@ def show(folder: Path) -> None:
         dense = last[f"sparse/dense_{name}"]
         cost.add_row(label, f"{own:,.0f}", f"{dense:,.0f}", f"{own / dense:.3f}")
     cost.add_section()
-    cost.add_row("milliseconds per update (one rollout)", f"{typical['time/update_ms']:,.0f}")
-    cost.add_row("environment steps per second", f"{typical['time/steps_per_second']:,.0f}")
+    cost.add_row("update on one rollout, milliseconds", f"{typical['time/update_ms']:,.0f}")
+    cost.add_row("acting in one rollout, milliseconds", f"{typical['time/acting_ms']:,.0f}")
+    cost.add_row("environment steps per second, with acting", f"{typical['time/steps_per_second']:,.0f}")
     for table in (earned, cost):
         for column in table.columns[1:]:
             column.justify = "right"

@@ -140,7 +140,7 @@ def describe(tasks: Sequence[Task], rollout: Rollout) -> dict[str, float]:
     ended = zip(tasks, rollout.episode_returns, strict=True)
     return {f"rollout/{task.name}": sum(returns) / len(returns) for task, returns in ended if returns} | {
         "time/steps_per_second": rollout.rewards.numel() / rollout.seconds,
-        "time/acting_share": rollout.seconds_acting / rollout.seconds,
+        "time/acting_ms": 1e3 * rollout.seconds_acting,
     }
 
 
