@@ -175,6 +175,15 @@ def test_gradients_of_first_and_second_order_are_those_of_the_formula(block_size
         assert gradgradcheck(product, inputs)
 
 
+def test_a_gradient_without_strides_of_its_own_reaches_both_factors(backend):
+    topology = random_topology((3, 4), 4, dead=1)
+    x, dy, *_ = (t.requires_grad_() for t in operands(topology, 6, torch.float32)[:2])
+    ones = sk.dds(dy, torch.ones(topology.num_slots, 4, 4), topology)
+    d_dy, d_x = torch.autograd.grad(sk.sdd(dy, x, topology).sum(), (dy, x))  # sum's gradient is one expanded number
+    torch.testing.assert_close(d_x, ones, rtol=0, atol=1e-5)
+    torch.testing.assert_close((d_dy * dy).sum(), (d_x * x).sum(), rtol=1e-5, atol=0)
+
+
 def test_a_second_backward_accumulates(backend):
     topology = random_topology((3, 4), 4)
     x, dy, weight, _, _ = operands(topology, 6, torch.float32)
