@@ -229,7 +229,8 @@ class Rule:
         if stale.intersection(changed) and self._state_loads == self._state_loads_seen:
             raise RuntimeError(
                 f"{type(self).__name__}.step: weights of another topology were loaded into {', '.join(changed)}, but "
-                "the optimiser still holds the state of the old blocks; load its checkpoint too, or build a new one"
+                "the optimiser still holds the state of the old blocks; "
+                "load the optimiser's checkpoint too, or build a new one"
             )
         self._seen, self._state_loads_seen = seen, self._state_loads
         self._adopted(changed)
