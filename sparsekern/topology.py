@@ -23,14 +23,14 @@ class Layout(NamedTuple):
         return self.block_rows.shape[0]
 
     def positions(self) -> Tensor:
-        """int64 [num_slots]: place of each slot's block among all blocks, (group, row, col) row-major; dead = their number."""
+        """int64 [num_slots]: place of each block among all, (group, row, col) row-major; their number if dead."""
         group_cols = self.num_cols // self.groups
         rows, cols = self.block_rows.long(), self.block_cols.long()
         return torch.where(rows < 0, self.num_rows * group_cols, rows * group_cols + cols % group_cols)
 
-    # The index of block sizes above 1 is (row_pairs, col_pairs, row_offsets, col_offsets, row_order, col_order), pairs first
-    # so that each is 8-byte aligned. For block size 1 it is (row_slots, col_slots): with int16 coordinates that makes 12
-    # bytes a weight, and a kernel finds the offsets while it packs the values.
+    # The index of block sizes above 1 is (row_pairs, col_pairs, row_offsets, col_offsets, row_order, col_order),
+    # pairs first so that each is 8-byte aligned. For block size 1 it is (row_slots, col_slots): with int16
+    # coordinates that makes 12 bytes a weight, and a kernel finds the offsets while it packs the values.
 
     @property
     def row_pairs(self) -> Tensor:
@@ -74,7 +74,7 @@ class Layout(NamedTuple):
 
 
 def build_index(layout: Layout) -> Tensor:
-    """Compute the int32 index of a layout from its coordinates, by operations of static shape (no host synchronisation)."""
+    """Compute the int32 index of a layout by operations of static shape, without a host synchronisation."""
     if layout.full:
         return torch.empty(0, dtype=torch.int32, device=layout.block_rows.device)
     rows, cols = layout.block_rows.long(), layout.block_cols.long()
@@ -100,10 +100,11 @@ _SAVED = ("block_rows", "block_cols", "_extra_state")
 class Topology(nn.Module):
     """The live blocks of a block-sparse matrix and the slots they are stored in.
 
-    `block_rows` and `block_cols` *are* the topology: slot s of the weight holds block (block_rows[s], block_cols[s]), in
-    global block coordinates; -1 marks a dead slot. They move and are saved as buffers are, but are not registered as such:
-    DistributedDataParallel would broadcast them at every forward, and no backend of it knows int16. `index` is derived
-    from them and not saved. With groups, the matrix is block-diagonal: group g owns block rows g*R/G ... and block columns g*C/G ... .
+    `block_rows` and `block_cols` *are* the topology: slot s of the weight holds block (block_rows[s], block_cols[s]),
+    in global block coordinates; -1 marks a dead slot. They move and are saved as buffers are, but are not registered as
+    such: DistributedDataParallel would broadcast them at every forward, and no backend of it knows int16. `index` is
+    derived from them and not saved. With groups, the matrix is block-diagonal: group g owns block rows g*R/G ... and
+    block columns g*C/G ... .
 
     Args:
         block_rows, block_cols: int [num_slots], no duplicates; -1 in both = dead slot.
@@ -298,7 +299,7 @@ def check_blocks(block_rows: Tensor, block_cols: Tensor, grid: tuple[int, int], 
 
 
 def _random_positions(rows: int, cols: int, count: int) -> Tensor:
-    """`count` distinct places of a rows x cols grid, sorted; the first ones cover rows and columns, the rest are uniform."""
+    """`count` distinct places of a grid, sorted: some to cover rows and columns, the rest uniform."""
     with torch.device("cpu"):  # whatever the default device: the same draws everywhere, and some on "meta" too
         longest = max(rows, cols)
         diagonal = torch.arange(min(count, longest))

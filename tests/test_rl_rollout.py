@@ -1,6 +1,7 @@
 """rl/rollout.py: what a rollout says happened, against the networks and environments themselves."""
 
 import numpy as np
+import pytest
 import torch
 
 from rl.agents import MTPPO
@@ -9,6 +10,15 @@ from rl.envs.pool import EnvPool
 from rl.rollout import Policy, collect, episode_returns
 
 TASKS = SUITES["mt3"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Batches are small here, and training sets the number of threads for the whole process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_rollout_keeps_what_was_seen_and_how_the_actor_answered():

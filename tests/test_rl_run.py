@@ -16,6 +16,15 @@ from rl.run import new_folder
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Batches are small here, and training sets the number of threads for the whole process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def short(runs, **changes):
     """A run of five fits and three evaluations."""
     ppo = PPOConfig(rollout_steps=100, epochs=2)

@@ -1,7 +1,7 @@
 """The products in plain torch: scatter the live blocks to a dense matrix, multiply, gather.
 
-The truth in tests, on any device and for any block size; also the path of the vendor's GEMM that the chooser takes where
-dense is faster. A full store of block size 1 is the dense matrix already, so nothing is copied.
+The truth in tests, on any device and for any block size; also the path of the vendor's GEMM that the chooser takes
+where dense is faster. A full store of block size 1 is the dense matrix already, so nothing is copied.
 """
 
 import torch
@@ -16,7 +16,7 @@ def unavailable() -> None:
 
 
 def densify(weight: Tensor, layout: Layout) -> Tensor:
-    """Scatter the blocks into dense matrices [groups, out_per_group, in_per_group] (padded sizes); dead places are zero."""
+    """Scatter the blocks into dense matrices [groups, out_per_group, in_per_group], padded; dead places are zero."""
     g, r, c, b = layout.groups, layout.num_rows // layout.groups, layout.num_cols // layout.groups, layout.block_size
     if layout.full:
         blocks = weight
@@ -26,7 +26,7 @@ def densify(weight: Tensor, layout: Layout) -> Tensor:
 
 
 def gather(dense: Tensor, layout: Layout) -> Tensor:
-    """Collect the live blocks [num_slots, B, B] of dense matrices [groups, out_per_group, in_per_group]; dead slots are 0."""
+    """Collect the blocks [num_slots, B, B] of dense matrices [groups, out_per_group, in_per_group]; dead ones are 0."""
     g, r, c, b = layout.groups, layout.num_rows // layout.groups, layout.num_cols // layout.groups, layout.block_size
     blocks = dense.view(g, r, b, c, b).transpose(2, 3).reshape(g * r * c, b, b)
     if not layout.full:
@@ -52,7 +52,7 @@ def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = No
 
 
 def block_norms(dy: Tensor, x: Tensor, layout: Layout, rows: slice, token_offsets: Tensor | None = None) -> Tensor:
-    """Squared Frobenius norms, float32 [groups, rows, cols], of the blocks of dyᵀx in some block rows of every group."""
+    """Squared norms, float32 [groups, rows, cols], of the blocks of dyᵀx in some block rows of every group."""
     b, per_group = layout.block_size, layout.num_rows // layout.groups
     strip = dy.unflatten(1, (dy.shape[1] // (per_group * b), per_group, b))[:, :, rows].flatten(1)
     dense = outer(strip, x, layout.groups, token_offsets)
