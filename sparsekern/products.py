@@ -254,6 +254,8 @@ def _check(
         raise ValueError(
             f"{name}: topology of shape {topology.shape} wants {side} in the last axis, got {tuple(x.shape)}"
         )
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"{name}: operands must be real floating-point numbers, got {x.dtype}")
     for operand in (other,) if bias is None else (other, bias):
         if operand.dtype != x.dtype:
             raise ValueError(f"{name}: operands must have one dtype, got {x.dtype} and {operand.dtype}")

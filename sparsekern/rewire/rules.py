@@ -13,7 +13,7 @@ from sparsekern.growth import GrowthScores, float_bits, pack, positions_of, scor
 from sparsekern.layer import SparseLayer
 from sparsekern.rewire.optimizer_state import check_elementwise, element_state
 from sparsekern.rewire.rewire import places, random_candidates, weakest
-from sparsekern.rewire.schedule import Constant
+from sparsekern.rewire.schedule import Constant, check_fraction
 from sparsekern.rewire.scores import block_l1, stream, uniform_hash
 
 
@@ -354,6 +354,7 @@ class DropAndGrow(Rule):
 
     def _event(self, now: float) -> bool:
         fraction = self.drop_fraction(self._progress(now))
+        check_fraction(fraction)
         moved = [self._rewire(path, layer, fraction) for path, layer in self.layers.items()]
         return any(moved)
 
