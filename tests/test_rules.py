@@ -248,6 +248,19 @@ def test_cosine_falls_from_the_fraction_to_zero_at_the_end_step():
     assert np.cumsum(dropped).tolist() == np.floor(exact + 1e-9).tolist()
 
 
+def test_a_schedule_of_ones_own_gets_the_progress_and_may_not_leave_zero_to_one():
+    asked = []
+    layer, _, rule = one_layer(
+        drop_fraction=lambda progress: asked.append(progress) or progress, start_step=2, end_step=6
+    )
+    live = layer.topology.num_live
+    assert events(rule, layer, [None] * 8) == [3, 4, 5, 6] and asked == [0.25, 0.5, 0.75, 1.0]
+    assert layer.topology.num_live == live
+    layer, _, rule = one_layer(drop_fraction=lambda progress: -0.2)
+    with pytest.raises(ValueError, match=r"drop_fraction must be in \[0, 1\], got -0.2"):
+        rule.step()
+
+
 @pytest.mark.parametrize(("updates", "share"), [(40, 0.54), (80, 0.76)])
 def test_coverage_is_that_of_random_drops_in_theory(updates, share):
     layer = sk.SparseLinear(64, 64, density=0.1, block_size=1)
