@@ -441,3 +441,12 @@ def test_rigl_waits_for_gradients_of_the_blocks_that_a_checkpoint_brought():
     assert not rule.step()
     assert events(rule, layer, [None]) == [3]
     assert rule.stats()[""]["grown"] == int(0.3 * other.topology.num_live)
+
+
+@pytest.mark.parametrize("make", [sk.SET, partial(sk.GMP, end_step=1, final_density=0.1)], ids=["SET", "GMP"])
+def test_a_rewire_between_forward_and_backward_is_noticed(make):
+    layer, _, rule = one_layer(0.4, 4, rule=make)
+    y = layer(torch.randn(3, layer.in_features, requires_grad=True))
+    assert rule.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
