@@ -36,3 +36,12 @@ def backend(request):
         pytest.skip(str(missing))
     yield request.param
     forced.__exit__(None, None, None)
+
+
+@pytest.fixture
+def one_thread():
+    """Run a test on one thread of torch, and leave the number of threads as it was."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
