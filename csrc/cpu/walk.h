@@ -17,6 +17,7 @@ inline const void* element(const void* array, int64_t place, Type type) {
 class AsFloat {
 public:
     AsFloat(const void* array, int64_t count, Type type, Scratch<float>& scratch);
+    bool is_copy() const { return copy; }
     void fill() const;  // called by every thread of the team
     const float* data() const { return out; }
 
@@ -31,6 +32,7 @@ private:
 class Walk {
 public:
     Walk(const Layout&, bool by_rows, const void* weight, Type);
+    bool is_copy() const { return own_pairs; }
     void fill() const;  // called by every thread of the team
 
     const Pair* pairs;
@@ -42,8 +44,8 @@ private:
     const bool by_rows;
     const void* weight;
     const Type type;
-    Pair* own_pairs = nullptr;  // null when the index holds them
-    int32_t* own_offsets = nullptr;
+    Pair* own_pairs = nullptr;
+    int32_t* own_offsets = nullptr;  // null when the index holds them
 };
 
 // Consecutive tokens of one group.
@@ -53,12 +55,16 @@ struct Panel {
     int tokens, vectors;
 };
 
-// Cuts each group's tokens into panels of at most `widest` vectors; fewer where `features` of them would overflow the L2 cache.
-std::vector<Panel>& cut_panels(int groups, const TokenOffsets&, int64_t tokens, int lanes, int widest, int64_t features);
+// Width of a panel: at most `most` vectors of tokens, fewer where `features` of them would overflow the L2 cache.
+int panel_vectors(int most, int lanes, int64_t features);
+
+// Cuts each group's tokens into panels of `widest` vectors; narrower ones take the rest.
+std::vector<Panel>& cut_panels(int groups, const TokenOffsets&, int64_t tokens, int lanes, int widest);
 
 inline int kernel_width(int vectors) { return vectors == 8 ? 3 : vectors == 4 ? 2 : vectors - 1; }
 
-// Below this a team of threads costs more than it saves: some 5 microseconds to start, against 20 multiply-adds a nanosecond.
+// Below this a team of threads costs more than it saves: some 5 microseconds to start, against 20 multiply-adds a
+// nanosecond.
 inline int worthwhile(int threads, int64_t multiply_adds) { return multiply_adds < 200000 ? 1 : threads; }
 
 }  // namespace sparsekern
