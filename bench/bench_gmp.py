@@ -1,4 +1,4 @@
-"""A layer on its way from dense to sparse under GMP, in the state that the rule really leaves it in at every density."""
+"""A layer on its way from dense to sparse under GMP, in the state that the rule leaves it in at every density."""
 
 from dataclasses import replace
 

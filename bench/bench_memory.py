@@ -1,4 +1,4 @@
-"""Bytes that a layer takes: weight, gradient, Adam's state and the index, as the allocator counts them, against nn.Linear."""
+"""Bytes of a layer's weight, gradient, Adam state and index, as the allocator counts them, against nn.Linear."""
 
 import torch
 from torch import nn
@@ -33,4 +33,5 @@ def bench_memory(record, case):
     _, dense = allocated(lambda: nn.Linear(*sizes, bias=False), case.tokens)
     index = layer.topology.nbytes
     assert ours - index <= 1.05 * dense * layer.density
-    record("training", ours_bytes=ours, dense_bytes=dense, index_bytes=index, index_per_weight=index / layer.weight.numel())
+    found = {"ours_bytes": ours, "dense_bytes": dense, "index_bytes": index}
+    record("training", partner="nn.Linear", **found, index_per_weight=index / layer.weight.numel())

@@ -1,4 +1,4 @@
-"""The two paths that the chooser has on a CPU, for a training step: the C++ kernels, and the vendor's GEMM between copies.
+"""The chooser's two paths on a CPU, for a training step: the C++ kernels, and the vendor's GEMM between copies.
 
 `choose.BREAK_EVEN` comes from these ratios: the density at which both take equal time.
 """

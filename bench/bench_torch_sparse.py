@@ -1,4 +1,4 @@
-"""torch's own sparse matrices (CSR, BSR): x Wᵀ and dy W for row-major activations, the copies that this takes included."""
+"""torch's own sparse matrices (CSR, BSR): x Wᵀ and dy W for row-major activations, with the copies that this takes."""
 
 import pytest
 import torch

@@ -39,7 +39,7 @@ def grid(shapes, tokens, densities, block_sizes, threads=(1,)) -> list[Case]:
     ]
 
 
-# What the first table of the README shows: a wide layer, a layer with few tokens, unstructured sparsity, and a task head.
+# The README's first table: a wide layer, a layer with few tokens, unstructured sparsity, and a task head.
 HEADLINES = [
     case
     for number in THREADS

@@ -1,7 +1,7 @@
 """How calls are timed: ours and the dense partner in turn, round after round, on data that has left the caches.
 
-Whatever slows the machine for a while slows both, so a ratio is taken within every round, and the median of these ratios is
-reported with its quartiles.
+Whatever slows the machine for a while slows both, so a ratio is taken within every round, and the median of these
+ratios is reported with its quartiles.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""The committed results: one readable JSON per device, one record a line, each with the environment it was measured in."""
+"""The committed results: one readable JSON per device, a line per record, each with its environment."""
 
 import datetime
 import json
