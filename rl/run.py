@@ -18,7 +18,6 @@ import tyro
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # started as a script: the checkout is where `rl` is
 
-from rl import config as config_file
 from rl.config import Config
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -40,7 +39,10 @@ def main() -> None:
 
     from rl.train_ppo import train
 
-    train(config, folder)
+    try:
+        train(config, folder)
+    except KeyboardInterrupt:
+        sys.exit(f"stopped; python rl/run.py --resume {folder} goes on from the last evaluation")
     show(folder)
 
 
@@ -51,7 +53,7 @@ def chosen_run() -> tuple[Path, Config]:
         return new_folder(arguments.config), arguments.config
     if arguments.config != Config():
         raise ValueError("--resume takes the run's own settings from its folder; give no other option with it")
-    return arguments.resume, config_file.load(arguments.resume)
+    return arguments.resume, Config.load(arguments.resume)
 
 
 def new_folder(config: Config) -> Path:

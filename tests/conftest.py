@@ -42,3 +42,12 @@ def backend(request):
         pytest.skip(f"backend 'cpu' does not take {dtype}")
     with sk.use(request.param):
         yield request.param
+
+
+@pytest.fixture
+def one_thread():
+    """Run a test on one thread of torch, and leave the number of threads as it was."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -12,13 +12,7 @@ from rl.rollout import Policy, collect, episode_returns
 TASKS = SUITES["mt3"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Batches are small here, and training sets the number of threads for the whole process."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_rollout_keeps_what_was_seen_and_how_the_actor_answered():

@@ -1,4 +1,5 @@
-// densify and gather: live blocks to dense matrices [groups, out_per_group, in_per_group] and back, at the speed of memcpy.
+// densify and gather: live blocks to dense matrices [groups, out_per_group, in_per_group] and back, at the speed of
+// memcpy.
 #include <cstring>
 
 #include "kernels.h"
@@ -78,7 +79,8 @@ void gather(const void* dense, void* weight, const Layout& layout, int element_b
                 std::memset(to, 0, d.block_bytes);
             else
                 copy(to, d.block_bytes / d.block,
-                     static_cast<const char*>(dense) + d.place(layout.row(slot), layout.col(slot)), d.row_bytes, d.block);
+                     static_cast<const char*>(dense) + d.place(layout.row(slot), layout.col(slot)), d.row_bytes,
+                     d.block);
         }
     }
 }

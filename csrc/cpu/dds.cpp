@@ -1,5 +1,6 @@
-// dds, y = x Wᵀ + bias or x W: each thread takes an equal part of (panels of tokens) x (tiles of outputs), packs the panels
-// it meets and computes its tiles. A panel shared by two threads is packed by both: cheaper than waiting for each other.
+// dds, y = x Wᵀ + bias or x W: each thread takes an equal part of (panels of tokens) x (tiles of outputs), packs the
+// panels it meets and computes its tiles. A panel shared by two threads is packed by both: cheaper than waiting for
+// each other.
 #include "kernels.h"
 #include "walk.h"
 
@@ -34,7 +35,8 @@ void dds(const Dds& d, const Layout& layout, const TokenOffsets& token_offsets, 
     const int kernel = block == 1 ? 0 : block == 2 ? 1 : block == 4 ? 2 : 3;
     int widest = 8;
     while (!k.dds[kernel][kernel_width(widest)]) widest /= 2;
-    const std::vector<Panel>& panels = cut_panels(groups, token_offsets, d.tokens, k.lanes, widest, inputs);
+    widest = panel_vectors(widest, k.lanes, inputs);
+    const std::vector<Panel>& panels = cut_panels(groups, token_offsets, d.tokens, k.lanes, widest);
     const int64_t y_stride = token_offsets.ragged() ? outputs : int64_t(outputs) * groups;
 
     static thread_local Scratch<float> weight_memory, bias_memory;
@@ -70,13 +72,23 @@ void dds(const Dds& d, const Layout& layout, const TokenOffsets& token_offsets, 
                 const int64_t start = cost + panel.vectors * tiles.cost(panel.group, row);
                 if (start < share.begin || start >= share.end) continue;
                 if (!is_packed)
-                    k.pack[type](element(d.x, panel.token * d.x_stride + x_column, type), d.x_stride, panel.tokens, inputs,
-                                 panel.vectors, packed);
+                    k.pack[type](element(d.x, panel.token * d.x_stride + x_column, type), d.x_stride, panel.tokens,
+                                 inputs, panel.vectors, packed);
                 is_packed = true;
                 const int end = row + tiles.rows_per_tile < last ? row + tiles.rows_per_tile : last;
                 k.dds[kernel][kernel_width(panel.vectors)]({
-                    packed, weight.data(), bias.data(), tile, walk.pairs, walk.offsets, row, end,
-                    panel.group * (inputs / block), block, d.transpose ? block : 1, d.transpose ? 1 : block,
+                    packed,
+                    weight.data(),
+                    bias.data(),
+                    tile,
+                    walk.pairs,
+                    walk.offsets,
+                    row,
+                    end,
+                    panel.group * (inputs / block),
+                    block,
+                    d.transpose ? block : 1,
+                    d.transpose ? 1 : block,
                 });
                 const int64_t place = panel.token * y_stride + y_column + int64_t(row - first) * block;
                 k.unpack[type](tile, panel.vectors, panel.tokens, (end - row) * block,

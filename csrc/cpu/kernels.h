@@ -21,7 +21,8 @@ struct Layout {
 
 private:
     int coordinate(const void* array, int64_t slot) const {
-        return coordinate_bytes == 2 ? static_cast<const int16_t*>(array)[slot] : static_cast<const int32_t*>(array)[slot];
+        return coordinate_bytes == 2 ? static_cast<const int16_t*>(array)[slot]
+                                     : static_cast<const int32_t*>(array)[slot];
     }
 };
 
@@ -69,8 +70,9 @@ struct Place {
 
 // Outputs of some block rows (or columns) for one panel of tokens; `panel` and `tile` are [features, vectors * lanes].
 struct DdsTask {
-    const float *panel, *weight, *bias;  // the panel's first feature belongs to block `first_minor`; bias of output 0 or null
-    float* tile;                         // its first feature is the first output of block `begin`
+    const float *panel, *weight,
+        *bias;    // the panel's first feature belongs to block `first_minor`; bias of output 0 or null
+    float* tile;  // its first feature is the first output of block `begin`
     const Pair* pairs;
     const int32_t* offsets;
     int begin, end, first_minor, block;
@@ -100,8 +102,8 @@ struct Kernels {
     void (*sdd[NUM_TYPES][3][WIDTHS])(const SddTask&);  // blocks 1, 2, larger
 };
 
-const Kernels& kernels();  // of the instruction set in use
-bool set_instruction_set(const char* name);             // false when this machine lacks it
-const char* supported_instruction_set(int place);       // best first; null after the last
+const Kernels& kernels();                          // of the instruction set in use
+bool set_instruction_set(const char* name);        // false when this machine lacks it
+const char* supported_instruction_set(int place);  // best first; null after the last
 
 }  // namespace sparsekern

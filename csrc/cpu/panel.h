@@ -1,6 +1,6 @@
-// Panels: tokens become the vector dimension, [features][vectors * LANES], so that a weight is one scalar for a whole vector
-// and both orientations of W are only strides. Row-major activations cannot be walked in place: rows 4096 bytes apart all
-// fall into the same sets of the L1 cache.
+// Panels: tokens become the vector dimension, [features][vectors * LANES], so that a weight is one scalar for a whole
+// vector and both orientations of W are only strides. Row-major activations cannot be walked in place: rows 4096 bytes
+// apart all fall into the same sets of the L1 cache.
 
 template <int VECTORS, class T>
 INLINE void pack_strip(const T* x, int64_t stride, int rows, int features, float* panel) {

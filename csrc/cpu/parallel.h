@@ -1,4 +1,5 @@
-// OpenMP where the compiler has it, one thread where not; and the fixed cuts of work that keep results independent of it.
+// OpenMP where the compiler has it, one thread where not; and the fixed cuts of work that keep results independent of
+// it.
 #pragma once
 #include <cstdint>
 

@@ -1,5 +1,5 @@
-// sdd, the live blocks of dyᵀx: panel after panel of tokens, packed by all threads together; each thread owns an equal part
-// of the live blocks, so that every sum is made by one thread, in the order of the tokens.
+// sdd, the live blocks of dyᵀx: panel after panel of tokens, packed by all threads together; each thread owns an equal
+// part of the live blocks, so that every sum is made by one thread, in the order of the tokens.
 #include <cstring>
 
 #include "kernels.h"
@@ -7,26 +7,28 @@
 
 namespace sparsekern {
 
-// Outputs of dy packed at a time: 128 tokens of them take 16 KB, and the live blocks of these rows then read them from L1.
+// Outputs of dy packed at a time: 128 tokens of them take 16 KB, which stay in L1 while their blocks are computed.
 constexpr int TILE_OUTPUTS = 32;
+// Panels of x packed between two barriers. Barriers are slow where threads wait for a core; larger batches leave L3.
 constexpr size_t BATCH_BYTES = 8 << 20;
 
-static Place place_of(const Layout& layout, int64_t position) {
-    int64_t slot = position;
-    if (!layout.full) slot = layout.block == 1 ? layout.index[position] : layout.index[2 * position + 1];
+namespace {
+
+Place place_of(const Layout& layout, int64_t position) {
     if (layout.full) {  // dead slots too: they are computed, then cleared
         const int group_rows = layout.num_rows / layout.groups, group_cols = layout.num_cols / layout.groups;
-        const int row = int(slot / group_cols);
-        return {row, int(slot % group_cols) + row / group_rows * group_cols, int32_t(slot)};
+        const int row = int(position / group_cols);
+        return {row, int(position % group_cols) + row / group_rows * group_cols, int32_t(position)};
     }
-    return {layout.row(slot), layout.col(slot), int32_t(slot)};
+    const int32_t slot = layout.block == 1 ? layout.index[position] : layout.index[2 * position + 1];
+    return {layout.row(slot), layout.col(slot), slot};
 }
 
 // First of the places (sorted by row, dead ones last) that lies in `row` or below.
-static int64_t first_place(const Place* places, int64_t count, int row) {
+int64_t first_place(const Place* places, int64_t count, int row) {
     int64_t begin = 0;
     for (int64_t end = count; begin < end;) {
-        int64_t middle = (begin + end) / 2;
+        const int64_t middle = (begin + end) / 2;
         if (places[middle].row < 0 || places[middle].row >= row)
             end = middle;
         else
@@ -35,87 +37,117 @@ static int64_t first_place(const Place* places, int64_t count, int row) {
     return begin;
 }
 
-void sdd(const Sdd& s, const Layout& layout, const TokenOffsets& token_offsets, Type type, int threads) {
+// One call of sdd; its methods are run by every thread of the team.
+struct Call {
+    const Sdd& s;
+    const Layout& layout;
+    const TokenOffsets& token_offsets;
+    const Type type;
     const Kernels& k = kernels();
-    const int block = layout.block, groups = layout.groups;
-    const int group_rows = layout.num_rows / groups, group_cols = layout.num_cols / groups;
+    const int block = layout.block;
+    const int group_rows = layout.num_rows / layout.groups, group_cols = layout.num_cols / layout.groups;
     const int inputs = group_cols * block, outputs = group_rows * block;
-    const int64_t area = int64_t(block) * block, block_bytes = area * bytes_of(type);
+    const int64_t area = int64_t(block) * block;
     const int strips = block > UNIT_ROWS ? block / UNIT_ROWS : 1;
-    const int tile_rows = block < TILE_OUTPUTS ? TILE_OUTPUTS / block : 1;
-    const auto& sdd_kernels = k.sdd[type][block == 1 ? 0 : block == 2 ? 1 : 2];
-    const std::vector<Panel>& panels = cut_panels(groups, token_offsets, s.tokens, k.lanes, 8, inputs);
-    const size_t panel_size = size_t(inputs) * 8 * k.lanes;
-    threads = worthwhile(threads, layout.num_slots * area * s.tokens);
-    // Several panels are packed between two barriers, which are slow where threads wait for a core; one thread needs none,
-    // and its next panel is best packed when the last one's place in the L2 cache is free.
-    const size_t batch = threads == 1 ? 1 : 1 + BATCH_BYTES / (panel_size * 4);
+    const int widest = panel_vectors(8, k.lanes, inputs);
+    const size_t panel_size = size_t(inputs) * widest * k.lanes;
+    const std::vector<Panel>& panels = cut_panels(layout.groups, token_offsets, s.tokens, k.lanes, widest);
+    Place* places = nullptr;
+    float* x_packed = nullptr;
 
+    void pack(const Panel& panel, const void* from, int64_t stride, int64_t feature, int64_t count, float* to) const {
+        const void* first = element(from, panel.token * stride + feature, type);
+        k.pack[type](first, stride, panel.tokens, int(count), panel.vectors, to);
+    }
+    // First feature of the group's columns in x (of `features` per group) and in dy.
+    int64_t column(const Panel& panel, int features) const {
+        return token_offsets.ragged() ? 0 : int64_t(panel.group) * features;
+    }
+
+    // Packs this thread's share of the features of x, in whole vectors.
+    void pack_x(const Panel& panel, float* to) const {
+        const Range share = my_share((inputs + k.lanes - 1) / k.lanes);
+        const int64_t begin = share.begin * k.lanes, end = share.end * k.lanes;
+        pack(panel, s.x, s.x_stride, column(panel, inputs) + begin, (end < inputs ? end : inputs) - begin,
+             to + begin * panel.vectors * k.lanes);
+    }
+
+    // Adds one panel to the gradients of this thread's share of the group's blocks.
+    void add(const Panel& panel, const float* x, bool first, bool last) const {
+        static thread_local Scratch<float> dy_memory, partial_memory;
+        const int tile_rows = block < TILE_OUTPUTS ? TILE_OUTPUTS / block : 1;
+        float* dy = dy_memory.get(size_t(tile_rows) * block * widest * k.lanes);
+        const int begin_row = panel.group * group_rows, end_row = begin_row + group_rows;
+        const Place* group_places = places + first_place(places, layout.num_slots, begin_row);
+        const int64_t count = places + first_place(places, layout.num_slots, end_row) - group_places;
+        const Range units = my_share(count * strips);
+        const int64_t unit_area = area / strips;
+        float* partial = partial_memory.get((units.end - units.begin) * unit_area + MAX_TILE);
+        const auto kernel = k.sdd[type][block == 1 ? 0 : block == 2 ? 1 : 2][kernel_width(panel.vectors)];
+        for (int64_t unit = units.begin; unit < units.end;) {
+            int64_t place = unit / strips;
+            const int row = group_places[place].row;
+            const int tile_begin = row - (row - begin_row) % tile_rows;
+            const int tile_end = tile_begin + tile_rows < end_row ? tile_begin + tile_rows : end_row;
+            pack(panel, s.dy, s.dy_stride, column(panel, outputs) + int64_t(tile_begin - begin_row) * block,
+                 int64_t(tile_end - tile_begin) * block, dy);
+            while (place < count && group_places[place].row < tile_end) place++;
+            const int64_t end = place * strips < units.end ? place * strips : units.end;
+            float* sums = partial + (unit - units.begin) * unit_area;
+            kernel({dy, x, group_places, unit, end, tile_begin, panel.group * group_cols, block, sums, s.grad, first,
+                    last});
+            unit = end;
+        }
+    }
+
+    // Zeroes what no panel reached: the blocks of groups without tokens; and dead slots, which a full store computes.
+    void clear(Range share) const {
+        const int64_t bytes = area * bytes_of(type);
+        for (int64_t p = share.begin; p < share.end; p++) {
+            const Place& place = places[p];
+            const int group = place.row / group_rows;
+            const bool dead = layout.row(place.slot) < 0;
+            if (dead || (token_offsets.ragged() ? token_offsets[group] == token_offsets[group + 1] : s.tokens == 0))
+                std::memset(static_cast<char*>(s.grad) + place.slot * bytes, 0, bytes);
+        }
+    }
+};
+
+}  // namespace
+
+void sdd(const Sdd& s, const Layout& layout, const TokenOffsets& token_offsets, Type type, int threads) {
     static thread_local Scratch<Place> place_memory;
     static thread_local Scratch<float> x_memory;
-    Place* places = place_memory.get(layout.num_slots);
-    float* x_packed = x_memory.get(panel_size * (batch < panels.size() ? batch : panels.size()));
+    Call call{s, layout, token_offsets, type};
+    const size_t num_panels = call.panels.size();
+    threads = worthwhile(threads, layout.num_slots * call.area * s.tokens);
+    // One thread needs no barriers, and packs its next panel best into the memory of the last, which is in L2.
+    size_t batch = threads == 1 ? 1 : 1 + BATCH_BYTES / (call.panel_size * sizeof(float));
+    if (batch > num_panels) batch = num_panels;
+    call.places = place_memory.get(layout.num_slots);
+    call.x_packed = x_memory.get(call.panel_size * batch);
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        static thread_local Scratch<float> dy_memory, partial_memory;
-        float* dy_packed = dy_memory.get(size_t(tile_rows) * block * 8 * k.lanes);
         const Range slots = my_share(layout.num_slots);
-        for (int64_t p = slots.begin; p < slots.end; p++) places[p] = place_of(layout, p);
-        auto pack = [&](const Panel& panel, const void* from, int64_t stride, int64_t feature, int64_t count, float* to) {
-            k.pack[type](element(from, panel.token * stride + feature, type), stride, panel.tokens, int(count), panel.vectors,
-                         to);
-        };
-        for (size_t n = 0; n < panels.size(); n++) {
+        for (int64_t p = slots.begin; p < slots.end; p++) call.places[p] = place_of(layout, p);
+        for (size_t n = 0; n < num_panels; n++) {
             if (n % batch == 0) {
                 if (n > 0) {
 #pragma omp barrier
                 }
-                const Range part = my_share((inputs + k.lanes - 1) / k.lanes);  // whole vectors of features
-                const int64_t begin = part.begin * k.lanes, end = part.end * k.lanes < inputs ? part.end * k.lanes : inputs;
-                for (size_t m = n; m < n + batch && m < panels.size(); m++) {
-                    const int64_t column = token_offsets.ragged() ? 0 : panels[m].group;
-                    pack(panels[m], s.x, s.x_stride, column * inputs + begin, end - begin,
-                         x_packed + (m - n) * panel_size + begin * panels[m].vectors * k.lanes);
-                }
+                for (size_t m = n; m < n + batch && m < num_panels; m++)
+                    call.pack_x(call.panels[m], call.x_packed + (m - n) * call.panel_size);
 #pragma omp barrier
             }
-            const Panel& panel = panels[n];
-            const bool first = n == 0 || panels[n - 1].group != panel.group;
-            const bool last = n + 1 == panels.size() || panels[n + 1].group != panel.group;
-            const int begin_row = panel.group * group_rows, end_row = begin_row + group_rows;
-            const int64_t column = token_offsets.ragged() ? 0 : panel.group;  // of the group in x and dy, in groups
-            const Place* group_places = places + first_place(places, layout.num_slots, begin_row);
-            const int64_t count = places + first_place(places, layout.num_slots, end_row) - group_places;
-            const Range units = my_share(count * strips);
-            float* sums = partial_memory.get((units.end - units.begin) * (area / strips) + MAX_TILE);
-            for (int64_t unit = units.begin; unit < units.end;) {
-                int64_t place = unit / strips;
-                const int row = group_places[place].row;
-                const int tile_begin = row - (row - begin_row) % tile_rows;
-                const int tile_end = tile_begin + tile_rows < end_row ? tile_begin + tile_rows : end_row;
-                pack(panel, s.dy, s.dy_stride, column * outputs + int64_t(tile_begin - begin_row) * block,
-                     int64_t(tile_end - tile_begin) * block, dy_packed);
-                while (place < count && group_places[place].row < tile_end) place++;
-                const int64_t unit_end = place * strips < units.end ? place * strips : units.end;
-                sdd_kernels[kernel_width(panel.vectors)]({
-                    dy_packed, x_packed + n % batch * panel_size, group_places, unit, unit_end, tile_begin,
-                    panel.group * group_cols, block, sums + (unit - units.begin) * (area / strips), s.grad, first, last,
-                });
-                unit = unit_end;
-            }
+            const bool first = n == 0 || call.panels[n - 1].group != call.panels[n].group;
+            const bool last = n + 1 == num_panels || call.panels[n + 1].group != call.panels[n].group;
+            call.add(call.panels[n], call.x_packed + n % batch * call.panel_size, first, last);
         }
-
-        // What no panel reached: the blocks of groups without tokens; and dead slots, which a full store has computed.
         if (layout.full) {
 #pragma omp barrier
         }
-        for (int64_t p = slots.begin; p < slots.end; p++) {
-            const int group = places[p].row / group_rows;
-            const bool dead = layout.row(places[p].slot) < 0;
-            if (dead || (token_offsets.ragged() ? token_offsets[group] == token_offsets[group + 1] : s.tokens == 0))
-                std::memset(static_cast<char*>(s.grad) + places[p].slot * block_bytes, 0, block_bytes);
-        }
+        call.clear(slots);
     }
 }
 

@@ -1,5 +1,6 @@
-// sdd: gradients of live blocks, a dot product over tokens for each element. TILE accumulators, each a vector of partial sums
-// over tokens, are filled from the two panels and reduced to TILE sums by one tree of shuffles at the end of the panel.
+// sdd: gradients of live blocks, a dot product over tokens for each element. TILE accumulators, each a vector of
+// partial sums over tokens, are filled from the two panels and reduced to TILE sums by one tree of shuffles at the end
+// of the panel.
 
 constexpr int TILE = LANES > 8 ? LANES : 8;
 static_assert(TILE <= MAX_TILE, "the padding behind partial sums must hold a whole tile");
@@ -22,8 +23,8 @@ INLINE bool finish(Vec* sum, float* result, float* partial, bool first, bool las
     return last;
 }
 
-// Dot products of consecutive blocks, unrolled by B... so that all sums stay in registers; beyond `count` they are zero, which
-// leaves the partial sums that follow as they are.
+// Dot products of consecutive blocks, unrolled by B... so that all sums stay in registers; beyond `count` they are
+// zero, which leaves the partial sums that follow as they are.
 template <int BLOCK, int WIDTH, int... B>
 INLINE void dot_blocks(Vec* sum, const SddTask& task, const Place* places, int count, Sequence<B...>) {
     constexpr int AREA = BLOCK * BLOCK;
@@ -50,7 +51,8 @@ void sdd_small(const SddTask& task) {
         alignas(64) float result[TILE];
         if (finish(sum, result, partial, task.first, task.last))
             for (int b = 0; b < count; b++)
-                for (int a = 0; a < AREA; a++) from_float(result[b * AREA + a], grad + int64_t(places[b].slot) * AREA + a);
+                for (int a = 0; a < AREA; a++)
+                    from_float(result[b * AREA + a], grad + int64_t(places[b].slot) * AREA + a);
     }
 }
 

@@ -76,18 +76,21 @@ void Walk::fill() const {
     }
 }
 
-std::vector<Panel>& cut_panels(int groups, const TokenOffsets& offsets, int64_t tokens, int lanes, int widest,
-                               int64_t features) {
-    constexpr int64_t L2_BYTES = 512 << 10;
-    while (widest > 1 && features * widest * lanes * 4 > L2_BYTES) widest /= 2;
+int panel_vectors(int most, int lanes, int64_t features) {
+    constexpr int64_t L2_BYTES = 512 << 10;  // half of it where there is AVX-512; AVX2's panels are half as wide
+    while (most > 1 && features * most * lanes * 4 > L2_BYTES) most /= 2;
+    return most;
+}
+
+std::vector<Panel>& cut_panels(int groups, const TokenOffsets& offsets, int64_t tokens, int lanes, int widest) {
     static thread_local std::vector<Panel> panels;
     panels.clear();
     for (int group = 0; group < groups; group++) {
-        int64_t token = offsets.ragged() ? offsets[group] : 0;
         const int64_t end = offsets.ragged() ? offsets[group + 1] : tokens;
-        for (int vectors = widest; token < end; token += panels.back().tokens) {
-            while (vectors > 1 && end - token <= (vectors - 1) * lanes && end - token <= vectors / 2 * lanes) vectors /= 2;
-            int64_t most = int64_t(vectors) * lanes;
+        int vectors = widest;
+        for (int64_t token = offsets.ragged() ? offsets[group] : 0; token < end; token += vectors * lanes) {
+            while (vectors > 1 && end - token <= (vectors - 1) * lanes) vectors /= 2;
+            const int64_t most = int64_t(vectors) * lanes;
             panels.push_back({group, token, int(end - token < most ? end - token : most), vectors});
         }
     }

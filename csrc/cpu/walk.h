@@ -55,12 +55,16 @@ struct Panel {
     int tokens, vectors;
 };
 
-// Cuts each group's tokens into panels of at most `widest` vectors; fewer where `features` of them would overflow the L2 cache.
-std::vector<Panel>& cut_panels(int groups, const TokenOffsets&, int64_t tokens, int lanes, int widest, int64_t features);
+// Width of a panel: at most `most` vectors of tokens, fewer where `features` of them would overflow the L2 cache.
+int panel_vectors(int most, int lanes, int64_t features);
+
+// Cuts each group's tokens into panels of `widest` vectors; narrower ones take the rest.
+std::vector<Panel>& cut_panels(int groups, const TokenOffsets&, int64_t tokens, int lanes, int widest);
 
 inline int kernel_width(int vectors) { return vectors == 8 ? 3 : vectors == 4 ? 2 : vectors - 1; }
 
-// Below this a team of threads costs more than it saves: some 5 microseconds to start, against 20 multiply-adds a nanosecond.
+// Below this a team of threads costs more than it saves: some 5 microseconds to start, against 20 multiply-adds a
+// nanosecond.
 inline int worthwhile(int threads, int64_t multiply_adds) { return multiply_adds < 200000 ? 1 : threads; }
 
 }  // namespace sparsekern
