@@ -14,8 +14,8 @@ from sparsekern.backends import reference
 from sparsekern.products import LAYOUT_SCHEMA, library
 from sparsekern.topology import Layout, Topology
 
-# Elements looked at in one go: 8 MB of keys for SET, 4 MB of gradient for RigL. That is beyond the caches of a core, but far
-# below a dense gradient of a large layer; on a 1024 x 1024 layer one strip is all there is.
+# Elements looked at in one go: 8 MB of keys for SET, 4 MB of gradient for RigL. That is beyond the caches of a core, but
+# far below a dense gradient of a large layer; on a 1024 x 1024 layer one strip is all there is.
 STRIP = 2**20
 
 _LOW = 2**32 - 1
