@@ -19,22 +19,25 @@ CPP_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden"]
 class BuildNative(build_ext):
     def build_extension(self, ext):
         try:
+            if not self.compiler_takes():
+                raise RuntimeError("no C++ compiler works here")
             openmp = ["-fopenmp"] if self.compiler_takes("-fopenmp") else []
+            if not openmp:
+                say("the compiler does not take -fopenmp, so the CPU kernels will use one thread")
             ext.extra_compile_args, ext.extra_link_args = CPP_FLAGS + openmp, openmp
             super().build_extension(ext)
         except Exception as error:
-            say(f"{ext.name} was not built, so the package works without it: {error}")
+            say(f"{ext.name} was not built, and the package works without it: {error}")
 
-    def compiler_takes(self, flag: str) -> bool:
-        """Whether a program compiles and links with the flag."""
+    def compiler_takes(self, *flags: str) -> bool:
+        """Whether a C++ program compiles and links with the flags."""
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "main.cpp")
-            source.write_text("int main() { return 0; }\n")
+            source.write_text("#include <vector>\nint main() { return 0; }\n")
             try:
-                objects = self.compiler.compile([str(source)], output_dir=folder, extra_postargs=[flag])
-                self.compiler.link_executable(objects, "main", folder, extra_postargs=[flag])
+                objects = self.compiler.compile([str(source)], output_dir=folder, extra_postargs=list(flags))
+                self.compiler.link_executable(objects, "main", folder, extra_postargs=list(flags), target_lang="c++")
             except Exception:
-                say(f"the compiler does not take {flag}: the CPU kernels will use one thread")
                 return False
         return True
 

@@ -1,8 +1,8 @@
 """Candidates for growth, best first, while a dense gradient is never held.
 
 A candidate is one int64 key: 31 bits of score above 32 bits of inverted position, so that the largest keys are the best
-scores, ties go to the lower position, and every device selects alike. Scores are the bits of a non-negative float32 (RigL's
-squared gradient norms) or of a hash (SET's uniform choice). -1 is no candidate.
+scores, ties go to the lower position, and every device selects alike. Scores are the bits of a non-negative float32
+(RigL's squared gradient norms) or of a hash (SET's uniform choice). -1 is no candidate.
 """
 
 from collections.abc import Callable

@@ -12,13 +12,14 @@ class SparseLinear(SparseLayer):
     """y = x Wᵀ + b with a block-sparse W [out_features, in_features].
 
     Args:
-        in_features, out_features: sizes as in nn.Linear; of all groups together. Sizes that are no multiple of block_size
-            are padded inside (per group); the padding lanes of the weight stay exactly zero.
+        in_features, out_features: sizes as in nn.Linear; of all groups together. Sizes that are no multiple of
+            block_size are padded inside (per group); the padding lanes of the weight stay exactly zero.
         bias: learn an additive bias [out_features].
         density: live blocks / all blocks, in (0, 1]; each group has max(1, round(density * blocks)) of them.
         block_size: side of the square blocks, a power of two from 1 (unstructured) to 128.
-        groups: G independent matrices in one parameter, as in Conv: x is [..., in_features], group g reads and writes the
-            g-th of G equal parts. `layer(x, group=ids)` takes x [..., in_features / G] and one group id per token instead.
+        groups: G independent matrices in one parameter, as in Conv: x is [..., in_features], group g reads and writes
+            the g-th of G equal parts. `layer(x, group=ids)` takes x [..., in_features / G] and one group id per token
+            instead.
         topology: live blocks to start from, instead of a random topology of this density.
 
     Shapes: weight [num_slots, B, B] in the slots of `topology`; bias [out_features]; x [..., in_features].
@@ -82,7 +83,7 @@ class SparseLinear(SparseLayer):
     def from_linear(
         cls, linear: nn.Linear, density: float = 0.1, block_size: int = 16, keep: str | Tensor = "magnitude"
     ) -> "SparseLinear":
-        """Build the block-sparse layer of an nn.Linear; dtype, device, requires_grad and training mode are the linear's.
+        """Build the block-sparse layer of an nn.Linear, with its dtype, device, requires_grad and training mode.
 
         Args:
             linear: left as it is; nothing is shared with it.

@@ -417,3 +417,14 @@ def test_weights_of_another_topology_need_the_state_of_their_optimiser(rule):
     optimizer.load_state_dict(other.state_dict())
     train(model, optimizer, rule, 4)
     assert model.heads.topology.live_per_group() == saved.heads.topology.live_per_group()
+
+
+def test_rigl_waits_for_gradients_of_the_blocks_that_a_checkpoint_brought():
+    layer, _, rule = one_layer(0.4, 4, rule=sk.RigL, update_every=2, seed=1)
+    other, *_ = one_layer(0.6, 4, seed=2)
+    assert events(rule, layer, [None]) == []
+    layer(torch.randn(2, layer.in_features)).sum().backward()
+    layer.load_state_dict(other.state_dict())
+    assert not rule.step()
+    assert events(rule, layer, [None]) == [3]
+    assert rule.stats()[""]["grown"] == int(0.3 * other.topology.num_live)

@@ -46,10 +46,12 @@ void dds(const Dds& d, const Layout& layout, const TokenOffsets& token_offsets, 
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        walk.fill();
-        weight.fill();
-        bias.fill();
+        if (walk.is_copy() || weight.is_copy() || bias.is_copy()) {
+            walk.fill();
+            weight.fill();
+            bias.fill();
 #pragma omp barrier
+        }
         int64_t total = 0;
         for (const Panel& panel : panels)
             total += panel.vectors * tiles.cost(panel.group, tiles.first_row(panel.group + 1));

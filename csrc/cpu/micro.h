@@ -18,7 +18,7 @@
         {                                                                          \
             {dds_rows<1, 1>, dds_rows<1, 2>, dds_rows<1, 4>, dds_rows<1, 8>},      \
             {dds_rows<2, 1>, dds_rows<2, 2>, dds_rows<2, 4>},                      \
-            {dds_rows<4, 1>, dds_rows<4, 2>, dds_rows<4, 4>},                      \
+            {dds_rows<4, 1>, dds_rows<4, 2>, LANES > 8 ? dds_rows<4, 4> : nullptr}, \
             {dds_rows<0, 1>, dds_rows<0, 2>},                                      \
         },                                                                         \
         {SDD_KERNELS(float), SDD_KERNELS(bfloat16)},                               \

@@ -68,7 +68,9 @@ void sdd(const Sdd& s, const Layout& layout, const TokenOffsets& token_offsets, 
         };
         for (size_t n = 0; n < panels.size(); n++) {
             if (n % batch == 0) {
+                if (n > 0) {
 #pragma omp barrier
+                }
                 const Range part = my_share((inputs + k.lanes - 1) / k.lanes);  // whole vectors of features
                 const int64_t begin = part.begin * k.lanes, end = part.end * k.lanes < inputs ? part.end * k.lanes : inputs;
                 for (size_t m = n; m < n + batch && m < panels.size(); m++) {
@@ -104,8 +106,10 @@ void sdd(const Sdd& s, const Layout& layout, const TokenOffsets& token_offsets, 
             }
         }
 
-        // What no panel reached: the blocks of groups without tokens; and dead slots, which a full store computes.
+        // What no panel reached: the blocks of groups without tokens; and dead slots, which a full store has computed.
+        if (layout.full) {
 #pragma omp barrier
+        }
         for (int64_t p = slots.begin; p < slots.end; p++) {
             const int group = places[p].row / group_rows;
             const bool dead = layout.row(places[p].slot) < 0;

@@ -17,6 +17,7 @@ inline const void* element(const void* array, int64_t place, Type type) {
 class AsFloat {
 public:
     AsFloat(const void* array, int64_t count, Type type, Scratch<float>& scratch);
+    bool is_copy() const { return copy; }
     void fill() const;  // called by every thread of the team
     const float* data() const { return out; }
 
@@ -31,6 +32,7 @@ private:
 class Walk {
 public:
     Walk(const Layout&, bool by_rows, const void* weight, Type);
+    bool is_copy() const { return own_pairs; }
     void fill() const;  // called by every thread of the team
 
     const Pair* pairs;
