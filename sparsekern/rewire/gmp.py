@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from sparsekern import choose
 from sparsekern.rewire.optimizer_state import element_state
 from sparsekern.rewire.rewire import weakest
-from sparsekern.rewire.rules import Rule, distributed
+from sparsekern.rewire.rule import Rule, distributed
 from sparsekern.rewire.schedule import cubic_density
 from sparsekern.rewire.scores import block_l1
 from sparsekern.topology import live_count
