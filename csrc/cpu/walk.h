@@ -9,6 +9,9 @@
 namespace sparsekern {
 
 inline int bytes_of(Type type) { return type == FLOAT32 ? 4 : 2; }
+inline void* element(void* array, int64_t place, Type type) {
+    return static_cast<char*>(array) + place * bytes_of(type);
+}
 inline const void* element(const void* array, int64_t place, Type type) {
     return static_cast<const char*>(array) + place * bytes_of(type);
 }

@@ -1,7 +1,7 @@
 """The products on a CPU, by the C++ kernels of csrc/cpu. Like `reference`, but float32 and bfloat16 only.
 
-Only pointers and sizes cross into C++: `products` has checked shapes, dtypes and devices. Rows may have any stride,
-their elements lie side by side. Results do not depend on the number of threads.
+Only pointers and sizes cross into C++: `products` has checked shapes, dtypes and devices. Rows of x and dy may have any
+stride, their elements lie side by side; all else is contiguous. Results do not depend on the number of threads.
 """
 
 import torch
@@ -43,8 +43,9 @@ def dds(
         blocks //= layout.groups
     y = x.new_empty(x.shape[0], blocks * layout.block_size)
     _C.dds(
-        _native(layout), x.data_ptr(), x.stride(0), x.shape[0], weight.data_ptr(), bias.data_ptr() if bias is not None else 0,
-        y.data_ptr(), transpose, *_offsets(token_offsets), x.dtype == torch.bfloat16, torch.get_num_threads(),
+        _native(layout), x.data_ptr(), x.stride(0), x.shape[0], weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(), y.data_ptr(), transpose,
+        *_offsets(token_offsets), x.dtype == torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -60,7 +61,7 @@ def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = No
 
 
 def densify(weight: Tensor, layout: Layout) -> Tensor:
-    """Scatter the blocks into dense matrices [groups, out_per_group, in_per_group] (padded sizes); dead places are zero."""
+    """Scatter the blocks into dense matrices [groups, out_per_group, in_per_group], padded; dead places are zero."""
     g, b = layout.groups, layout.block_size
     shape = g, layout.num_rows // g * b, layout.num_cols // g * b
     if layout.full and b == 1:
@@ -71,7 +72,7 @@ def densify(weight: Tensor, layout: Layout) -> Tensor:
 
 
 def gather(dense: Tensor, layout: Layout) -> Tensor:
-    """Collect the live blocks [num_slots, B, B] of dense matrices [groups, out_per_group, in_per_group]; dead slots are 0."""
+    """Collect the blocks [num_slots, B, B] of dense matrices [groups, out_per_group, in_per_group]; dead ones are 0."""
     dense = dense.contiguous()
     weight = dense.new_empty(layout.block_rows.shape[0], layout.block_size, layout.block_size)
     _C.gather(_native(layout), dense.data_ptr(), weight.data_ptr(), dense.element_size(), torch.get_num_threads())
