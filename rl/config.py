@@ -108,12 +108,12 @@ class Config:
         text = json.dumps(dataclasses.asdict(self), indent=2, default=str)
         (folder / CONFIG).write_text(text + "\n")
 
-
-def load(folder: Path) -> Config:
-    """Read the settings of the run in this folder."""
-    if not (folder / CONFIG).exists():
-        raise ValueError(f"--resume: {folder} is no run folder, it has no {CONFIG}")
-    values = json.loads((folder / CONFIG).read_text())
-    parts = {"ppo": PPOConfig, "set": SETConfig, "gmp": GMPConfig}
-    values |= {name: part(**values[name]) for name, part in parts.items()}
-    return Config(**values | {"runs": Path(values["runs"])})
+    @classmethod
+    def load(cls, folder: Path) -> "Config":
+        """Read the settings of the run in this folder."""
+        if not (folder / CONFIG).exists():
+            raise ValueError(f"--resume: {folder} is no run folder, it has no {CONFIG}")
+        values = json.loads((folder / CONFIG).read_text())
+        parts = {"ppo": PPOConfig, "set": SETConfig, "gmp": GMPConfig}
+        values |= {name: part(**values[name]) for name, part in parts.items()}
+        return cls(**values | {"runs": Path(values["runs"])})

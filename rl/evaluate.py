@@ -1,8 +1,11 @@
 """Evaluation: fixed numbers of whole episodes per task, on a random stream of their own."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from torch import nn
 
+from rl.envs.minigrid import Task
 from rl.envs.pool import EnvPool
 from rl.rollout import Policy
 from rl.seeds import Stream, numpy_generator
@@ -26,3 +29,15 @@ def evaluate(pool: EnvPool, actor: nn.Module, num_tasks: int, episodes: int, see
         going_on = ~(step.terminated | step.truncated)
         playing, current = playing[going_on], step.observations[going_on]
     return returns.reshape(episodes, num_tasks).T
+
+
+def judge(tasks: Sequence[Task], returns: np.ndarray) -> dict[str, float]:
+    """Evaluated returns [num_tasks, episodes] as metrics: mean return, normalised return and success of each task."""
+    metrics = {}
+    for task, of_task in zip(tasks, returns, strict=True):
+        metrics[f"return/{task.name}"] = of_task.mean()
+        metrics[f"score/{task.name}"] = task.score(of_task.mean())
+        metrics[f"success/{task.name}"] = np.mean([task.solved(r) for r in of_task])
+    for kind in ("score", "success"):
+        metrics[f"{kind}/mean"] = np.mean([metrics[f"{kind}/{task.name}"] for task in tasks])
+    return metrics

@@ -66,3 +66,16 @@ class Learner:
     def nbytes(self) -> int:
         """Bytes of weights, gradients, optimiser state and, of sparse layers, coordinates and index."""
         return sk.summary(self.network, self.optimizer).total.total
+
+
+def sizes(*learners: Learner) -> dict[str, float]:
+    """Parameters and bytes of all networks together, and of the dense networks they stand for."""
+    live = sum(learner.live_parameters() for learner in learners)
+    dense = sum(learner.dense_parameters for learner in learners)
+    return {
+        "sparse/live_parameters": live,
+        "sparse/dense_parameters": dense,
+        "sparse/density": live / dense,
+        "sparse/bytes": sum(learner.nbytes() for learner in learners),
+        "sparse/dense_bytes": 16 * dense,  # float32: weight, gradient and Adam's two moments
+    }

@@ -1,4 +1,15 @@
-"""Logger: one record call, two sinks: metrics.csv in long form (step,name,value) and TensorBoard."""
+"""Logger: one record call, two sinks: metrics.csv in long form (step,name,value) and TensorBoard.
+
+The names, each with the timestep at which its value was taken:
+    return/<task>, score/<task>, success/<task>   evaluation: mean undiscounted return; the same as a share of an
+                                                  optimal episode's; share of episodes solved. .../mean is over tasks
+    rollout/<task>                                mean return of the episodes that ended while collecting
+    loss/policy, loss/value                       of the fit, averaged over minibatches
+    ppo/entropy, ppo/approx_kl [nats], ppo/clip_fraction, ppo/explained_variance (of the critic before its step)
+    sparse/live_parameters, sparse/bytes           of all networks; bytes of weights, gradients, Adam and index
+    sparse/dense_parameters, sparse/dense_bytes   of the dense networks; sparse/density is live / dense parameters
+    time/steps_per_second (of environments, with acting), time/acting_ms, time/update_ms, ... per rollout
+"""
 
 import time
 from collections.abc import Iterator

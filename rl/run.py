@@ -18,7 +18,6 @@ import tyro
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # started as a script: the checkout is where `rl` is
 
-from rl import config as config_file
 from rl.config import Config
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -40,7 +39,10 @@ def main() -> None:
 
     from rl.train_ppo import train
 
-    train(config, folder)
+    try:
+        train(config, folder)
+    except KeyboardInterrupt:
+        sys.exit(f"stopped; python rl/run.py --resume {folder} goes on from the last evaluation")
     show(folder)
 
 
@@ -51,7 +53,7 @@ def chosen_run() -> tuple[Path, Config]:
         return new_folder(arguments.config), arguments.config
     if arguments.config != Config():
         raise ValueError("--resume takes the run's own settings from its folder; give no other option with it")
-    return arguments.resume, config_file.load(arguments.resume)
+    return arguments.resume, Config.load(arguments.resume)
 
 
 def new_folder(config: Config) -> Path:
@@ -106,8 +108,9 @@ def show(folder: Path) -> None:
         dense = last[f"sparse/dense_{name}"]
         cost.add_row(label, f"{own:,.0f}", f"{dense:,.0f}", f"{own / dense:.3f}")
     cost.add_section()
-    cost.add_row("milliseconds per update (one rollout)", f"{typical['time/update_ms']:,.0f}")
-    cost.add_row("environment steps per second", f"{typical['time/steps_per_second']:,.0f}")
+    cost.add_row("update on one rollout, milliseconds", f"{typical['time/update_ms']:,.0f}")
+    cost.add_row("acting in one rollout, milliseconds", f"{typical['time/acting_ms']:,.0f}")
+    cost.add_row("environment steps per second, with acting", f"{typical['time/steps_per_second']:,.0f}")
     for table in (earned, cost):
         for column in table.columns[1:]:
             column.justify = "right"

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -13,8 +12,8 @@ from rl.config import Config, PPOConfig
 from rl.envs import SUITES
 from rl.envs.minigrid import Task
 from rl.envs.pool import EnvPool
-from rl.evaluate import evaluate
-from rl.learner import Learner
+from rl.evaluate import evaluate, judge
+from rl.learner import Learner, sizes
 from rl.logger import Logger, timed
 from rl.rollout import Rollout, collect
 from rl.seeds import Stream, torch_generator
@@ -140,30 +139,5 @@ def describe(tasks: Sequence[Task], rollout: Rollout) -> dict[str, float]:
     ended = zip(tasks, rollout.episode_returns, strict=True)
     return {f"rollout/{task.name}": sum(returns) / len(returns) for task, returns in ended if returns} | {
         "time/steps_per_second": rollout.rewards.numel() / rollout.seconds,
-        "time/acting_share": rollout.seconds_acting / rollout.seconds,
-    }
-
-
-def judge(tasks: Sequence[Task], returns: np.ndarray) -> dict[str, float]:
-    """Evaluated returns [num_tasks, episodes] as metrics: mean return, normalised return and success of each task."""
-    metrics = {}
-    for task, of_task in zip(tasks, returns, strict=True):
-        metrics[f"return/{task.name}"] = of_task.mean()
-        metrics[f"score/{task.name}"] = task.score(of_task.mean())
-        metrics[f"success/{task.name}"] = np.mean([task.solved(r) for r in of_task])
-    for kind in ("score", "success"):
-        metrics[f"{kind}/mean"] = np.mean([metrics[f"{kind}/{task.name}"] for task in tasks])
-    return metrics
-
-
-def sizes(*learners: Learner) -> dict[str, float]:
-    """Parameters and bytes of all networks together, and of the dense networks they stand for."""
-    live = sum(learner.live_parameters() for learner in learners)
-    dense = sum(learner.dense_parameters for learner in learners)
-    return {
-        "sparse/live_parameters": live,
-        "sparse/dense_parameters": dense,
-        "sparse/density": live / dense,
-        "sparse/bytes": sum(learner.nbytes() for learner in learners),
-        "sparse/dense_bytes": 16 * dense,  # float32: weight, gradient and Adam's two moments
+        "time/acting_ms": 1e3 * rollout.seconds_acting,
     }

@@ -77,4 +77,4 @@ def _find(backend: str) -> ModuleType:
     return BACKENDS[backend]
 
 
-_forced = _find(os.environ["SPARSEKERN_BACKEND"]) if "SPARSEKERN_BACKEND" in os.environ else None
+_forced = _find(os.environ["SPARSEKERN_BACKEND"]) if os.environ.get("SPARSEKERN_BACKEND") else None

@@ -28,8 +28,8 @@ class SparseConv2d(SparseLayer):
     Shapes: x [N, in_channels, H, W] or [in_channels, H, W]; weight [num_slots, B, B]; bias [out_channels].
     im2col writes x out kh * kw times over, so a convolution gains less time from sparsity than a linear layer does: at
     density 1, on a GPU, and on a CPU with fewer than some 200 output channels per group, the layer runs F.conv2d on a
-    dense weight made for the call. Weight, gradient and optimiser state are held for live blocks only either way. RigL's
-    scores need im2col, so under RigL it is taken at every density below 1.
+    dense weight made for the call. Weight, gradient and optimiser state are kept for live blocks only either way.
+    RigL's scores need im2col, so under RigL it is taken at every density below 1.
 
     Example:
         >>> layer = SparseConv2d(32, 64, 3, padding=1, density=0.1, block_size=16)

@@ -249,7 +249,7 @@ def plan_from(state_dict: Mapping[str, object]) -> Plan:
     layers = []
     for key, state in state_dict.items():
         if key.endswith(end):
-            *shape, block_size, groups = state.tolist()
+            *shape, block_size, groups, _ = state.tolist()
             layer = LayerPlan(key.removesuffix(end).removesuffix("."), tuple(shape), groups, block_size, ())
             rows = state_dict[key.removesuffix("_extra_state") + "block_rows"].long()
             live = torch.bincount(rows[rows >= 0] // layer.grid[0], minlength=groups)

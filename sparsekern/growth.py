@@ -1,8 +1,8 @@
 """Candidates for growth, best first, while a dense gradient is never held.
 
 A candidate is one int64 key: 31 bits of score above 32 bits of inverted position, so that the largest keys are the best
-scores, ties go to the lower position, and every device selects alike. Scores are the bits of a non-negative float32 (RigL's
-squared gradient norms) or of a hash (SET's uniform choice). -1 is no candidate.
+scores, ties go to the lower position, and every device selects alike. Scores are the bits of a non-negative float32
+(RigL's squared gradient norms) or of a hash (SET's uniform choice). -1 is no candidate.
 """
 
 from collections.abc import Callable
@@ -14,9 +14,8 @@ from sparsekern.backends import reference
 from sparsekern.products import LAYOUT_SCHEMA, library
 from sparsekern.topology import Layout, Topology
 
-# Positions looked at in one go. 2**20 keys are 8 MB: beyond the caches of a core, but far below a dense gradient of a
-# large layer, and on a 1024 x 1024 layer of block size 1 one strip is all there is.
-STRIP = 2**20
+# Elements looked at in one go: 2 MB of keys for SET, 1 MB of gradient for RigL, about a core's cache.
+STRIP = 2**18
 
 _LOW = 2**32 - 1
 
@@ -41,19 +40,20 @@ def float_bits(scores: Tensor) -> Tensor:
     return torch.where(scores.isfinite(), scores.float().contiguous().view(torch.int32).long(), -1)
 
 
-def best_candidates(layout: Layout, count: int, score: Callable[[slice, Tensor], Tensor]) -> Tensor:
+def best_candidates(layout: Layout, count: int, score: Callable[[slice, Tensor], Tensor], elements: int = 1) -> Tensor:
     """Keys [groups, count] of the best dead blocks of every group, found strip by strip with a running top-k.
 
     Args:
         count: how many to keep; fewer may exist.
         score: called with a slice of block rows (of every group) and the positions in it, int64 [rows * cols]; returns
             int64 [groups, rows * cols] scores in [0, 2**31), negative for blocks that must not grow.
+        elements: how many `score` looks at for each position.
     """
     groups, rows, cols = layout.groups, layout.num_rows // layout.groups, layout.num_cols // layout.groups
     positions = layout.positions()
     group, position = positions // (rows * cols), positions % (rows * cols)
     best = torch.full((groups, count), -1, dtype=torch.int64, device=positions.device)
-    height = max(1, STRIP // (groups * cols))
+    height = max(1, STRIP // (groups * cols * elements))
     for top in range(0, rows, height):
         strip = slice(top, min(top + height, rows))
         start, size = top * cols, (strip.stop - top) * cols
@@ -82,6 +82,9 @@ class GrowthScores:
         # plain tensors: as buffers, DistributedDataParallel would overwrite every rank's scores with those of rank 0
         self.armed = torch.zeros((), dtype=torch.bool, device=device)
         self.keys = torch.full((topology.groups, count), -1, dtype=torch.int64, device=device)
+
+    def __deepcopy__(self, memo) -> None:
+        """A copy of the layer is not under the rule."""
 
     def arm(self, armed: bool) -> None:
         """Begin (or stop) scoring, with no scores; a device flag, so that compiled and captured steps obey it."""
@@ -125,7 +128,7 @@ def _score_growth(dy, x, token_offsets, *args):
         index = torch.where(inside, held_positions - places[0], 0)
         return float_bits(norms.scatter_add(1, index, torch.where(inside, held, 0)))
 
-    keys.copy_(torch.where(armed, best_candidates(layout, keys.shape[1], score), keys))
+    keys.copy_(torch.where(armed, best_candidates(layout, keys.shape[1], score, layout.block_size**2), keys))
 
 
 library.impl("score_growth", _score_growth, "CPU")

@@ -14,7 +14,7 @@ KEEP = ("magnitude", "random", "fresh")
 
 
 class SparseLayer(nn.Module):
-    """Base of SparseLinear and SparseConv2d: a block-sparse matrix [out, in] as a parameter. Rules act on its instances."""
+    """Base of SparseLinear and SparseConv2d: a block-sparse matrix [out, in]. Rules act on its instances."""
 
     def __init__(
         self,
@@ -59,13 +59,13 @@ class SparseLayer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw weight and bias anew on the present topology, by the real fan-in of each row; dead slots and padding are 0."""
+        """Draw weight and bias anew by the real fan-in of each row; dead slots and padding are 0."""
         fan_in = self.fan_in()
         bound = fan_in.clamp(min=1).rsqrt().to(self.weight.dtype)
         rows = self.topology.block_rows.long().clamp(min=0)
         self.weight.uniform_(-1, 1).mul_(bound[rows][:, None, None]).mul_(self.lanes())
         if self.bias is not None:
-            # a row without live blocks has no fan-in of its own: nn.Linear's dense bound keeps its constant output small
+            # a row without live blocks has no fan-in: nn.Linear's dense bound keeps its constant output small
             dense = (self.topology.shape[1] // self.groups) ** -0.5
             bound = torch.where(fan_in > 0, bound, dense).repeat_interleave(self.block_size)
             bound = bound.view(self.groups, -1)[:, : self.topology.shape[0] // self.groups].flatten()
@@ -80,7 +80,7 @@ class SparseLayer(nn.Module):
         return fan_in.index_add_(0, topology.block_rows.long().clamp(min=0), width.float())
 
     def lanes(self) -> Tensor:
-        """Boolean [num_slots, B, B], or [num_slots, 1, 1] where nothing is padded: the elements that stand for a weight."""
+        """Boolean [num_slots, B, B], or [num_slots, 1, 1] where nothing is padded: elements that stand for a weight."""
         topology = self.topology
         live = (topology.block_rows >= 0)[:, None, None]
         if not self._padded():
@@ -97,7 +97,7 @@ class SparseLayer(nn.Module):
 
     @torch.no_grad()
     def set_density(self, density: float | list[int], keep: str | Tensor = "magnitude") -> None:
-        """Take a topology of another density, in place; `weight` stays the same Parameter, with another number of slots.
+        """Take a topology of another density, in place; `weight` stays the same Parameter, with other slots.
 
         Optimiser state of the old slots is of no use then: do this before the optimiser is built, or build it anew.
 

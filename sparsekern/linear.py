@@ -12,13 +12,14 @@ class SparseLinear(SparseLayer):
     """y = x Wᵀ + b with a block-sparse W [out_features, in_features].
 
     Args:
-        in_features, out_features: sizes as in nn.Linear; of all groups together. Sizes that are no multiple of block_size
-            are padded inside (per group); the padding lanes of the weight stay exactly zero.
+        in_features, out_features: sizes as in nn.Linear; of all groups together. Sizes that are no multiple of
+            block_size are padded inside (per group); the padding lanes of the weight stay exactly zero.
         bias: learn an additive bias [out_features].
         density: live blocks / all blocks, in (0, 1]; each group has max(1, round(density * blocks)) of them.
         block_size: side of the square blocks, a power of two from 1 (unstructured) to 128.
-        groups: G independent matrices in one parameter, as in Conv: x is [..., in_features], group g reads and writes the
-            g-th of G equal parts. `layer(x, group=ids)` takes x [..., in_features / G] and one group id per token instead.
+        groups: G independent matrices in one parameter, as in Conv: x is [..., in_features], group g reads and writes
+            the g-th of G equal parts. `layer(x, group=ids)` takes x [..., in_features / G] and one group id per token
+            instead.
         topology: live blocks to start from, instead of a random topology of this density.
 
     Shapes: weight [num_slots, B, B] in the slots of `topology`; bias [out_features]; x [..., in_features].
@@ -61,11 +62,13 @@ class SparseLinear(SparseLayer):
             raise ValueError(f"SparseLinear: group ids must be integers, got {group.dtype}")
         ids, order = torch.sort(group.flatten(), stable=True)
         offsets = torch.searchsorted(ids, torch.arange(self.groups + 1, device=ids.device))
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling() and len(ids):  # on a GPU it would synchronise
-            if ids[0] < 0 or ids[-1] >= self.groups:
-                raise ValueError(
-                    f"SparseLinear: group ids must be in 0..{self.groups - 1}, got {int(ids[0])}..{int(ids[-1])}"
-                )
+        inside = (offsets[0] == 0) & (offsets[-1] == len(ids))
+        if torch.compiler.is_compiling() or ids.device.type != "cpu":  # elsewhere reading it would synchronise
+            torch._assert_async(inside, f"SparseLinear: group ids must be in 0..{self.groups - 1}")
+        elif not inside:
+            raise ValueError(
+                f"SparseLinear: group ids must be in 0..{self.groups - 1}, got {int(ids[0])}..{int(ids[-1])}"
+            )
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         y = dds(
             _Permute.apply(x.reshape(-1, x.shape[-1]), order, inverse),
@@ -82,7 +85,7 @@ class SparseLinear(SparseLayer):
     def from_linear(
         cls, linear: nn.Linear, density: float = 0.1, block_size: int = 16, keep: str | Tensor = "magnitude"
     ) -> "SparseLinear":
-        """Build the block-sparse layer of an nn.Linear; dtype, device, requires_grad and training mode are the linear's.
+        """Build the block-sparse layer of an nn.Linear, with its dtype, device, requires_grad and training mode.
 
         Args:
             linear: left as it is; nothing is shared with it.

@@ -1,8 +1,9 @@
 """The two products of sparse training, dds and sdd: checks, registration with torch.library, autograd.
 
-The gradients of each product are again products: of y = x Wᵀ, dx = dy W is a dds and dW = dyᵀx on the live blocks an sdd.
-In eager mode the autograd Functions call the backend directly, which costs 13 microseconds a call where the dispatcher
-takes 25; under torch.compile the registered operators `sparsekern::dds` and `sparsekern::sdd` stand in the graph.
+The gradients of each product are again products: of y = x Wᵀ, dx = dy W is a dds and dW = dyᵀx on the live blocks an
+sdd. In eager mode the autograd Functions call the backend directly, which costs 13 microseconds a call where the
+dispatcher takes 25; under torch.compile the registered operators `sparsekern::dds` and `sparsekern::sdd` stand in the
+graph.
 """
 
 import torch
@@ -29,8 +30,8 @@ def dds(
         weight: [num_slots, B, B], the blocks of W [out_features, in_features] in the topology's slots.
         topology: where the blocks are.
         bias: [out_features]; with `transpose` only.
-        token_offsets: int [groups + 1], for ragged groups: rows token_offsets[g]:token_offsets[g + 1] of the 2-D x belong
-            to group g, and x and the result have the features of one group.
+        token_offsets: int [groups + 1], for ragged groups: rows token_offsets[g]:token_offsets[g + 1] of the 2-D x
+            belong to group g, and x and the result have the features of one group.
         growth: a `sparsekern.growth.GrowthScores` that is to score the gradient of W, with `transpose` only.
     Returns:
         [..., in_features], or [..., out_features] with `transpose`; sums in float32 for 16-bit inputs.
@@ -47,9 +48,11 @@ def dds(
         raise ValueError("dds: bias belongs to x Wᵀ, but transpose is False")
     layout = topology.layout
     groups = 1 if token_offsets is not None else topology.groups
-    rows = _pad(x, topology, int(transpose), groups)
-    if bias is not None and topology.shape[0] // topology.groups % topology.block_size:
-        bias = _pad(bias, topology, 0, topology.groups).flatten()
+    rows, weight = _pad(x, topology, int(transpose), groups), weight.contiguous()
+    if bias is not None:
+        if topology.shape[0] // topology.groups % topology.block_size:
+            bias = _pad(bias, topology, 0, topology.groups).flatten()
+        bias = bias.contiguous()
     if torch.compiler.is_compiling():
         y = torch.ops.sparsekern.dds(rows, weight, bias, token_offsets, *layout, transpose)
     elif torch.is_grad_enabled() and (
@@ -148,7 +151,10 @@ def _bias_gradient(dy: Tensor, token_offsets: Tensor | None) -> Tensor:
 
 # The operators as torch.compile, export and opcheck see them. The arguments after token_offsets are a Layout, unpacked.
 
-LAYOUT_SCHEMA = "Tensor block_rows, Tensor block_cols, Tensor index, int num_rows, int num_cols, int groups, int block_size, bool full"
+LAYOUT_SCHEMA = (
+    "Tensor block_rows, Tensor block_cols, Tensor index, "
+    "int num_rows, int num_cols, int groups, int block_size, bool full"
+)
 library = torch.library.Library("sparsekern", "DEF")
 library.define(
     f"dds(Tensor x, Tensor weight, Tensor? bias, Tensor? token_offsets, {LAYOUT_SCHEMA}, bool transpose) -> Tensor"
@@ -248,6 +254,8 @@ def _check(
         raise ValueError(
             f"{name}: topology of shape {topology.shape} wants {side} in the last axis, got {tuple(x.shape)}"
         )
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"{name}: operands must be real floating-point numbers, got {x.dtype}")
     for operand in (other,) if bias is None else (other, bias):
         if operand.dtype != x.dtype:
             raise ValueError(f"{name}: operands must have one dtype, got {x.dtype} and {operand.dtype}")
@@ -267,7 +275,8 @@ def _check(
 def _check_offsets(name: str, topology: Topology, token_offsets: Tensor, tokens: int):
     if token_offsets.shape != (topology.groups + 1,):
         raise ValueError(
-            f"{name}: {topology.groups} groups want {topology.groups + 1} token offsets, got {tuple(token_offsets.shape)}"
+            f"{name}: {topology.groups} groups want {topology.groups + 1} token offsets, "
+            f"got {tuple(token_offsets.shape)}"
         )
     if token_offsets.device.type == "cpu" and not torch.compiler.is_compiling():  # on a GPU it would synchronise
         ends = token_offsets.tolist()

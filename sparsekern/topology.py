@@ -23,14 +23,14 @@ class Layout(NamedTuple):
         return self.block_rows.shape[0]
 
     def positions(self) -> Tensor:
-        """int64 [num_slots]: place of each slot's block among all blocks, (group, row, col) row-major; dead = their number."""
+        """int64 [num_slots]: place of each block among all, (group, row, col) row-major; their number if dead."""
         group_cols = self.num_cols // self.groups
         rows, cols = self.block_rows.long(), self.block_cols.long()
         return torch.where(rows < 0, self.num_rows * group_cols, rows * group_cols + cols % group_cols)
 
-    # The index of block sizes above 1 is (row_pairs, col_pairs, row_offsets, col_offsets, row_order, col_order), pairs first
-    # so that each is 8-byte aligned. For block size 1 it is (row_slots, col_slots): with int16 coordinates that makes 12
-    # bytes a weight, and a kernel finds the offsets while it packs the values.
+    # The index of block sizes above 1 is (row_pairs, col_pairs, row_offsets, col_offsets, row_order, col_order),
+    # pairs first so that each is 8-byte aligned. For block size 1 it is (row_slots, col_slots): with int16
+    # coordinates that makes 12 bytes a weight, and a kernel finds the offsets while it packs the values.
 
     @property
     def row_pairs(self) -> Tensor:
@@ -74,7 +74,7 @@ class Layout(NamedTuple):
 
 
 def build_index(layout: Layout) -> Tensor:
-    """Compute the int32 index of a layout from its coordinates, by operations of static shape (no host synchronisation)."""
+    """Compute the int32 index of a layout by operations of static shape, without a host synchronisation."""
     if layout.full:
         return torch.empty(0, dtype=torch.int32, device=layout.block_rows.device)
     rows, cols = layout.block_rows.long(), layout.block_cols.long()
@@ -100,10 +100,11 @@ _SAVED = ("block_rows", "block_cols", "_extra_state")
 class Topology(nn.Module):
     """The live blocks of a block-sparse matrix and the slots they are stored in.
 
-    `block_rows` and `block_cols` *are* the topology: slot s of the weight holds block (block_rows[s], block_cols[s]), in
-    global block coordinates; -1 marks a dead slot. They move and are saved as buffers are, but are not registered as such:
-    DistributedDataParallel would broadcast them at every forward, and no backend of it knows int16. `index` is derived
-    from them and not saved. With groups, the matrix is block-diagonal: group g owns block rows g*R/G ... and block columns g*C/G ... .
+    `block_rows` and `block_cols` *are* the topology: slot s of the weight holds block (block_rows[s], block_cols[s]),
+    in global block coordinates; -1 marks a dead slot. They move and are saved as buffers are, but are not registered as
+    such: DistributedDataParallel would broadcast them at every forward, and no backend of it knows int16. `index` is
+    derived from them and not saved. With groups, the matrix is block-diagonal: group g owns block rows g*R/G ... and
+    block columns g*C/G ... .
 
     Args:
         block_rows, block_cols: int [num_slots], no duplicates; -1 in both = dead slot.
@@ -223,8 +224,8 @@ class Topology(nn.Module):
         return self
 
     def get_extra_state(self) -> Tensor:
-        """int64 (out_features, in_features, block_size, groups): with the coordinates, all there is to know."""
-        return torch.tensor([*self.shape, self.block_size, self.groups])
+        """int64 (out_features, in_features, block_size, groups, full): with the coordinates, all there is to know."""
+        return torch.tensor([*self.shape, self.block_size, self.groups, self.full])
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         destination[prefix + "block_rows"], destination[prefix + "block_cols"] = self.block_rows, self.block_cols
@@ -234,13 +235,11 @@ class Topology(nn.Module):
         """Whether there is a topology at `prefix`; raise a ValueError if it is not one of this geometry."""
         if any(prefix + name not in state_dict for name in _SAVED):
             return False
-        rows, cols, geometry = (state_dict[prefix + name] for name in _SAVED)
-        own = self.get_extra_state().tolist()
-        if geometry.tolist() != own:
+        rows, cols, extra = (state_dict[prefix + name] for name in _SAVED)
+        saved, own = tuple(extra.tolist()[:4]), (*self.shape, self.block_size, self.groups)
+        if saved != own:
             words = "(out_features, in_features, block_size, groups)"
-            raise ValueError(
-                f"load_state_dict: the checkpoint's topology has {words} {tuple(geometry.tolist())}, the layer {tuple(own)}"
-            )
+            raise ValueError(f"load_state_dict: the checkpoint's topology has {words} {saved}, the layer {own}")
         check_blocks(rows, cols, self.grid, self.groups)
         return True
 
@@ -253,6 +252,8 @@ class Topology(nn.Module):
         if not (torch.equal(rows, self.block_rows) and torch.equal(cols, self.block_cols)):
             self.adoptions += 1
             self.replace(rows, cols)
+        if self.full and not state_dict[prefix + "_extra_state"][4]:
+            self.leave_full_store()
 
     def extra_repr(self) -> str:
         groups = f", groups={self.groups}" if self.groups > 1 else ""
@@ -298,7 +299,7 @@ def check_blocks(block_rows: Tensor, block_cols: Tensor, grid: tuple[int, int], 
 
 
 def _random_positions(rows: int, cols: int, count: int) -> Tensor:
-    """`count` distinct places of a rows x cols grid, sorted; the first ones cover rows and columns, the rest are uniform."""
+    """`count` distinct places of a grid, sorted: some to cover rows and columns, the rest uniform."""
     with torch.device("cpu"):  # whatever the default device: the same draws everywhere, and some on "meta" too
         longest = max(rows, cols)
         diagonal = torch.arange(min(count, longest))

@@ -104,6 +104,13 @@ def test_autocast_computes_in_bfloat16_and_gives_float32_gradients(compile):
     assert layer.weight.grad.dtype == torch.float32 and torch.equal(layer.weight.grad, twin.weight.grad.float())
 
 
+def test_autocast_leaves_float64_alone_as_linear_does():
+    layer = sk.SparseLinear(32, 24, density=0.4, block_size=8, dtype=torch.float64)
+    x = torch.randn(5, 32, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.nn.functional.linear(x, layer.to_dense()).dtype == torch.float64
+
+
 def test_functional_call_takes_parameters_from_outside():
     topology = random_topology((3, 4), 8)
     layer, other = (sk.SparseLinear(32, 24, topology=topology) for _ in range(2))

@@ -5,6 +5,7 @@ import torch
 from oracle import random_topology
 
 import sparsekern as sk
+from sparsekern.backends import reference
 from sparsekern.growth import GrowthScores, positions_of, scores_of
 
 
@@ -49,6 +50,23 @@ def test_scores_are_the_squared_norms_of_the_dense_gradient_at_dead_blocks(
     x, dy = torch.randn(9, layer.in_features), torch.randn(9, layer.out_features)
     layer(x).backward(dy)
     check_keys(layer, block_norms(layer.topology, dy, x))
+
+
+def test_no_more_than_a_strip_of_the_dense_gradient_is_held(monkeypatch):
+    monkeypatch.setattr("sparsekern.growth.STRIP", 2 * 8 * 8 * 4)  # two block rows of each group
+    sizes = []
+
+    def outer(*operands):
+        sizes.append(dense(*operands))
+        return sizes[-1]
+
+    dense = reference.outer
+    monkeypatch.setattr(reference, "outer", outer)
+    layer = watched(random_topology((6, 4), 8, live=0.3))
+    with sk.use("reference"):
+        layer(torch.randn(3, layer.in_features)).backward(torch.ones(3, layer.out_features))
+    strips = [tuple(s.shape) for s in sizes]
+    assert strips.count((1, 16, 32)) == 3 and len(strips) == 4  # the fourth is the reference's own weight gradient
 
 
 @pytest.mark.parametrize("block_size", [1, 4])

@@ -9,11 +9,14 @@ import pandas
 import pytest
 import torch
 
-from rl import checkpoint, config, train_ppo
+from rl import checkpoint, train_ppo
 from rl.config import Config, PPOConfig
 from rl.run import new_folder
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def short(runs, **changes):
@@ -79,10 +82,10 @@ def test_interrupted_checkpoint_write_leaves_the_previous_one(tmp_path, monkeypa
 def test_settings_survive_the_run_folder(tmp_path):
     settings = short(tmp_path, treatment="gmp", density=0.2, networks="actor")
     folder = new_folder(settings)
-    assert config.load(folder) == settings
+    assert Config.load(folder) == settings
     assert folder.parent == tmp_path / "mt3-mtppo-gmp-density0.2-block1-actor"
     with pytest.raises(ValueError, match="no run folder"):
-        config.load(tmp_path)
+        Config.load(tmp_path)
 
 
 def command_line(*options, script=("rl/run.py",)):

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import random_topology
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsekern as sk
 
@@ -248,6 +249,19 @@ def test_cosine_falls_from_the_fraction_to_zero_at_the_end_step():
     assert np.cumsum(dropped).tolist() == np.floor(exact + 1e-9).tolist()
 
 
+def test_a_schedule_of_ones_own_gets_the_progress_and_may_not_leave_zero_to_one():
+    asked = []
+    layer, _, rule = one_layer(
+        drop_fraction=lambda progress: asked.append(progress) or progress, start_step=2, end_step=6
+    )
+    live = layer.topology.num_live
+    assert events(rule, layer, [None] * 8) == [3, 4, 5, 6] and asked == [0.25, 0.5, 0.75, 1.0]
+    assert layer.topology.num_live == live
+    layer, _, rule = one_layer(drop_fraction=lambda progress: -0.2)
+    with pytest.raises(ValueError, match=r"drop_fraction must be in \[0, 1\], got -0.2"):
+        rule.step()
+
+
 @pytest.mark.parametrize(("updates", "share"), [(40, 0.54), (80, 0.76)])
 def test_coverage_is_that_of_random_drops_in_theory(updates, share):
     layer = sk.SparseLinear(64, 64, density=0.1, block_size=1)
@@ -417,3 +431,52 @@ def test_weights_of_another_topology_need_the_state_of_their_optimiser(rule):
     optimizer.load_state_dict(other.state_dict())
     train(model, optimizer, rule, 4)
     assert model.heads.topology.live_per_group() == saved.heads.topology.live_per_group()
+
+
+def test_rigl_waits_for_gradients_of_the_blocks_that_a_checkpoint_brought():
+    layer, _, rule = one_layer(0.4, 4, rule=sk.RigL, update_every=2, seed=1)
+    other, *_ = one_layer(0.6, 4, seed=2)
+    assert events(rule, layer, [None]) == []
+    layer(torch.randn(2, layer.in_features)).sum().backward()
+    layer.load_state_dict(other.state_dict())
+    assert not rule.step()
+    assert events(rule, layer, [None]) == [3]
+    assert rule.stats()[""]["grown"] == int(0.3 * other.topology.num_live)
+
+
+@pytest.mark.parametrize("make", [sk.SET, partial(sk.GMP, end_step=1, final_density=0.1)], ids=["SET", "GMP"])
+def test_a_rewire_between_forward_and_backward_is_noticed(make):
+    layer, _, rule = one_layer(0.4, 4, rule=make)
+    y = layer(torch.randn(3, layer.in_features, requires_grad=True))
+    assert rule.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+class NoReading(TorchDispatchMode):
+    """Fail where a tensor's contents decide something on the host, which on a GPU would wait for the device."""
+
+    FORBIDDEN = {"_local_scalar_dense", "nonzero", "masked_select", "unique2", "_unique2", "is_nonzero", "equal"}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in self.FORBIDDEN, f"{name} reads a tensor"
+        if name in ("index", "index_put", "index_put_"):
+            assert not any(t is not None and t.dtype == torch.bool for t in args[1]), "a boolean index is counted"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("make", [sk.SET, sk.RigL, partial(sk.GMP, end_step=5)], ids=["SET", "RigL", "GMP"])
+def test_a_rewire_decides_nothing_on_the_host(monkeypatch, make):
+    model = Heads()
+    optimizer = torch.optim.Adam(model.parameters())
+    rule = make(model, optimizer, update_every=1)
+    # these two read a tensor where that costs nothing: the one on a CPU only, the other once the copy has arrived
+    monkeypatch.setattr(rule, "_note_nan", lambda *_: None)
+    monkeypatch.setattr(rule, "_settle", lambda **_: None, raising=False)
+    train(model, optimizer, rule, 1)
+    model(torch.randn(16, 30), torch.randint(0, 3, (16,))).square().mean().backward()
+    optimizer.step()
+    monkeypatch.setattr(torch.Tensor, "tolist", None)
+    with NoReading():
+        assert rule.step()

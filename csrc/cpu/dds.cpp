@@ -6,7 +6,7 @@
 
 namespace sparsekern {
 
-// Outputs computed before they are written to y: 256 bytes to every token's row, from 16 KB that stay in the L1 cache.
+// Outputs computed before they are written to y: 256 bytes to every token's row, from at most 32 KB.
 constexpr int TILE_OUTPUTS = 64;
 // Time to write one output, in units of the time for one weight.
 constexpr int64_t OUTPUT_COST = 4;

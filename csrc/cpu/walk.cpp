@@ -40,7 +40,7 @@ Walk::Walk(const Layout& layout, bool by_rows, const void* weight, Type type)
 }
 
 void Walk::fill() const {
-    if (!own_pairs) return;
+    if (!own_offsets) return;
     const int num_majors = by_rows ? layout.num_rows : layout.num_cols;
     const int group_rows = layout.num_rows / layout.groups, group_cols = layout.num_cols / layout.groups;
     const int32_t* slots = layout.index + (by_rows ? 0 : layout.num_slots);  // block size 1

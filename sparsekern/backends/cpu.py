@@ -1,7 +1,7 @@
 """The products on a CPU, by the C++ kernels of csrc/cpu. Like `reference`, but float32 and bfloat16 only.
 
-Only pointers and sizes cross into C++: `products` has checked shapes, dtypes and devices. Rows of x and dy may have any
-stride, their elements lie side by side; all else is contiguous. Results do not depend on the number of threads.
+Only pointers and sizes cross into C++: `products` has checked shapes, dtypes and devices. Rows may have any stride,
+their elements lie side by side. Results do not depend on the number of threads.
 """
 
 import torch
@@ -43,9 +43,9 @@ def dds(
         blocks //= layout.groups
     y = x.new_empty(x.shape[0], blocks * layout.block_size)
     _C.dds(
-        _native(layout), x.data_ptr(), x.stride(0), x.shape[0], weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(), y.data_ptr(), transpose,
-        *_offsets(token_offsets), x.dtype == torch.bfloat16, torch.get_num_threads(),
+        _native(layout), x.data_ptr(), x.stride(0), x.shape[0],
+        weight.data_ptr(), bias.data_ptr() if bias is not None else 0,
+        y.data_ptr(), transpose, *_offsets(token_offsets), x.dtype == torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
     return y
 

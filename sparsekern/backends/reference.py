@@ -1,7 +1,7 @@
 """The products in plain torch: scatter the live blocks to a dense matrix, multiply, gather.
 
-The truth in tests, on any device and for any block size; also the path of the vendor's GEMM that the chooser takes where
-dense is faster. A full store of block size 1 is the dense matrix already, so nothing is copied.
+The truth in tests, on any device and for any block size; also the path of the vendor's GEMM that the chooser takes
+where dense is faster. A full store of block size 1 is the dense matrix already, so nothing is copied.
 """
 
 import torch
@@ -16,7 +16,7 @@ def unavailable() -> None:
 
 
 def densify(weight: Tensor, layout: Layout) -> Tensor:
-    """Scatter the blocks into dense matrices [groups, out_per_group, in_per_group] (padded sizes); dead places are zero."""
+    """Scatter the blocks into dense matrices [groups, out_per_group, in_per_group], padded; dead places are zero."""
     g, r, c, b = layout.groups, layout.num_rows // layout.groups, layout.num_cols // layout.groups, layout.block_size
     if layout.full:
         blocks = weight
@@ -26,7 +26,7 @@ def densify(weight: Tensor, layout: Layout) -> Tensor:
 
 
 def gather(dense: Tensor, layout: Layout) -> Tensor:
-    """Collect the live blocks [num_slots, B, B] of dense matrices [groups, out_per_group, in_per_group]; dead slots are 0."""
+    """Collect the blocks [num_slots, B, B] of dense matrices [groups, out_per_group, in_per_group]; dead ones are 0."""
     g, r, c, b = layout.groups, layout.num_rows // layout.groups, layout.num_cols // layout.groups, layout.block_size
     blocks = dense.view(g, r, b, c, b).transpose(2, 3).reshape(g * r * c, b, b)
     if not layout.full:
@@ -52,7 +52,7 @@ def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = No
 
 
 def block_norms(dy: Tensor, x: Tensor, layout: Layout, rows: slice, token_offsets: Tensor | None = None) -> Tensor:
-    """Squared Frobenius norms, float32 [groups, rows, cols], of the blocks of dyᵀx in some block rows of every group."""
+    """Squared norms, float32 [groups, rows, cols], of the blocks of dyᵀx in some block rows of every group."""
     b, per_group = layout.block_size, layout.num_rows // layout.groups
     strip = dy.unflatten(1, (dy.shape[1] // (per_group * b), per_group, b))[:, :, rows].flatten(1)
     dense = outer(strip, x, layout.groups, token_offsets)
@@ -72,8 +72,9 @@ def multiply(x: Tensor, dense: Tensor, bias: Tensor | None, transpose: bool, tok
     if groups == 1:
         return F.linear(x, dense[0] if transpose else dense[0].t(), bias)
     matrices = dense.transpose(1, 2) if transpose else dense
-    y = torch.bmm(x.view(len(x), groups, -1).transpose(0, 1), matrices).transpose(0, 1).reshape(len(x), -1)
-    return y if bias is None else y.add_(bias)
+    x = _split(x, groups)
+    y = torch.bmm(x, matrices) if bias is None else torch.baddbmm(bias.view(groups, 1, -1), x, matrices)
+    return y.transpose(0, 1).flatten(1)
 
 
 def outer(dy: Tensor, x: Tensor, groups: int, token_offsets: Tensor | None) -> Tensor:
@@ -82,7 +83,12 @@ def outer(dy: Tensor, x: Tensor, groups: int, token_offsets: Tensor | None) -> T
         return torch.stack([dy[a:b].t() @ x[a:b] for a, b in _spans(token_offsets)])
     if groups == 1:
         return (dy.t() @ x)[None]
-    return torch.bmm(dy.view(len(dy), groups, -1).permute(1, 2, 0), x.view(len(x), groups, -1).transpose(0, 1))
+    return torch.bmm(_split(dy, groups).transpose(1, 2), _split(x, groups))
+
+
+def _split(x: Tensor, groups: int) -> Tensor:
+    """[tokens, groups * features] as [groups, tokens, features]."""
+    return x.unflatten(1, (groups, x.shape[1] // groups)).transpose(0, 1)
 
 
 def _spans(token_offsets: Tensor) -> list[tuple[int, int]]:

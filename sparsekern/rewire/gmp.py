@@ -20,10 +20,10 @@ class GMP(Rule):
     """Gradual Magnitude Pruning (Zhu and Gupta, arXiv 1710.01878), strictly monotone: a pruned block never returns.
 
     At every event the weakest blocks are marked dead until the density is
-    final + (initial - final) * (1 - (t - start_step) / (end_step - start_step))**3. Dead slots cost no time; once no more than
-    half of a layer's slots are live, and after the last event, the layer is compacted: the same Parameter gets a smaller
-    storage, and gradient and optimiser state follow. Start from `sparsify(model, density=1.0)`, which runs the vendor's dense
-    GEMM as long as that is faster.
+    final + (initial - final) * (1 - (t - start_step) / (end_step - start_step))**3. Dead slots cost no time; once no
+    more than half of a layer's slots are live, and after the last event, the layer is compacted: the same Parameter
+    gets a smaller storage, and gradient and optimiser state follow. Start from `sparsify(model, density=1.0)`, which
+    runs the vendor's dense GEMM as long as that is faster.
 
     Args:
         model, optimizer, followers: as in SET.
@@ -64,7 +64,7 @@ class GMP(Rule):
         self._live: dict[str, list[int]] = {}
         self._adopted(list(self.layers))
         self._initial = {path: layer.topology.live_per_group() for path, layer in self.layers.items()}
-        # How many blocks each layer has live, on its way from the device to the host, and the event that says it arrived.
+        # How many live blocks each layer has, on the way from device to host, and the event that says it arrived.
         self._counts: Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
 
@@ -104,7 +104,7 @@ class GMP(Rule):
         self._settle(wait=False)
 
     def _weakest_of_all(self, progress: float) -> dict[str, Tensor]:
-        """Masks of the slots to be dead, from one ranking over all layers; elements count, as block sizes may differ."""
+        """Masks of the slots to be dead, from one ranking over all layers, in elements as block sizes may differ."""
         unit = min(layer.block_size for layer in self.layers.values()) ** 2
         scores, sizes, total, initial = [], [], 0, 0
         for path, layer in self.layers.items():

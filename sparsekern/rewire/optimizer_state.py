@@ -1,7 +1,8 @@
 """The optimiser's state per element: reset where blocks are rewired, gathered where a store is compacted.
 
-Works on the state dictionaries of any element-wise torch optimiser, whatever its class: every tensor of the parameter's shape
-belongs to the elements, a tensor of one element (a step count) to the whole parameter, anything else cannot be followed.
+Works on the state dictionaries of any element-wise torch optimiser, whatever its class: every tensor of the
+parameter's shape belongs to the elements, a tensor of one element (a step count) to the whole parameter, anything
+else cannot be followed.
 """
 
 from collections.abc import Iterator
@@ -45,8 +46,8 @@ def element_state(optimizer: Optimizer, param: nn.Parameter) -> Iterator[tuple[s
             continue
         if value.shape != param.shape or type(value) not in (Tensor, nn.Parameter) or not value.is_floating_point():
             raise ValueError(
-                f"rewire: {kind} keeps {name!r} as {type(value).__name__} {tuple(value.shape)} ({value.dtype}) for a weight "
-                f"of shape {tuple(param.shape)}: factored or quantised state cannot follow a rewire; "
+                f"rewire: {kind} keeps {name!r} as {type(value).__name__} {tuple(value.shape)} ({value.dtype}) "
+                f"for a weight of shape {tuple(param.shape)}: factored or quantised state cannot follow a rewire; "
                 "use an element-wise optimiser such as torch.optim.AdamW for the sparse layers"
             )
         fresh = _FRESH.get((kind, name), lambda group: 0.0)(group)

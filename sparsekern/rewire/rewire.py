@@ -9,7 +9,7 @@ from sparsekern.topology import Layout
 
 
 def weakest(scores: Tensor, layout: Layout, live: list[int], counts: list[int]) -> Tensor:
-    """int64 [sum(counts)]: the `counts[g]` live slots of each group g with the smallest scores; ties go to the lower slot.
+    """int64 [sum(counts)]: the `counts[g]` live slots of group g with the smallest scores; ties go to the lower slot.
 
     Args:
         scores: float32 [num_slots]; NaN ranks below every number.

@@ -13,15 +13,15 @@ from sparsekern.growth import GrowthScores, float_bits, pack, positions_of, scor
 from sparsekern.layer import SparseLayer
 from sparsekern.rewire.optimizer_state import check_elementwise, element_state
 from sparsekern.rewire.rewire import places, random_candidates, weakest
-from sparsekern.rewire.schedule import Constant
+from sparsekern.rewire.schedule import Constant, check_fraction
 from sparsekern.rewire.scores import block_l1, stream, uniform_hash
 
 
 class Rule:
-    """Base of all rules: the clock, the layers and their followers, stats and resume. A subclass says what an event does.
+    """Base of all rules: clock, layers and followers, stats and resume. A subclass says what an event does.
 
-    Events are due at start_step + k * update_every for k = 1, 2, ... up to end_step, and fire at the first call at or past
-    their time. Times are in calls of `step()`, or in the units of the clock that is given to it.
+    Events are due at start_step + k * update_every for k = 1, 2, ... up to end_step, and fire at the first call at or
+    past their time. Times are in calls of `step()`, or in the units of the clock that is given to it.
     """
 
     def __init__(
@@ -96,8 +96,8 @@ class Rule:
     def stats(self) -> dict[str, dict[str, float]]:
         """Per layer: live blocks, blocks dropped and grown at the last event, rows and columns without live blocks.
 
-        With `coverage=True` given to the rule, also the share of places that ever held a live block. Synchronises with the
-        device; names layers where NaN weights were dropped.
+        With `coverage=True` given to the rule, also the share of places that ever held a live block. Synchronises
+        with the device; names layers where NaN weights were dropped.
         """
         stats = {}
         for path, layer in self.layers.items():
@@ -131,6 +131,7 @@ class Rule:
                 f"{type(self).__name__}.load_state_dict: the state is for layers {sorted(state['moved'])}, "
                 f"but the model has {sorted(self.layers)}"
             )
+        self._check_adoptions()
         self.clock, self.events, self._next = state["clock"], state["events"], state["next"]
         self._moved = {path: tuple(moved) for path, moved in state["moved"].items()}
         if self._covered is not None and "covered" in state:
@@ -227,8 +228,9 @@ class Rule:
         changed = [path for path, count in seen.items() if count != self._seen[path]]
         if stale.intersection(changed) and self._state_loads == self._state_loads_seen:
             raise RuntimeError(
-                f"{type(self).__name__}.step: weights of another topology were loaded into {', '.join(changed)}, but the "
-                "optimiser still holds the state of the old blocks; load the optimiser's checkpoint too, or build a new one"
+                f"{type(self).__name__}.step: weights of another topology were loaded into {', '.join(changed)}, but "
+                "the optimiser still holds the state of the old blocks; "
+                "load the optimiser's checkpoint too, or build a new one"
             )
         self._seen, self._state_loads_seen = seen, self._state_loads
         self._adopted(changed)
@@ -245,7 +247,7 @@ class Rule:
         for path, *values in zip(self.layers, *(s.tolist() for s in sums), strict=True):
             if len(set(values)) > 1:
                 raise RuntimeError(
-                    f"{type(self).__name__}: ranks start with different topologies in layer {path!r} (checksums {values}); "
+                    f"{type(self).__name__}: ranks start with different topologies in layer {path!r} ({values}); "
                     "seed all ranks alike, or broadcast the model's state_dict"
                 )
 
@@ -352,6 +354,7 @@ class DropAndGrow(Rule):
 
     def _event(self, now: float) -> bool:
         fraction = self.drop_fraction(self._progress(now))
+        check_fraction(fraction)
         moved = [self._rewire(path, layer, fraction) for path, layer in self.layers.items()]
         return any(moved)
 
@@ -381,7 +384,7 @@ class DropAndGrow(Rule):
         return True
 
     def _counts(self, path: str, fraction: float) -> list[int]:
-        """Blocks to replace in each group: exact, with the remainder carried, and no more than there are dead places."""
+        """Blocks to replace in each group: exact, the remainder carried, and no more than there are dead places."""
         topology = self.layers[path].topology
         counts = []
         for g, live in enumerate(self._live[path]):
@@ -393,7 +396,7 @@ class DropAndGrow(Rule):
 
 
 class SET(DropAndGrow):
-    """Sparse Evolutionary Training (Mocanu et al., arXiv 1707.04780): drop the smallest norms, grow uniformly at random.
+    """Sparse Evolutionary Training (Mocanu et al., arXiv 1707.04780): drop the smallest norms, grow at random.
 
     Example:
         >>> rule = SET(model, optimizer, drop_fraction=0.3, update_every=100)
@@ -409,17 +412,16 @@ class SET(DropAndGrow):
 class RigL(DropAndGrow):
     """The Rigged Lottery (Evci et al., arXiv 1911.11134): drop the smallest norms, grow where the gradient is largest.
 
-    A block's growth score is the squared norm of its gradient in the training step of the event, summed over micro-batches
-    and data-parallel ranks; it is computed strip by strip in the backward pass, and a dense gradient is never held. Scores
-    that are not finite never win. With a clock of your own, the step before an event is foreseen from the pace so far; an
-    event that came unforeseen is put off by one step.
+    A block's growth score is the squared norm of its gradient in the training step of the event, summed over
+    micro-batches and data-parallel ranks; it is computed strip by strip in the backward pass, and a dense gradient is
+    never held. Scores that are not finite never win. With a clock of your own, the step before an event is foreseen
+    from the pace so far; an event that came unforeseen is put off by one step.
     """
+
+    _armed = False
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        for layer in self.layers.values():
-            layer.growth = GrowthScores(layer.topology)
-        self._armed = False
         self._prepare(1.0)
 
     def growth_candidates(self, path: str, layer: SparseLayer, count: int) -> Tensor:
@@ -435,8 +437,8 @@ class RigL(DropAndGrow):
     def _adopted(self, paths: list[str]) -> None:
         super()._adopted(paths)
         for path in paths:
-            if hasattr(self.layers[path], "growth"):
-                self.layers[path].growth = GrowthScores(self.layers[path].topology)
+            self.layers[path].growth = GrowthScores(self.layers[path].topology)
+        self._arm(False)  # what was scored were other blocks, so an event that is due waits for the next step
 
     def _ready(self) -> bool:
         return self._armed

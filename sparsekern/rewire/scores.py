@@ -10,7 +10,7 @@ _GAMMA = 0x9E3779B97F4A7C15
 
 
 def block_l1(layer: SparseLayer, mean: bool = False) -> Tensor:
-    """float32 [num_slots]: sum of |w| of each block, or its mean over real, unpadded elements where layers are compared."""
+    """float32 [num_slots]: sum of |w| of each block, or its mean over unpadded elements where layers are compared."""
     norms = layer.weight.detach().abs().sum(dim=(1, 2), dtype=torch.float32)
     if mean:
         lanes = layer.lanes().expand_as(layer.weight).sum(dim=(1, 2))
@@ -27,7 +27,7 @@ def stream(*keys: int) -> int:
 
 
 def uniform_hash(start: int, positions: Tensor) -> Tensor:
-    """31 random bits for each int64 position: the high bits of splitmix64(start + position), the same on every device."""
+    """31 random bits for each int64 position: high bits of splitmix64(start + position), the same on every device."""
     z = positions * _signed(_GAMMA) + _signed(start)
     z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)

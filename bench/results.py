@@ -1,0 +1,71 @@
+"""The committed results: one readable JSON per device, one record a line, each with the environment it was measured in."""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import cpuinfo
+import pandas
+import torch
+
+import sparsekern
+from sparsekern.backends import cpu
+
+FOLDER = Path(__file__).parent / "results"
+# What makes two records the same measurement, so that the newer one replaces the older.
+KEY = ("suite", "name", "out_features", "in_features", "tokens", "density", "block_size", "threads")
+
+
+def environment() -> dict[str, str]:
+    git = ["git", "-C", str(FOLDER), "describe", "--always", "--dirty", "--exclude=*"]
+    info = cpuinfo.get_cpu_info()
+    return {
+        "device": f"{info['brand_raw']} family {info.get('family')} model {info.get('model')}, {os.cpu_count()} cores",
+        "instruction_set": "none" if cpu.unavailable() else cpu.instruction_set(),
+        "vendor": f"MKL {torch.backends.cpu.get_cpu_capability()}" if torch.backends.mkl.is_available() else "no MKL",
+        "torch": torch.__version__,
+        "sparsekern": sparsekern.__version__,
+        "python": platform.python_version(),
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def path_for(environment: dict) -> Path:
+    words = "".join(c if c.isalnum() else " " for c in environment["device"].lower()).split()
+    return FOLDER / f"{'-'.join(words)}.json"
+
+
+def load(path: Path) -> pandas.DataFrame:
+    """One row per record, the columns of its environment included."""
+    content = json.loads(path.read_text())
+    return pandas.DataFrame([content["environments"][r["environment"]] | r for r in content["records"]])
+
+
+def save(path: Path, records: list[dict], environment: dict) -> None:
+    """Add records to a file, in place of older ones of the same measurement; a reader never sees half a file."""
+    rows = []
+    if path.exists():
+        content = json.loads(path.read_text())
+        new = {_key(r) for r in records}
+        rows = [(content["environments"][r.pop("environment")], r) for r in content["records"] if _key(r) not in new]
+    rows += [(environment, {name: _short(value) for name, value in r.items()}) for r in records]
+    rows.sort(key=lambda row: [str(v).rjust(20) for v in _key(row[1])])
+    environments = [e for i, (e, _) in enumerate(rows) if e not in [f for f, _ in rows[:i]]]
+    lines = [json.dumps(r | {"environment": environments.index(e)}) for e, r in rows]
+    text = f'{{"environments": {json.dumps(environments, indent=1)},\n"records": [\n' + ",\n".join(lines) + "\n]}\n"
+    path.parent.mkdir(exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def _key(record: dict) -> tuple:
+    return tuple(record.get(name) for name in KEY)
+
+
+def _short(value):
+    return float(f"{value:.4g}") if isinstance(value, float) else value
