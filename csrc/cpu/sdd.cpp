@@ -1,7 +1,7 @@
-// sdd, the live blocks of dyᵀx: each thread owns an equal part of the live blocks and goes through the panels of tokens, so
-// that every sum is made by one thread, in the order of the tokens. Each packs all of x for itself: that is faster than
-// to fetch what other cores have packed (2 threads, 256 tokens, 1024 x 1024, density 0.1: 0.27 ms that way), and no
-// thread waits for another, which takes milliseconds where other processes hold the cores.
+// sdd, the live blocks of dyᵀx: each thread owns an equal part of the live blocks and goes through the panels of
+// tokens, so that every sum is made by one thread, in the order of the tokens. Each packs all of x for itself: faster
+// than to fetch what other cores have packed (2 threads, 256 tokens, 1024 x 1024, density 0.1: 173 against 270 us), and
+// no thread waits for another, which takes milliseconds where other processes hold the cores.
 #include <cstring>
 
 #include "kernels.h"
