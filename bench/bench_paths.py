@@ -5,7 +5,7 @@
 
 import pytest
 
-from bench.case import BLOCK_SIZES, SQUARE, TINY, grid
+from bench.case import SQUARE, TINY, grid
 from bench.training import sparse_training, work
 from sparsekern import choose
 from sparsekern.backends import cpu
@@ -13,7 +13,7 @@ from sparsekern.backends import cpu
 CASES = {
     "smoke": grid([TINY], [16], [0.5], [1, 16]),
     "quick": grid([SQUARE], [256], [0.4], [1, 16]),
-    "full": grid([SQUARE], [256], [1, 0.8, 0.6, 0.4, 0.25], BLOCK_SIZES),
+    "full": grid([SQUARE], [256], [1, 0.8, 0.6, 0.4, 0.25], [1, 2, 4, 8, 16, 64]),
 }
 INSTRUCTION_SETS = [] if cpu.unavailable() else [name for name in cpu.supported_instruction_sets() if name != "plain"]
 

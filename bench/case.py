@@ -1,6 +1,6 @@
 """Case: on what something is measured, and the lists of cases that several suites share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -25,6 +25,9 @@ class Case:
             f"{self.out_features}x{self.in_features}-{self.tokens}tokens-density{self.density}"
             f"-block{self.block_size}-{self.threads}threads"
         )
+
+
+KEYS = [field.name for field in fields(Case)]
 
 
 def grid(shapes, tokens, densities, block_sizes, threads=(1,)) -> list[Case]:

@@ -12,11 +12,12 @@ import pandas
 import torch
 
 import sparsekern
+from bench.case import KEYS
 from sparsekern.backends import cpu
 
 FOLDER = Path(__file__).parent / "results"
 # What makes two records the same measurement, so that the newer one replaces the older.
-KEY = ("suite", "name", "out_features", "in_features", "tokens", "density", "block_size", "threads")
+KEY = ("suite", "name", *KEYS)
 
 
 def environment() -> dict[str, str]:
