@@ -23,7 +23,7 @@ class GMP(Rule):
     final + (initial - final) * (1 - (t - start_step) / (end_step - start_step))**3. Dead slots cost no time; once no
     more than half of a layer's slots are live, and after the last event, the layer is compacted: the same Parameter
     gets a smaller storage, and gradient and optimiser state follow. Start from `sparsify(model, density=1.0)`, which
-    runs the vendor's dense GEMM as long as that is faster.
+    runs the vendor's dense GEMM as long as that is faster, and is not compacted before, but for the last event.
 
     Args:
         model, optimizer, followers: as in SET.
