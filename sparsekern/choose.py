@@ -58,7 +58,7 @@ def sparse_is_faster(layout: Layout) -> bool:
         return False
     if layout.num_slots <= (limit := _limit(layout)):
         return True
-    dead = -layout.block_rows.clamp(max=0).sum(dtype=torch.int32)  # rows of dead slots are -1; (rows < 0).sum() is slower
+    dead = -layout.block_rows.clamp(max=0).sum(dtype=torch.int32)  # rows of dead slots are -1; faster than (rows < 0)
     return bool(layout.num_slots - dead <= limit)
 
 
