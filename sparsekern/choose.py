@@ -13,8 +13,10 @@ from sparsekern.topology import Layout
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu}
 
-# Density above which the vendor's GEMM, with the copies it needs, takes less time than the C++ kernels, by block size.
-BREAK_EVEN = {1: 0.2, 2: 0.25, 4: 0.35, 8: 0.5, 16: 0.7, 32: 0.8, 64: 0.8, 128: 0.8}
+# Density above which the vendor's GEMM, with the copies it needs, takes less time than the C++ kernels, by block size:
+# where a training step of 1024 x 1024 with AVX2 kernels against MKL's AVX2 GEMM, one thread, 256 or 2048 tokens, broke
+# even first (bench/bench_paths.py; AMD EPYC of 2024). AVX-512 kernels broke even at 0.45 (block 1) or not at all.
+BREAK_EVEN = {1: 0.4, 2: 0.6, 4: 0.8, 8: 1.0, 16: 1.0, 32: 1.0, 64: 1.0, 128: 1.0}
 
 
 @contextmanager
@@ -42,7 +44,8 @@ def backend_for(x: Tensor, layout: Layout) -> ModuleType | SimpleNamespace:
         return _forced
     if not takes or cpu.unavailable():
         return reference
-    return cpu if not layout.full and sparse_is_faster(layout) else _vendor
+    # whether a full store is better left, GMP asks at its events; counting live blocks here would cost every product
+    return cpu if (layout.num_slots <= _limit(layout) if layout.full else sparse_is_faster(layout)) else _vendor
 
 
 def sparse_is_faster(layout: Layout) -> bool:
@@ -53,8 +56,15 @@ def sparse_is_faster(layout: Layout) -> bool:
     """
     if cpu.unavailable() or layout.block_rows.device.type != "cpu":
         return False
-    limit = BREAK_EVEN[layout.block_size] * layout.num_rows * layout.num_cols / layout.groups
-    return layout.num_slots <= limit or bool((layout.block_rows >= 0).sum() <= limit)
+    if layout.num_slots <= (limit := _limit(layout)):
+        return True
+    dead = -layout.block_rows.clamp(max=0).sum(dtype=torch.int32)  # rows of dead slots are -1; (rows < 0).sum() is slower
+    return bool(layout.num_slots - dead <= limit)
+
+
+def _limit(layout: Layout) -> float:
+    """Most live blocks with which the C++ kernels are faster."""
+    return BREAK_EVEN[layout.block_size] * layout.num_rows * layout.num_cols / layout.groups
 
 
 def _vendor_dds(x, weight, layout, bias=None, transpose=False, token_offsets=None):
