@@ -142,8 +142,8 @@ def conditions(rows: DataFrame) -> str:
     """One line for the small print: everything that a number depends on and a table does not say."""
     own = rows.iloc[-1]
     return (
-        f"{own.device}; {own.instruction_set} kernels; dense by {own.vendor}; torch {own.torch}, sparsekern {own.sparsekern} at "
-        f"{own.commit}; {own['dtype']}; {own.date}."
+        f"{own.device}; {own.instruction_set} kernels; dense by {own.vendor}; torch {own.torch}, "
+        f"sparsekern {own.sparsekern} at {own.commit}; {own['dtype']}; {own.date}."
     )
 
 

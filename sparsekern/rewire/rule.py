@@ -1,4 +1,4 @@
-"""Rule: the base of all rules. It keeps the clock, the layers and their followers, the stats, and what a resume needs."""
+"""Rule: the base of all rules. It keeps the clock, layers and followers, the stats, and what a resume needs."""
 
 import math
 import warnings
