@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rl import checkpoint, train_ppo
-from rl.config import Config, PPOConfig
+from rl.config import Config, PPOConfig, ReDoConfig, ResetConfig
 from rl.run import new_folder
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -32,14 +32,29 @@ def metrics(folder):
     return table[~table["name"].str.startswith("time/")].reset_index(drop=True)
 
 
-@pytest.mark.parametrize("treatment", ["dense", "gmp", "set"])
-def test_same_seed_repeats_and_a_killed_run_resumes_to_the_same_metrics(tmp_path, monkeypatch, treatment):
-    settings = short(tmp_path, treatment=treatment)
+@pytest.mark.parametrize(
+    ("agent", "treatment"),
+    [
+        ("mtppo", "dense"),
+        ("mtppo", "set"),
+        ("mtppo", "reset"),
+        ("mtppo", "layer-norm"),
+        ("mtppo", "gmp+weight-decay"),
+        ("moe", "gmp+pcgrad"),
+        ("moore", "redo"),
+        ("moore", "gmp"),
+    ],
+)
+def test_same_seed_repeats_and_a_killed_run_resumes_to_the_same_metrics(tmp_path, monkeypatch, agent, treatment):
+    often = {"redo": ReDoConfig(every=100, tau=0.2), "reset": ResetConfig(every=300)}
+    settings = short(tmp_path, agent=agent, treatment=treatment, **often)
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     straight.mkdir(), killed.mkdir()
     train_ppo.train(settings, straight)
     expected = metrics(straight)
-    assert {"score/mean", "success/MemoryS11", "return/LavaGapS7", "loss/policy"} <= {*expected["name"]}
+    names = {"score/mean", "success/MemoryS11", "return/LavaGapS7", "loss/policy"}
+    names |= {"dormant/critic", "rank/actor", "fisher/actor"}
+    assert names <= {*expected["name"]}
     assert sorted(expected["step"].unique()) == [100, 200, 300, 400, 500]
 
     fits, fit = [], train_ppo.fit
@@ -80,10 +95,10 @@ def test_interrupted_checkpoint_write_leaves_the_previous_one(tmp_path, monkeypa
 
 
 def test_settings_survive_the_run_folder(tmp_path):
-    settings = short(tmp_path, treatment="gmp", density=0.2, networks="actor")
+    settings = short(tmp_path, treatment="lottery", density=0.2, networks="actor", ticket=tmp_path)
     folder = new_folder(settings)
     assert Config.load(folder) == settings
-    assert folder.parent == tmp_path / "mt3-mtppo-gmp-density0.2-block1-actor"
+    assert folder.parent == tmp_path / "mt3-mtppo-lottery-density0.2-block1-actor"
     with pytest.raises(ValueError, match="no run folder"):
         Config.load(tmp_path)
 
