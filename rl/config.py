@@ -10,7 +10,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-CONFIG = "config.json"
+CONFIG = "config.json"  # files in a run folder: the settings,
+ENVIRONMENT = "environment.txt"  # and a description of the machine
+
+# Written out, and not read off the tables of suites and treatments, so that --help answers without importing torch.
+Suite = Literal[
+    "mt3",
+    "mt5",
+    "mt7",
+    "LavaGapS7",
+    "RedBlueDoors-6x6",
+    "MemoryS11",
+    "DoorKey-6x6",
+    "DistShift1",
+    "SimpleCrossingS9N2",
+    "MultiRoom-N2-S4",
+]
+Agent = Literal["mtppo", "moe", "moore"]
+Treatment = Literal[
+    "dense",
+    "gmp",
+    "set",
+    "redo",
+    "reset",
+    "weight-decay",
+    "layer-norm",
+    "pcgrad",
+    "gmp+weight-decay",
+    "gmp+pcgrad",
+    "lottery",
+]
+Networks = Literal["both", "actor", "critic"]
+BlockSize = Literal[1, 2, 4, 8, 16, 32, 64, 128]
 
 
 @dataclass(frozen=True)
@@ -77,43 +108,20 @@ class Config:
     Example: python rl/run.py --suite mt3 --agent mtppo --treatment set --density 0.05 --block-size 1 --seed 0
     """
 
-    suite: Literal[
-        "mt3",
-        "mt5",
-        "mt7",
-        "LavaGapS7",
-        "RedBlueDoors-6x6",
-        "MemoryS11",
-        "DoorKey-6x6",
-        "DistShift1",
-        "SimpleCrossingS9N2",
-        "MultiRoom-N2-S4",
-    ] = "mt3"
+    suite: Suite = "mt3"
     """Tasks: 3, 5 or 7 of MiniGrid, or one of them, for the single-task reference (with agent mtppo)."""
-    agent: Literal["mtppo", "moe", "moore"] = "mtppo"
+    agent: Agent = "mtppo"
     """mtppo: PPO, one convolutional encoder for all tasks, one head per task. moe: several encoders, mixed by weights
     that each task learns. moore: the same, after making the encoders' outputs orthonormal."""
-    treatment: Literal[
-        "dense",
-        "gmp",
-        "set",
-        "redo",
-        "reset",
-        "weight-decay",
-        "layer-norm",
-        "pcgrad",
-        "gmp+weight-decay",
-        "gmp+pcgrad",
-        "lottery",
-    ] = "set"
+    treatment: Treatment = "set"
     """dense: nothing. gmp: prune gradually by magnitude. set: sparse throughout, small weights move at random. redo:
     dormant neurons start anew. reset: the last layers start anew. lottery: train what gmp kept from its first values.
     pcgrad: project tasks' conflicting gradients. weight-decay, layer-norm, gmp with one of them: as they say."""
-    networks: Literal["both", "actor", "critic"] = "both"
+    networks: Networks = "both"
     """Which networks are treated; the others are dense."""
     density: float = 0.05
     """Live blocks / all blocks, in (0, 1]: gmp ends with it, over all weights; set keeps it, over linear layers."""
-    block_size: Literal[1, 2, 4, 8, 16, 32, 64, 128] = 1
+    block_size: BlockSize = 1
     """Side of the blocks that live and die together; 1 is unstructured, as in the paper."""
     seed: int = 0
     """The same command with the same seed writes the same metrics.csv, but for its time/ rows."""

@@ -21,8 +21,8 @@ from rl.rollout import Rollout, collect
 from rl.seeds import Stream, torch_generator
 
 
-def train(config: Config, folder: Path) -> None:
-    """Train in this run folder, from its last checkpoint where it has one."""
+def train(config: Config, folder: Path, quiet: bool = False) -> None:
+    """Train in this run folder, from its last checkpoint where it has one; quiet: without a progress bar."""
     torch.set_num_threads(config.threads)
     tasks = SUITES[config.suite]
     # rollouts share the evaluation's first environments: both begin with fresh episodes, so neither disturbs the other
@@ -36,7 +36,7 @@ def train(config: Config, folder: Path) -> None:
         for name, part in parts.items():
             part.load_state_dict(state[name])
     clock = state["clock"]
-    progress = tqdm(total=config.timesteps, initial=clock, unit="timestep", disable=None)
+    progress = tqdm(total=config.timesteps, initial=clock, unit="timestep", disable=quiet or None)
     with Logger(folder, clock, state["csv_bytes"]) as logger, progress:
         while clock < config.timesteps:
             steps = min(config.ppo.rollout_steps, config.timesteps - clock)
