@@ -150,7 +150,9 @@ def show(protocol: Config, cells: list[Cell]) -> None:
     comparable = not any(differs(f.name, protocol) for f in fields(Config))
     scores = Table("suite", "agent", "treatment", "seeds", "IQM of runs", "IQM of runs x tasks", "paper, 30 seeds")
     scores.title = f"normalised score after {describe(protocol)}"
-    scores.caption = "IQM [95% stratified bootstrap interval]; of runs: of each run's mean over tasks, which fits the paper's numbers"
+    scores.caption = (
+        "IQM [95% bootstrap interval]; of runs: of each run's mean over tasks, which the paper's numbers fit"
+    )
     metrics = Table("suite", "agent", "treatment", "dormant actor", "critic", "rank actor", "critic", "Fisher")
     metrics.title, metrics.caption = "networks at the final evaluation", "means over seeds"
     costs = Table("suite", "agent", "treatment", "live / dense", "update ms", "acting ms", "steps/s", "core-minutes")
