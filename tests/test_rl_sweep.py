@@ -83,7 +83,7 @@ def test_sweep_resumes_interrupted_runs_and_does_not_repeat_finished_ones(tmp_pa
 
 
 def test_command_trains_in_processes_of_its_own(tmp_path):
-    command = "rl/sweep.py --suites LavaGapS7 --treatments dense set --seeds 3 --timesteps 100 --workers 2"
+    command = "rl/sweep.py --suites MultiRoom-N2-S4 --treatments dense set --seeds 3 --timesteps 100 --workers 2"
     command += f" --runs {tmp_path}/runs --results {tmp_path}/results"
     done = subprocess.run([sys.executable, *command.split()], cwd=CHECKOUT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
