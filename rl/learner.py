@@ -42,6 +42,7 @@ class Learner:
         self.rules = [
             make_rule(self.network, self.optimizer, config, seed, buffer) for make_rule in self._offered("make_rule")
         ]
+        (self._backward,) = self._offered("backward") or [backward]
 
     def _offered(self, function: str) -> list[Callable]:
         """These functions of the treatment's parts, as far as they have it."""
@@ -58,11 +59,7 @@ class Learner:
             generator: for treatments that draw at every step.
         """
         self.optimizer.zero_grad()
-        for backward in self._offered("backward"):
-            backward(self.network, loss, rows, tasks, generator)
-            break
-        else:
-            loss(rows).backward()
+        self._backward(self.network, loss, rows, tasks, generator)
         self.optimizer.step()
 
     def rewire(self, clock: int) -> None:
@@ -92,6 +89,11 @@ class Learner:
     def nbytes(self) -> int:
         """Bytes of weights, gradients, optimiser state and, of sparse layers, coordinates and index."""
         return sk.summary(self.network, self.optimizer).total.total
+
+
+def backward(network, loss, rows, tasks, generator) -> None:
+    """Fill the gradients of the mean loss of all rows: what a treatment's own `backward` stands in for."""
+    loss(rows).backward()
 
 
 def sizes(*learners: Learner) -> dict[str, float]:

@@ -262,14 +262,14 @@ def draw(protocol: Config, cells: list[Cell], folder: Path, number: int) -> list
         for axis, (metric, label) in zip(axes.flat, CURVES.items(), strict=True):
             for cell in of_group:
                 curves = np.array([run.evaluated[metric].to_numpy() for run in cell.runs])
-                steps = cell.runs[0].evaluated.index
+                steps = cell.runs[0].evaluated.index / 1000
                 seeds = f"{len(cell.runs)} seed{'s' * (len(cell.runs) > 1)}"
                 (line,) = axis.plot(steps, curves.mean(0), label=f"{cell.name} ({seeds})")
                 axis.fill_between(steps, curves.min(0), curves.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
             axis.set_title(label)
             axis.grid(alpha=0.3)
         for axis in axes[1]:
-            axis.set_xlabel("timesteps")
+            axis.set_xlabel("thousand timesteps")
         axes[1, 2].set_yscale("log")
         axes[0, 0].legend()
         figure.suptitle(

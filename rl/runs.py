@@ -40,7 +40,9 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.clock == self.config.timesteps and "score/mean" in self.metrics
+        """Whether the policy was evaluated at the end."""
+        file, evaluation = self.folder / CSV, f"\n{self.config.timesteps},score/mean,"
+        return file.exists() and evaluation in file.read_text()
 
     def publish(self, results: Path) -> None:
         """Copy into `results` what is worth committing: settings, machine, and the metrics at evaluations."""

@@ -74,7 +74,7 @@ def main() -> None:
     sweep = tyro.cli(Sweep, description=__doc__, prog="python rl/sweep.py")
     cells = sweep.cells()
     failures = run_all([c for c in cells if c.treatment != "lottery"], sweep)
-    failures += run_all([with_ticket(c) for c in cells if c.treatment == "lottery"], sweep)
+    failures += run_all([c for c in cells if c.treatment == "lottery"], sweep)
     sys.exit(f"{failures} runs failed; the same command tries them again" if failures else 0)
 
 
@@ -82,17 +82,24 @@ def run_all(cells: list[Config], sweep: Sweep) -> int:
     """Bring these runs to their end, as many at a time as there are workers; returns how many failed."""
     from tqdm import tqdm
 
-    done = {identity(run.config) for run in find([sweep.results]) if run.finished}
-    started = {identity(run.config): run for run in sorted(find([sweep.runs]), key=lambda run: run.clock)}
-    for run in started.values():
-        if run.finished and identity(run.config) not in done:
-            done.add(identity(run.config))
+    todo = {identity(cell): cell for cell in cells}
+    for run in find([sweep.results]):
+        if run.finished:
+            todo.pop(identity(run.config), None)
+    started = {}
+    for run in sorted(find([sweep.runs]), key=lambda run: run.clock):
+        key = identity(run.config)
+        if key in todo and run.finished:
             run.publish(sweep.results)
-    todo = {identity(cell): cell for cell in cells if identity(cell) not in done}
+            del todo[key]
+        elif key in todo:
+            started[key] = run.folder
+    if not cells:
+        return 0
     print(f"{len(cells)} runs: {len(cells) - len(todo)} finished, {len(todo)} to do", flush=True)
     if not todo:
         return 0
-    jobs = [(cell, started[key].folder if key in started else None) for key, cell in todo.items()]
+    jobs = [(with_ticket(cell), started.get(key)) for key, cell in todo.items()]
     failures = 0
     total = sum(cell.timesteps for cell in todo.values())
     with (
@@ -146,7 +153,9 @@ def make_pool(address: str | None, workers: int):
 
 
 def with_ticket(cell: Config) -> Config:
-    """The same run with the ticket that the gmp run of its seed has drawn."""
+    """The same run; a lottery's with the ticket that the gmp run of its seed has drawn."""
+    if cell.treatment != "lottery":
+        return cell
     gmp = replace(cell, treatment="gmp", ticket=None)
     for run in find([cell.runs]):
         if identity(run.config) == identity(gmp) and run.finished and checkpoint.path(run.folder).exists():
