@@ -77,9 +77,9 @@ class Cell:
         options += [f"{self.config.networks} only"] * (self.config.networks != PAPER.networks)
         return ", ".join([self.config.treatment, *options])
 
-    def mean(self, metric: str) -> float:
-        """Mean over evaluations and runs."""
-        return np.mean([run.evaluated[metric].mean() for run in self.runs])
+    def typical(self, metric: str) -> float:
+        """Of times, which other work on the machine disturbs: median over evaluations, mean over runs."""
+        return np.mean([run.evaluated[metric].median() for run in self.runs])
 
     def last(self, metric: str) -> float:
         """Mean over runs, at the final evaluation."""
@@ -87,10 +87,12 @@ class Cell:
 
     @property
     def core_minutes(self) -> float:
-        """Time of one run, from what its parts took at the rollouts that were followed by an evaluation."""
+        """Time of one run, from what its parts typically took."""
         ppo, num_tasks = self.config.ppo, self.scores.shape[1]
-        rollout = ppo.rollout_steps * num_tasks / self.mean("time/steps_per_second") + self.mean("time/update_ms") / 1e3
-        evaluation = (self.mean("time/evaluate_ms") + self.mean("time/metrics_ms")) / 1e3
+        rollout = (
+            ppo.rollout_steps * num_tasks / self.typical("time/steps_per_second") + self.typical("time/update_ms") / 1e3
+        )
+        evaluation = (self.typical("time/evaluate_ms") + self.typical("time/metrics_ms")) / 1e3
         rollouts, evaluations = self.config.timesteps / ppo.rollout_steps, len(self.runs[0].evaluated)
         return (rollouts * rollout + evaluations * evaluation) / 60
 
@@ -156,7 +158,10 @@ def show(protocol: Config, cells: list[Cell]) -> None:
     metrics = Table("suite", "agent", "treatment", "dormant actor", "critic", "rank actor", "critic", "Fisher")
     metrics.title, metrics.caption = "networks at the final evaluation", "means over seeds"
     costs = Table("suite", "agent", "treatment", "live / dense", "update ms", "acting ms", "steps/s", "core-minutes")
-    costs.title, costs.caption = "cost", "means over seeds; update and acting of one rollout, on one core"
+    costs.title, costs.caption = (
+        "cost",
+        "medians over a run, means over seeds; update and acting of one rollout, on one core",
+    )
     for cell in cells:
         config, by_task = cell.config, cell.scores
         head = (config.suite, config.agent, cell.name)
@@ -171,7 +176,7 @@ def show(protocol: Config, cells: list[Cell]) -> None:
         dormant = [f"{cell.last(f'dormant/{network}'):.1%}" for network in ("actor", "critic")]
         ranks = [f"{cell.last(f'rank/{network}'):.0f}" for network in ("actor", "critic")]
         metrics.add_row(*head, *dormant, *ranks, f"{cell.last('fisher/actor'):.3g}")
-        times = [f"{cell.mean(f'time/{name}'):,.0f}" for name in ("update_ms", "acting_ms", "steps_per_second")]
+        times = [f"{cell.typical(f'time/{name}'):,.0f}" for name in ("update_ms", "acting_ms", "steps_per_second")]
         costs.add_row(*head, f"{cell.last('sparse/density'):.3f}", *times, f"{cell.core_minutes:.1f}")
     for suite, alone in single_task(cells).items():
         scores.add_row(
