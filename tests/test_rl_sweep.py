@@ -5,6 +5,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from rl import checkpoint, run, sweep, train_ppo
 from rl.config import Config, PPOConfig
 from rl.run import new_folder
@@ -80,6 +82,18 @@ def test_sweep_resumes_interrupted_runs_and_does_not_repeat_finished_ones(tmp_pa
     assert run_all(cells, options) == 0
     assert trained[3:] == [(2, 0)]
     assert [made.config.seed for made in find([tmp_path / "results"]) if made.finished] == [0, 1, 2]
+
+
+def test_address_without_ray_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SystemExit, match=r"--address needs Ray: pip install 'sparsekern\[cluster\]'"):
+        sweep.make_pool("auto", workers=2)
+
+
+def test_lottery_without_its_gmp_run_says_so(tmp_path):
+    (cell,) = Sweep(treatments=("lottery",), seeds=(5,), runs=tmp_path).cells()
+    with pytest.raises(SystemExit, match="needs the finished run mt5-mtppo-gmp-density0.05-block1 of seed 5"):
+        sweep.with_ticket(cell)
 
 
 def test_command_trains_in_processes_of_its_own(tmp_path):
