@@ -160,9 +160,7 @@ class GMP(Rule):
             self._arrived.synchronize()
         for (path, layer), live in zip(self.layers.items(), self._counts.tolist(), strict=True):
             topology = layer.topology
-            dense_is_faster = topology.full and not choose.sparse_is_faster(topology.layout, layer.weight.dtype)
-            half_empty = 2 * live <= topology.num_slots and not dense_is_faster
-            if self.compact and live < topology.num_slots and (half_empty or self._done):
+            if self.compact and live < topology.num_slots and (2 * live <= topology.num_slots or self._done):
                 self._compact(path, max(live, 1))
             elif topology.full and choose.sparse_is_faster(topology.layout, layer.weight.dtype):
                 for copy in self._copies(path):
