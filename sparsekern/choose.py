@@ -8,10 +8,10 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch import Tensor
 
-from sparsekern.backends import cpu, reference
+from sparsekern.backends import cpu, reference, triton
 from sparsekern.topology import Layout
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu}
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "triton": triton}
 
 # Density above which the vendor's GEMM, with the copies it needs, takes less time than the C++ kernels, by block size.
 BREAK_EVEN = {1: 0.2, 2: 0.25, 4: 0.35, 8: 0.5, 16: 0.7, 32: 0.8, 64: 0.8, 128: 0.8}
@@ -39,7 +39,13 @@ def backend_for(x: Tensor, layout: Layout) -> ModuleType | SimpleNamespace:
     if _forced is not None:
         if _forced is cpu and not takes:
             raise RuntimeError(f"backend 'cpu' takes float32 and bfloat16 on a CPU, got {x.dtype} on {x.device}")
+        if _forced is triton and not triton.takes(x, layout):
+            got = f"{x.dtype} on {x.device} in blocks of {layout.block_size}"
+            raise RuntimeError(f"backend 'triton' takes {triton.TAKES}, got {got}")
         return _forced
+    if x.device.type == "cuda":
+        # A measured table per device belongs here: density and shape say when densify and the vendor's GEMM are faster.
+        return triton if not layout.full and triton.takes(x, layout) and not triton.unavailable() else reference
     if not takes or cpu.unavailable():
         return reference
     return cpu if not layout.full and sparse_is_faster(layout) else _vendor
