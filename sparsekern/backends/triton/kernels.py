@@ -31,9 +31,11 @@ def _tile_of_group(token_offsets_ptr, tile, num_groups, BLOCK_T: tl.constexpr, G
 
 @triton.jit
 def _tokens_of_group(token_offsets_ptr, group, num_tokens):
-    if token_offsets_ptr is None:
-        return 0, num_tokens
-    return tl.load(token_offsets_ptr + group).to(tl.int32), tl.load(token_offsets_ptr + group + 1).to(tl.int32)
+    begin, end = 0, num_tokens
+    if token_offsets_ptr is not None:
+        begin = tl.load(token_offsets_ptr + group).to(tl.int32)
+        end = tl.load(token_offsets_ptr + group + 1).to(tl.int32)
+    return begin, end
 
 
 _DDS_NUMBERS = ["num_tokens", "num_groups", "out_blocks", "in_blocks", "first_pair", "first_offset", "first_order"]
@@ -41,7 +43,7 @@ _DDS_NUMBERS = ["num_tokens", "num_groups", "out_blocks", "in_blocks", "first_pa
 
 @triton.jit(do_not_specialize=_DDS_NUMBERS)
 def dds_kernel(
-    x_ptr, weight_ptr, bias_ptr, y_ptr,  # [T, in_blocks * B], [num_slots, B, B], [all outputs] or None, [T, out_blocks * B]
+    x_ptr, weight_ptr, bias_ptr, y_ptr,  # [T, in_blocks * B], [num_slots, B, B], [outputs] or None, [T, out_blocks * B]
     index_ptr, token_offsets_ptr,  # int32: Layout.index; [num_groups + 1] or None
     num_tokens, num_groups, out_blocks, in_blocks,  # blocks of one group if ragged, else of all groups
     first_pair, first_offset, first_order,  # where the index holds the pairs (in int64), offsets and order to walk
@@ -50,7 +52,7 @@ def dds_kernel(
     K_MAJOR: tl.constexpr,  # stored blocks are [n, k], as for x Wᵀ, else [k, n]
     GROUPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y = x Wᵀ (walking the index by rows) or x W (by columns); one program makes one block of outputs for BLOCK_T tokens."""
+    """y = x Wᵀ, walking the index by rows, or x W, by columns; one program makes BLOCK_T tokens of one output block."""
     # all outputs of a tile of tokens come one after another, so that its x is read from memory once and then from L2
     tile, out = tl.program_id(0) // out_blocks, tl.program_id(0) % out_blocks
     if token_offsets_ptr is None:
@@ -101,7 +103,7 @@ def dds_kernel(
 
 @triton.jit
 def _row_of_program(row_offsets_ptr, program, num_rows, BLOCKS: tl.constexpr):
-    """The last block row r with row_offsets[r] // BLOCKS + r <= program: its turns of BLOCKS pairs are numbered from there.
+    """The last block row r with row_offsets[r] // BLOCKS + r <= program: from there on its BLOCKS pairs are numbered.
 
     That leaves every row as many numbers as it needs, and spends num_slots // BLOCKS + num_rows + 1 of them in all,
     whatever is live. Counting reads all offsets at once, where a binary search would wait for them one by one.
@@ -122,7 +124,7 @@ def sdd_kernel(
     dy_stride, x_stride,
     B: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Live blocks of dyᵀx; one program makes up to BLOCKS blocks of one block row, over one of SPLITS parts of the tokens.
+    """Live blocks of dyᵀx; one program makes up to BLOCKS blocks of a block row from one of SPLITS parts of the tokens.
 
     num_groups is 1 unless ragged: with groups side by side, global block coordinates are all there is to know.
     """
@@ -175,8 +177,8 @@ def sum_splits_kernel(parts_ptr, total_ptr, size, SPLITS: tl.constexpr, BLOCK: t
 
 @triton.jit(do_not_specialize=["num_tokens", "rows", "cols"])
 def block_norms_kernel(
-    dy_ptr, x_ptr, norms_ptr, armed_ptr,  # [T, rows * B], [T, cols * B] of each group or all; [groups, rows, cols]; bool []
-    token_offsets_ptr,  # [groups + 1] or None
+    dy_ptr, x_ptr, norms_ptr,  # [T, out features], [T, in features], float32 [groups, rows, cols]
+    armed_ptr, token_offsets_ptr,  # bool []; [groups + 1] or None
     num_tokens, rows, cols,  # blocks of one group
     dy_stride, x_stride,
     B: tl.constexpr, SIDE: tl.constexpr, BLOCK_T: tl.constexpr, PRECISION: tl.constexpr,

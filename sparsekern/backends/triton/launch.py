@@ -30,43 +30,44 @@ class Tile(NamedTuple):
     stages: int
 
 
-# One line per (product, block size, arithmetic): "half" is bfloat16 and float16, "tf32" has float32 operands and tensor
-# cores, "ieee" has none. Chosen by ahead-of-time compilation for sm_90 (bench.aot prints registers and shared memory); not yet
-# measured. An offline tuner may overwrite entries.
-TILES: dict[tuple[str, int, str], Tile] = {
-    ("dds", 16, "half"): Tile(128, 128, 4, 3),
-    ("dds", 32, "half"): Tile(128, 128, 4, 3),
-    ("dds", 64, "half"): Tile(128, 64, 4, 4),
-    ("dds", 128, "half"): Tile(128, 64, 8, 3),
-    ("dds", 16, "tf32"): Tile(128, 64, 4, 3),
-    ("dds", 32, "tf32"): Tile(128, 64, 4, 3),
-    ("dds", 64, "tf32"): Tile(128, 32, 4, 3),
-    ("dds", 128, "tf32"): Tile(128, 32, 8, 3),
-    ("dds", 16, "ieee"): Tile(64, 32, 4, 3),
-    ("dds", 32, "ieee"): Tile(64, 32, 4, 3),
-    ("dds", 64, "ieee"): Tile(64, 32, 4, 3),
-    ("dds", 128, "ieee"): Tile(64, 32, 8, 3),
-    ("sdd", 16, "half"): Tile(128, 64, 4, 4),
-    ("sdd", 32, "half"): Tile(128, 64, 4, 4),
-    ("sdd", 64, "half"): Tile(128, 64, 4, 4),
-    ("sdd", 128, "half"): Tile(128, 64, 8, 3),
-    ("sdd", 16, "tf32"): Tile(128, 32, 4, 3),
-    ("sdd", 32, "tf32"): Tile(128, 32, 4, 3),
-    ("sdd", 64, "tf32"): Tile(128, 32, 4, 3),
-    ("sdd", 128, "tf32"): Tile(128, 32, 8, 3),
-    ("sdd", 16, "ieee"): Tile(64, 32, 4, 3),
-    ("sdd", 32, "ieee"): Tile(64, 32, 4, 3),
-    ("sdd", 64, "ieee"): Tile(64, 32, 4, 3),
-    ("sdd", 128, "ieee"): Tile(128, 32, 8, 3),
-} | {
-    ("norms", block_size, arithmetic): tile
-    for block_size in (16, 32, 64, 128)
-    for arithmetic, tile in {"half": Tile(128, 64, 8, 3), "tf32": Tile(128, 32, 8, 3), "ieee": Tile(128, 32, 8, 3)}.items()
-}  # fmt: skip
+# By (product, block size, arithmetic): "half" is bfloat16 and float16, "tf32" float32 with tensor cores, "ieee" float32
+# without. Of several tiles a launch takes the widest that gives a multiprocessor PROGRAMS_PER_SM programs, else the last.
+# Chosen by ahead-of-time compilation for sm_90 (`python tests/aot.py` prints what comes of them): no spills, and where
+# it can be had room for two programs on a multiprocessor, so that one computes while the other starts or ends. Not yet
+# measured; an offline tuner may replace entries.
+TILES: dict[tuple[str, int, str], tuple[Tile, ...]] = {
+    ("dds", 16, "half"): (Tile(128, 64, 4, 3), Tile(64, 64, 4, 4)),
+    ("dds", 32, "half"): (Tile(128, 64, 4, 3), Tile(64, 64, 4, 4)),
+    ("dds", 64, "half"): (Tile(256, 32, 8, 4), Tile(128, 64, 4, 3), Tile(64, 64, 4, 4)),
+    ("dds", 128, "half"): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
+    ("dds", 16, "tf32"): (Tile(128, 32, 4, 3), Tile(64, 32, 4, 4)),
+    ("dds", 32, "tf32"): (Tile(128, 32, 4, 3), Tile(64, 32, 4, 4)),
+    ("dds", 64, "tf32"): (Tile(128, 32, 4, 3), Tile(64, 32, 4, 3)),
+    ("dds", 128, "tf32"): (Tile(128, 32, 8, 3), Tile(64, 32, 4, 3)),
+    ("dds", 16, "ieee"): (Tile(64, 32, 4, 3),),
+    ("dds", 32, "ieee"): (Tile(64, 32, 4, 3),),
+    ("dds", 64, "ieee"): (Tile(64, 32, 4, 3),),
+    ("dds", 128, "ieee"): (Tile(64, 32, 8, 3),),
+    ("sdd", 16, "half"): (Tile(128, 64, 4, 3),),
+    ("sdd", 32, "half"): (Tile(128, 64, 4, 3),),
+    ("sdd", 64, "half"): (Tile(128, 64, 4, 3),),
+    ("sdd", 128, "half"): (Tile(128, 64, 8, 3),),
+    ("sdd", 16, "tf32"): (Tile(128, 32, 4, 3),),
+    ("sdd", 32, "tf32"): (Tile(128, 32, 8, 3),),
+    ("sdd", 64, "tf32"): (Tile(128, 32, 8, 3),),
+    ("sdd", 128, "tf32"): (Tile(128, 32, 8, 3),),
+    ("sdd", 16, "ieee"): (Tile(64, 32, 4, 3),),
+    ("sdd", 32, "ieee"): (Tile(64, 32, 4, 3),),
+    ("sdd", 64, "ieee"): (Tile(128, 32, 4, 3),),
+    ("sdd", 128, "ieee"): (Tile(128, 16, 8, 3),),
+}
+for _block_size in (16, 32, 64, 128):  # the tile of a dense product, whatever blocks its norms are taken of
+    TILES["norms", _block_size, "half"] = (Tile(128, 64, 8, 3),)
+    TILES["norms", _block_size, "tf32"] = TILES["norms", _block_size, "ieee"] = (Tile(128, 32, 8, 3),)
 
-# A product of gradients is split over tokens until it has this many programs per multiprocessor, if every one of them
-# keeps SPLIT_TOKENS tokens: below that, adding up the parts costs more than idle multiprocessors.
 PROGRAMS_PER_SM = 2
+# An sdd with fewer than this many programs per multiprocessor is split over tokens, while every part has SPLIT_TOKENS.
+SPLITS_PER_SM = 4
 SPLIT_TOKENS = 256
 
 
@@ -92,11 +93,14 @@ def dds(
         weight, k_major = weight.transpose(1, 2).contiguous(), True
     num_tokens = x.shape[0]
     y = x.new_empty(num_tokens, out_blocks * b)
-    tile = TILES["dds", b, arithmetic]
-    tiles = triton.cdiv(num_tokens, tile.m) + groups - 1  # every group may end in a tile of its own
+    for tile in TILES["dds", b, arithmetic]:
+        # every group may end in a tile of its own
+        programs = (triton.cdiv(num_tokens, tile.m) + groups - 1) * out_blocks
+        if programs >= PROGRAMS_PER_SM * _num_sms(x.device):
+            break
     if num_tokens:
         with _on_device(x):
-            kernels.dds_kernel[(tiles * out_blocks,)](
+            kernels.dds_kernel[(programs,)](
                 x, weight, bias, y, layout.index, token_offsets,
                 num_tokens, groups, out_blocks, in_blocks, *_walk(layout, transpose), x.stride(0), y.stride(0),
                 B=b, BLOCK_T=tile.m, BLOCK_K=tile.k, K_MAJOR=k_major,
@@ -110,7 +114,7 @@ def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = No
     """The live blocks of dyᵀx, [num_slots, B, B]. See `sparsekern.products.sdd`; here both are 2-D and padded."""
     layout = _indexed(layout)
     arithmetic, b, num_slots = _arithmetic(x), layout.block_size, layout.num_slots
-    tile = TILES["sdd", b, arithmetic]
+    (tile,) = TILES["sdd", b, arithmetic]
     blocks = max(1, tile.m // b)
     splits = _splits(num_slots // blocks, x.shape[0], x.device)
     grad = x.new_empty(num_slots, b, b)
@@ -133,9 +137,9 @@ def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = No
 def block_norms(
     dy: Tensor, x: Tensor, layout: Layout, norms: Tensor, armed: Tensor, token_offsets: Tensor | None = None
 ) -> None:
-    """Add the squared norms of all blocks of dyᵀx to float32 `norms` [groups, rows, cols] if the flag `armed` is set."""
+    """Add the squared norms of the blocks of dyᵀx to float32 `norms` [groups, rows, cols] if `armed` is set."""
     arithmetic, b = _arithmetic(x), layout.block_size
-    tile = TILES["norms", b, arithmetic]
+    (tile,) = TILES["norms", b, arithmetic]
     groups, rows, cols = norms.shape
     with _on_device(x):
         kernels.block_norms_kernel[(triton.cdiv(cols * b, tile.m), triton.cdiv(rows * b, tile.m), groups)](
@@ -178,9 +182,9 @@ def _indexed(layout: Layout) -> Layout:
 
 
 def _splits(programs: int, num_tokens: int, device: torch.device) -> int:
-    """Into how many parts to split the tokens of an sdd."""
-    wanted = PROGRAMS_PER_SM * _num_sms(device) // max(programs, 1)
-    return triton.next_power_of_2(max(1, min(wanted, num_tokens // SPLIT_TOKENS, 32) // 2 + 1) if wanted > 1 else 1)
+    """Into how many parts to split the tokens of an sdd: a power of two, as every number is a kernel of its own."""
+    most = min(SPLITS_PER_SM * _num_sms(device) // max(programs, 1), num_tokens // SPLIT_TOKENS, 32)
+    return 1 << max(most, 1).bit_length() - 1
 
 
 @functools.cache
