@@ -1,6 +1,6 @@
 """Case: on what something is measured, and the lists of cases that several suites share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -27,6 +27,9 @@ class Case:
         )
 
 
+KEYS = [field.name for field in fields(Case)]
+
+
 def grid(shapes, tokens, densities, block_sizes, threads=(1,)) -> list[Case]:
     """Every combination; the cheap cases come first, so that a failure shows early."""
     return [
@@ -39,7 +42,7 @@ def grid(shapes, tokens, densities, block_sizes, threads=(1,)) -> list[Case]:
     ]
 
 
-# What the first table of the README shows: a wide layer, a layer with few tokens, unstructured sparsity, and a task head.
+# The README's first table: a wide layer, a layer with few tokens, unstructured sparsity, and a task head.
 HEADLINES = [
     case
     for number in THREADS

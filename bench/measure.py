@@ -1,7 +1,7 @@
 """How calls are timed: ours and the dense partner in turn, round after round, on data that has left the caches.
 
-Whatever slows the machine for a while slows both, so a ratio is taken within every round, and the median of these ratios is
-reported with its quartiles.
+Whatever slows the machine for a while slows both, so a ratio is taken within every round, and the median of these
+ratios is reported with its quartiles.
 """
 
 import itertools
@@ -38,27 +38,25 @@ class Timer:
         self.benchmark, self.seconds = benchmark, seconds
 
     def __call__(self, call: Callable, partner: Callable, repeat: int = 1) -> dict[str, float]:
-        """Time of `call` and of its dense `partner` in microseconds, and dense / ours: medians, and quartiles of the ratio.
+        """Time of `call` and of its partner in microseconds, and partner / call: medians, and quartiles of the ratio.
+
+        The partner goes first in every round, and in the two rounds of warm-up.
 
         Args:
             repeat: calls in one timing, for those that take microseconds.
         """
-        both = [lambda f=f: [f() for _ in range(repeat)] for f in (call, partner)] if repeat > 1 else [call, partner]
-        once = sum(timed(f) for f in both + both) / 2
+        ours, theirs = ((lambda f=f: [f() for _ in range(repeat)]) if repeat > 1 else f for f in (call, partner))
+        once = (timed(theirs) + timed(ours) + timed(theirs) + timed(ours)) / 2
         rounds = min(max(round(self.seconds / once), 5), 201)
-        dense = []
-
-        def dense_first():
-            dense.append(timed(both[1]))
-
-        self.benchmark.pedantic(both[0], setup=dense_first, rounds=rounds)
-        ours, dense = self.benchmark.stats.stats.data, dense[-rounds:]
-        ratios = [d / o for d, o in zip(dense, ours, strict=True)]
+        partner_times = []
+        self.benchmark.pedantic(ours, setup=lambda: partner_times.append(timed(theirs)), rounds=rounds)
+        times = self.benchmark.stats.stats.data
+        ratios = [theirs / ours for theirs, ours in zip(partner_times, times, strict=True)]
         low, ratio, high = statistics.quantiles(ratios, n=4)
         micro = 1e6 / repeat
         return {
-            "time_us": statistics.median(ours) * micro,
-            "dense_us": statistics.median(dense) * micro,
+            "time_us": statistics.median(times) * micro,
+            "partner_us": statistics.median(partner_times) * micro,
             "ratio": ratio,
             "ratio_q1": low,
             "ratio_q3": high,

@@ -1,4 +1,4 @@
-"""The committed results: one readable JSON per device, one record a line, each with the environment it was measured in."""
+"""The committed results: one readable JSON per device, a line per record, each with its environment."""
 
 import datetime
 import json
@@ -12,11 +12,12 @@ import pandas
 import torch
 
 import sparsekern
+from bench.case import KEYS
 from sparsekern.backends import cpu
 
 FOLDER = Path(__file__).parent / "results"
 # What makes two records the same measurement, so that the newer one replaces the older.
-KEY = ("suite", "name", "out_features", "in_features", "tokens", "density", "block_size", "threads")
+KEY = ("suite", "name", *KEYS)
 
 
 def environment() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Training: a layer alone, with Adam and random data, as a network's inner layer is trained; and whether it is right."""
+"""Training: a layer alone, with Adam and random data, trained as an inner layer is; and whether it is right."""
 
 import torch
 from torch import nn
@@ -56,7 +56,8 @@ def check(layer: sk.SparseLinear, tokens: int) -> None:
     y.backward(dy)
     expected.backward(dy)
     weight_gradient = densify(layer.weight.grad, layer.topology.layout)[0]
-    live = densify(torch.ones_like(layer.weight), layer.topology.layout)[0]
+    alive = (layer.topology.block_rows >= 0)[:, None, None].expand_as(layer.weight).float()
+    live = densify(alive, layer.topology.layout)[0]
     for got, want in (
         (y, expected),
         (ours.grad, theirs.grad),
@@ -68,7 +69,7 @@ def check(layer: sk.SparseLinear, tokens: int) -> None:
 
 
 def work(case: Case, products: int) -> dict[str, float]:
-    """Floating-point operations on live weights, and the bytes that must at least move, in so many of the three products."""
+    """Floating-point operations on live weights, and bytes that must move, in so many of the three products."""
     live = case.density * case.out_features * case.in_features
     activations = case.tokens * (case.out_features + case.in_features)
     return {"flop": 2 * products * case.tokens * live, "bytes": ELEMENT * products * (live + activations)}

@@ -72,7 +72,7 @@ class Config:
     """Side of the blocks that live and die together; 1 is unstructured, as in the paper."""
     seed: int = 0
     """The same command with the same seed writes the same metrics.csv, but for its time/ rows."""
-    timesteps: int = 40_000
+    timesteps: int = 100_000
     """Length of the run; the paper's is 400,000."""
     evaluate_every: int = 10_000
     """Timesteps between evaluations (at the next end of a rollout), each followed by a checkpoint."""

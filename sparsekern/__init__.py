@@ -6,9 +6,10 @@ from sparsekern.conv import SparseConv2d
 from sparsekern.convert import densify, plan, plan_from, sparsify
 from sparsekern.linear import SparseLinear
 from sparsekern.products import dds, sdd
+from sparsekern.rewire.drop_and_grow import SET, RigL
 from sparsekern.rewire.gmp import GMP
 from sparsekern.rewire.optimizer_state import reset_state
-from sparsekern.rewire.rules import SET, RigL, Static
+from sparsekern.rewire.rule import Static
 from sparsekern.rewire.schedule import cosine
 from sparsekern.summary import summary
 from sparsekern.topology import Topology

@@ -13,8 +13,14 @@ from sparsekern.topology import Layout
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "triton": triton}
 
-# Density above which the vendor's GEMM, with the copies it needs, takes less time than the C++ kernels, by block size.
-BREAK_EVEN = {1: 0.2, 2: 0.25, 4: 0.35, 8: 0.5, 16: 0.7, 32: 0.8, 64: 0.8, 128: 0.8}
+# Density above which the vendor's GEMM takes less time than the C++ kernels, by block size: where a training step of
+# 1024 x 1024 with AVX2 kernels against MKL's AVX2 GEMM, one thread, 256 or 2048 tokens, broke even first
+# (bench/bench_paths.py; AMD EPYC of 2024). AVX-512 kernels broke even at 0.45 (block 1) or not at all.
+BREAK_EVEN = {1: 0.4, 2: 0.6, 4: 0.8, 8: 1.0, 16: 1.0, 32: 1.0, 64: 1.0, 128: 1.0}
+# The same for bfloat16 where the CPU multiplies it in hardware, which the GEMM does and the C++ kernels do not.
+BREAK_EVEN_BFLOAT16 = {1: 0.12, 2: 0.2, 4: 0.3, 8: 0.35, 16: 0.35, 32: 0.4, 64: 0.4, 128: 0.4}
+# Copying blocks into a dense matrix and back takes about as long as the GEMM of this many tokens.
+COPY_TOKENS = 32
 
 
 @contextmanager
@@ -48,19 +54,40 @@ def backend_for(x: Tensor, layout: Layout) -> ModuleType | SimpleNamespace:
         return triton if not layout.full and triton.takes(x, layout) and not triton.unavailable() else reference
     if not takes or cpu.unavailable():
         return reference
-    return cpu if not layout.full and sparse_is_faster(layout) else _vendor
+    density = break_even(layout.block_size, x.dtype)
+    if (
+        layout.full
+    ):  # not copied; and GMP asks at its events whether to leave it, counting here would cost every product
+        return cpu if density >= 1 else _vendor
+    return cpu if _is_sparser(layout, density * (1 + COPY_TOKENS / max(1, len(x)))) else _vendor
 
 
-def sparse_is_faster(layout: Layout) -> bool:
-    """Whether the C++ kernels beat the vendor's GEMM at the present density; reads a CPU tensor, and no other.
+def sparse_is_faster(layout: Layout, dtype: torch.dtype) -> bool:
+    """Whether the C++ kernels beat the vendor's GEMM at the present density; reads a CPU tensor, and no other."""
+    if cpu.unavailable() or layout.block_rows.device.type != "cpu":
+        return False
+    return _is_sparser(layout, break_even(layout.block_size, dtype))
+
+
+def break_even(block_size: int, dtype: torch.dtype) -> float:
+    """Density up to which the C++ kernels take less time than the vendor's GEMM."""
+    in_hardware = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (BREAK_EVEN_BFLOAT16 if in_hardware else BREAK_EVEN)[block_size]
+
+
+def _is_sparser(layout: Layout, density: float) -> bool:
+    """Whether at most this share of the blocks is live.
 
     The number of slots bounds the live blocks, so the live ones are counted only where that bound decides nothing: a
     network under gradual pruning, between two compactions.
     """
-    if cpu.unavailable() or layout.block_rows.device.type != "cpu":
-        return False
-    limit = BREAK_EVEN[layout.block_size] * layout.num_rows * layout.num_cols / layout.groups
-    return layout.num_slots <= limit or bool((layout.block_rows >= 0).sum() <= limit)
+    limit = density * layout.num_rows * layout.num_cols / layout.groups
+    if layout.num_slots <= limit:
+        return True
+    dead = -layout.block_rows.clamp(max=0).sum(
+        dtype=torch.int32
+    )  # rows of dead slots are -1; (rows < 0).sum() is slower
+    return bool(layout.num_slots - dead <= limit)
 
 
 def _vendor_dds(x, weight, layout, bias=None, transpose=False, token_offsets=None):
@@ -83,4 +110,4 @@ def _find(backend: str) -> ModuleType:
     return BACKENDS[backend]
 
 
-_forced = _find(os.environ["SPARSEKERN_BACKEND"]) if "SPARSEKERN_BACKEND" in os.environ else None
+_forced = _find(os.environ["SPARSEKERN_BACKEND"]) if os.environ.get("SPARSEKERN_BACKEND") else None

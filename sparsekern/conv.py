@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from sparsekern.backends import cpu
 from sparsekern.backends.reference import densify
-from sparsekern.choose import BREAK_EVEN
+from sparsekern.choose import break_even
 from sparsekern.layer import SparseLayer
 from sparsekern.products import dds
 from sparsekern.topology import Topology
@@ -103,7 +103,7 @@ class SparseConv2d(SparseLayer):
         if x.device.type != "cpu" or cpu.unavailable():
             return False
         density = self.topology.num_slots / self.topology.num_blocks
-        return self.out_channels // self.groups * (1 - density / BREAK_EVEN[self.block_size]) > IM2COL_COST
+        return self.out_channels // self.groups * (1 - density / break_even(self.block_size, x.dtype)) > IM2COL_COST
 
     def _conv_weight(self) -> Tensor:
         """The weight [out_channels, in_channels / groups, kh, kw]; differentiable, dead slots have no gradient."""

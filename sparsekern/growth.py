@@ -14,9 +14,8 @@ from sparsekern.backends import reference
 from sparsekern.products import LAYOUT_SCHEMA, library
 from sparsekern.topology import Layout, Topology
 
-# Elements looked at in one go: 8 MB of keys for SET, 4 MB of gradient for RigL. That is beyond the caches of a core, but far
-# below a dense gradient of a large layer; on a 1024 x 1024 layer one strip is all there is.
-STRIP = 2**20
+# Elements looked at in one go: 2 MB of keys for SET, 1 MB of gradient for RigL, about a core's cache.
+STRIP = 2**18
 
 _LOW = 2**32 - 1
 
@@ -83,6 +82,9 @@ class GrowthScores:
         # plain tensors: as buffers, DistributedDataParallel would overwrite every rank's scores with those of rank 0
         self.armed = torch.zeros((), dtype=torch.bool, device=device)
         self.keys = torch.full((topology.groups, count), -1, dtype=torch.int64, device=device)
+
+    def __deepcopy__(self, memo) -> None:
+        """A copy of the layer is not under the rule."""
 
     def arm(self, armed: bool) -> None:
         """Begin (or stop) scoring, with no scores; a device flag, so that compiled and captured steps obey it."""

@@ -62,11 +62,13 @@ class SparseLinear(SparseLayer):
             raise ValueError(f"SparseLinear: group ids must be integers, got {group.dtype}")
         ids, order = torch.sort(group.flatten(), stable=True)
         offsets = torch.searchsorted(ids, torch.arange(self.groups + 1, device=ids.device))
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling() and len(ids):  # on a GPU it would synchronise
-            if ids[0] < 0 or ids[-1] >= self.groups:
-                raise ValueError(
-                    f"SparseLinear: group ids must be in 0..{self.groups - 1}, got {int(ids[0])}..{int(ids[-1])}"
-                )
+        inside = (offsets[0] == 0) & (offsets[-1] == len(ids))
+        if torch.compiler.is_compiling() or ids.device.type != "cpu":  # elsewhere reading it would synchronise
+            torch._assert_async(inside, f"SparseLinear: group ids must be in 0..{self.groups - 1}")
+        elif not inside:
+            raise ValueError(
+                f"SparseLinear: group ids must be in 0..{self.groups - 1}, got {int(ids[0])}..{int(ids[-1])}"
+            )
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         y = dds(
             _Permute.apply(x.reshape(-1, x.shape[-1]), order, inverse),

@@ -13,17 +13,27 @@ from sparsekern.backends import cpu, reference
 native = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
 
-def chosen(layer, dtype=torch.float32, device="cpu"):
-    return choose.backend_for(torch.empty(1, dtype=dtype, device=device), layer.topology.layout)
+def chosen(layer, dtype=torch.float32, device="cpu", tokens=2048):
+    return choose.backend_for(torch.empty(tokens, 1, dtype=dtype, device=device), layer.topology.layout)
 
 
 @native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
-def test_the_kernels_answer_at_low_density_and_the_vendor_at_high(block_size):
-    sparse, dense = (sk.SparseLinear(1024, 1024, density=d, block_size=block_size) for d in (0.05, 0.95))
-    for dtype in (torch.float32, torch.bfloat16):
-        assert chosen(sparse, dtype) is cpu
-        assert chosen(dense, dtype) not in (cpu, reference)
+def test_the_kernels_answer_below_the_break_even_density_and_the_vendor_above(block_size, dtype):
+    density = choose.break_even(block_size, dtype)
+    assert chosen(sk.SparseLinear(1024, 1024, density=0.8 * density, block_size=block_size), dtype) is cpu
+    if density < 0.9:
+        above = chosen(sk.SparseLinear(1024, 1024, density=1.1 * density, block_size=block_size), dtype)
+        assert above not in (cpu, reference)
+
+
+@native
+def test_the_kernels_answer_few_tokens_at_any_density_as_copying_the_weight_would_cost_more():
+    layer = sk.SparseLinear(256, 256, density=0.9, block_size=1)
+    assert chosen(layer, tokens=4) is cpu
+    assert chosen(layer, tokens=2048) is not cpu
+    assert chosen(sk.SparseLinear(256, 256, density=1.0, block_size=1), tokens=4) is not cpu  # nothing to copy
 
 
 @pytest.mark.parametrize(("dtype", "device"), [(torch.float64, "cpu"), (torch.float16, "cpu"), (torch.float32, "meta")])
@@ -35,12 +45,12 @@ def test_the_reference_answers_what_no_other_backend_takes(dtype, device):
 def test_dead_slots_do_not_count_as_live():
     topology = random_topology((10, 10), 4, live=0.1, dead=85)
     assert chosen(sk.SparseLinear(40, 40, topology=topology)) is cpu
-    topology = random_topology((10, 10), 4, live=0.8, dead=15)
+    topology = random_topology((10, 10), 4, live=0.95, dead=1)
     assert chosen(sk.SparseLinear(40, 40, topology=topology)) is not cpu
 
 
 def test_forcing_nests_and_ends_with_the_block_even_after_an_error():
-    layer = sk.SparseLinear(64, 64, density=0.95)
+    layer = sk.SparseLinear(64, 64, density=0.95, block_size=1)
     free = chosen(layer)
     with pytest.raises(KeyError), sk.use("reference"):
         with sk.use("reference"):
@@ -55,7 +65,7 @@ def test_forcing_nests_and_ends_with_the_block_even_after_an_error():
 )
 def test_the_environment_variable_forces_a_backend_or_says_what_there_is(name, expected):
     program = "import torch, sparsekern as sk; from sparsekern import choose as c;"
-    program += "print(c.backend_for(torch.empty(1), sk.Topology.random((8, 8), 0.1, 4).layout).__name__)"
+    program += "print(c.backend_for(torch.empty(1, 1), sk.Topology.random((8, 8), 0.1, 4).layout).__name__)"
     environment = os.environ | {"SPARSEKERN_BACKEND": name}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
     assert expected in done.stdout + done.stderr and (done.returncode == 0) == (name == "reference")

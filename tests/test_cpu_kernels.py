@@ -1,7 +1,7 @@
-"""The C++ kernels against the reference in float64 on the same rounded inputs, for every block size and instruction set.
+"""The C++ kernels against the reference in float64 on the same rounded inputs, every block size and instruction set.
 
-Errors are measured element by element against the sum of the products' magnitudes, so a single wrong index shows. torch.empty
-is filled with NaN throughout, so an element that was not written shows too.
+Errors are measured element by element against the sum of the products' magnitudes, so a single wrong index shows.
+torch.empty is filled with NaN throughout, so an element that was not written shows too.
 """
 
 import pytest
@@ -46,7 +46,7 @@ def isa(request):
 
 
 def random_topology(block, rows=7, cols=5, groups=1, density=0.4, dead=True):
-    """Slots in random order; the first block row and the last block column of each group are empty; a few slots are dead."""
+    """Slots in random order, some dead; the first block row and the last block column of each group are empty."""
     if block == 1:
         rows, cols = 9 * rows, 9 * cols
     mask = torch.rand(groups, rows, cols) < density
@@ -212,6 +212,11 @@ def test_densify_and_gather_move_blocks_exactly(block, groups, dtype):
     weight = random_weight(full, dtype)
     assert torch.equal(cpu.densify(weight, full.layout), reference.densify(weight, full.layout))
     assert torch.equal(cpu.gather(cpu.densify(weight, full.layout), full.layout), weight)
+    full.block_rows[::3] = full.block_cols[::3] = -1
+    weight[::3] = 0
+    assert torch.equal(cpu.gather(cpu.densify(weight, full.layout), full.layout), weight)
+    noise = torch.randn(reference.densify(weight, full.layout).shape).to(dtype)
+    assert torch.equal(cpu.gather(noise, full.layout), reference.gather(noise.clone(), full.layout))
 
 
 def test_bfloat16_rounds_as_torch_does():

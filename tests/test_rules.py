@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import random_topology
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsekern as sk
 
@@ -450,3 +451,32 @@ def test_a_rewire_between_forward_and_backward_is_noticed(make):
     assert rule.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+class NoReading(TorchDispatchMode):
+    """Fail where a tensor's contents decide something on the host, which on a GPU would wait for the device."""
+
+    FORBIDDEN = {"_local_scalar_dense", "nonzero", "masked_select", "unique2", "_unique2", "is_nonzero", "equal"}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in self.FORBIDDEN, f"{name} reads a tensor"
+        if name in ("index", "index_put", "index_put_"):
+            assert not any(t is not None and t.dtype == torch.bool for t in args[1]), "a boolean index is counted"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("make", [sk.SET, sk.RigL, partial(sk.GMP, end_step=5)], ids=["SET", "RigL", "GMP"])
+def test_a_rewire_decides_nothing_on_the_host(monkeypatch, make):
+    model = Heads()
+    optimizer = torch.optim.Adam(model.parameters())
+    rule = make(model, optimizer, update_every=1)
+    # these two read a tensor where that costs nothing: the one on a CPU only, the other once the copy has arrived
+    monkeypatch.setattr(rule, "_note_nan", lambda *_: None)
+    monkeypatch.setattr(rule, "_settle", lambda **_: None, raising=False)
+    train(model, optimizer, rule, 1)
+    model(torch.randn(16, 30), torch.randint(0, 3, (16,))).square().mean().backward()
+    optimizer.step()
+    monkeypatch.setattr(torch.Tensor, "tolist", None)
+    with NoReading():
+        assert rule.step()

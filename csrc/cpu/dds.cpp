@@ -6,7 +6,7 @@
 
 namespace sparsekern {
 
-// Outputs computed before they are written to y: 256 bytes to every token's row, from 16 KB that stay in the L1 cache.
+// Outputs computed before they are written to y: 256 bytes to every token's row, from at most 32 KB.
 constexpr int TILE_OUTPUTS = 64;
 // Time to write one output, in units of the time for one weight.
 constexpr int64_t OUTPUT_COST = 4;
@@ -91,8 +91,8 @@ void dds(const Dds& d, const Layout& layout, const TokenOffsets& token_offsets, 
                     d.transpose ? 1 : block,
                 });
                 const int64_t place = panel.token * y_stride + y_column + int64_t(row - first) * block;
-                k.unpack[type](tile, panel.vectors, panel.tokens, (end - row) * block,
-                               const_cast<void*>(element(d.y, place, type)), y_stride);
+                k.unpack[type](tile, panel.vectors, panel.tokens, (end - row) * block, element(d.y, place, type),
+                               y_stride);
             }
             cost += panel.vectors * tiles.cost(panel.group, last);
         }

@@ -70,15 +70,16 @@ struct Place {
 
 // Outputs of some block rows (or columns) for one panel of tokens; `panel` and `tile` are [features, vectors * lanes].
 struct DdsTask {
-    const float *panel, *weight,
-        *bias;    // the panel's first feature belongs to block `first_minor`; bias of output 0 or null
-    float* tile;  // its first feature is the first output of block `begin`
+    const float* panel;  // its first feature belongs to block `first_minor`
+    const float* weight;
+    const float* bias;  // of output 0, or null
+    float* tile;        // its first feature is the first output of block `begin`
     const Pair* pairs;
     const int32_t* offsets;
     int begin, end, first_minor, block;
     int64_t output_stride, input_stride;  // inside a block of the weight
 };
-// Units [begin, end) of the live blocks: a unit is one block, or a strip of `unit_rows` rows of it.
+// Units [begin, end) of the live blocks: a unit is one block, or a strip of UNIT_ROWS rows of it.
 struct SddTask {
     const float *dy, *x;  // panels; first features belong to block row `first_row` and block column `first_col`
     const Place* places;

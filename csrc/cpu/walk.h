@@ -9,6 +9,9 @@
 namespace sparsekern {
 
 inline int bytes_of(Type type) { return type == FLOAT32 ? 4 : 2; }
+inline void* element(void* array, int64_t place, Type type) {
+    return static_cast<char*>(array) + place * bytes_of(type);
+}
 inline const void* element(const void* array, int64_t place, Type type) {
     return static_cast<const char*>(array) + place * bytes_of(type);
 }
@@ -39,13 +42,12 @@ public:
     const int32_t* offsets;
 
 private:
-    int major_of(int64_t position) const;
     const Layout& layout;
     const bool by_rows;
     const void* weight;
     const Type type;
-    Pair* own_pairs = nullptr;
-    int32_t* own_offsets = nullptr;  // null when the index holds them
+    Pair* own_pairs = nullptr;  // null where the index holds them
+    int32_t* own_offsets = nullptr;
 };
 
 // Consecutive tokens of one group.
@@ -63,8 +65,7 @@ std::vector<Panel>& cut_panels(int groups, const TokenOffsets&, int64_t tokens, 
 
 inline int kernel_width(int vectors) { return vectors == 8 ? 3 : vectors == 4 ? 2 : vectors - 1; }
 
-// Below this a team of threads costs more than it saves: some 5 microseconds to start, against 20 multiply-adds a
-// nanosecond.
+// Starting a team of threads takes some 5 microseconds; one thread does 20 multiply-adds a nanosecond or more.
 inline int worthwhile(int threads, int64_t multiply_adds) { return multiply_adds < 200000 ? 1 : threads; }
 
 }  // namespace sparsekern

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from sparsekern import choose
 from sparsekern.rewire.optimizer_state import element_state
 from sparsekern.rewire.rewire import weakest
-from sparsekern.rewire.rules import Rule, distributed
+from sparsekern.rewire.rule import Rule, distributed
 from sparsekern.rewire.schedule import cubic_density
 from sparsekern.rewire.scores import block_l1
 from sparsekern.topology import live_count
@@ -160,9 +160,11 @@ class GMP(Rule):
             self._arrived.synchronize()
         for (path, layer), live in zip(self.layers.items(), self._counts.tolist(), strict=True):
             topology = layer.topology
-            if self.compact and live < topology.num_slots and (2 * live <= topology.num_slots or self._done):
+            dense_is_faster = topology.full and not choose.sparse_is_faster(topology.layout, layer.weight.dtype)
+            half_empty = 2 * live <= topology.num_slots and not dense_is_faster
+            if self.compact and live < topology.num_slots and (half_empty or self._done):
                 self._compact(path, max(live, 1))
-            elif topology.full and choose.sparse_is_faster(topology.layout):
+            elif topology.full and choose.sparse_is_faster(topology.layout, layer.weight.dtype):
                 for copy in self._copies(path):
                     copy.topology.leave_full_store()
         self._counts = self._arrived = None

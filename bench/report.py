@@ -1,0 +1,175 @@
+"""Write the README's tables and the plots from the committed results: `python -m bench.report`.
+
+A table stands between `<!-- bench:name -->` and `<!-- /bench -->`; `SECTIONS` says which function fills which.
+"""
+
+import re
+from pathlib import Path
+
+from pandas import DataFrame, Series
+
+from bench import plot, results
+from bench.case import HEADLINES, KEYS
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def headlines(rows: DataFrame) -> str:
+    """The promised cases: forward, and forward + backward + Adam."""
+    shown = {tuple(vars(case)[key] for key in KEYS[:-1]) for case in HEADLINES}
+    rows = rows[[key in shown for key in rows[KEYS[:-1]].itertuples(index=False, name=None)]]
+    forward, step = rows[rows["name"] == "forward"], rows[rows["name"] == "step"]
+    both = forward.merge(step, on=KEYS, suffixes=("_forward", "_step"))
+    both = both.sort_values(["threads", "out_features", "tokens", "density"], ascending=[True, False, False, False])
+    columns = case(both)
+    for name in ("forward", "step"):
+        columns |= {f"{name} ms": ms(both[f"time_us_{name}"]), f"dense {name} ms": ms(both[f"partner_us_{name}"])}
+        columns |= {f"{name} faster": faster(both, f"_{name}")}
+    return markdown(columns)
+
+
+def blocks(rows: DataFrame) -> str:
+    """Speed-up of a training step by block size and density, one thread."""
+    rows = rows[(rows["name"] == "step") & (rows.threads == 1) & (rows.out_features == 1024)]
+    return by_density(rows, ["tokens", "block_size"])
+
+
+def gmp(rows: DataFrame) -> str:
+    """Speed of a step against dense, on the way from density 1 to 0.05."""
+    return by_density(rows, ["tokens", "block_size", "threads"])
+
+
+def by_density(rows: DataFrame, index: list[str]) -> str:
+    table = rows.pivot_table(index=index, columns="density", values="ratio")
+    columns = dict(zip(index, zip(*table.index, strict=True), strict=True))
+    for density in sorted(table.columns, reverse=True):
+        columns[f"{density:g}"] = table[density].map("{:.3g}x".format)
+    return markdown(columns)
+
+
+def torch_sparse(rows: DataFrame) -> str:
+    """The fastest call of each format, and why others cannot be used."""
+    rows = rows.join(rows["name"].str.extract(r"(?P<product>.*): (?P<format>\w+) (?P<call>.*)"))
+    best = rows.loc[rows.groupby([*KEYS, "product", "format"], sort=False).partner_us.idxmin()]
+    best = best.sort_values(["threads", "out_features", "tokens", "density", "product", "format"])
+    table = markdown(
+        case(best)
+        | {"product": best["product"], "torch": best.format, "fastest call": best.call.map("`{}`".format)}
+        | {"torch ms": ms(best.partner_us), "ours ms": ms(best.time_us), "faster": faster(best)}
+    )
+    failed = rows.dropna(subset="reason").drop_duplicates(["format", "call"])
+    return table + "\n\n" + "\n".join(f"* {r.format}, `{r.call}` fails: {r.reason}." for r in failed.itertuples())
+
+
+def memory(rows: DataFrame) -> str:
+    rows = rows.sort_values(["density", "block_size"], ascending=[False, True])
+    return markdown(
+        {"layer": shape(rows), "density": rows.density, "block": rows.block_size}
+        | {"bytes": rows.ours_bytes.map("{:,.0f}".format), "nn.Linear's": rows.dense_bytes.map("{:,.0f}".format)}
+        | {"of dense": (rows.ours_bytes / rows.dense_bytes).map("{:.1%}".format)}
+        | {"index, bytes a weight": rows.index_per_weight.map("{:.2g}".format)}
+    )
+
+
+def rewire(rows: DataFrame) -> str:
+    """Cost of an event in training steps of the same layer, and its share of a run with an event every 100 steps."""
+    rows = rows.sort_values(["name", "threads", "tokens", "block_size"], ascending=[False, True, True, True])
+    steps = 1 / rows.ratio
+    return markdown(
+        {"rule": rows["name"], "block": rows.block_size, "density": rows.density, "tokens": rows.tokens}
+        | {"threads": rows.threads, "event ms": ms(rows.time_us), "step ms": ms(rows.partner_us)}
+        | {"event in steps": steps.map("{:.2g}".format), "share of a run": (steps / (100 + steps)).map("{:.2%}".format)}
+    )
+
+
+def overhead(rows: DataFrame) -> str:
+    us = "{:.0f}".format
+    return markdown(
+        {"call": rows["name"], "block": rows.block_size, "SparseLinear us": rows.time_us.map(us)}
+        | {"nn.Linear us": rows.partner_us.map(us)}
+    )
+
+
+def dense_is_faster(rows: DataFrame) -> str:
+    """Every measured training step and forward that lost against nn.Linear."""
+    lost = rows[rows.ratio < 1].sort_values("ratio")
+    return markdown({"suite": lost.suite, "measured": lost["name"]} | case(lost) | {"speed of dense": faster(lost)})
+
+
+# Section of the README -> (suites it shows, what writes it)
+SECTIONS = {
+    "headlines": (["layer"], headlines),
+    "blocks": (["layer"], blocks),
+    "torch_sparse": (["torch_sparse"], torch_sparse),
+    "gmp": (["gmp"], gmp),
+    "memory": (["memory"], memory),
+    "rewire": (["rewire"], rewire),
+    "overhead": (["overhead"], overhead),
+    "dense_is_faster": (["layer", "gmp"], dense_is_faster),
+}
+
+
+def case(rows: DataFrame) -> dict[str, Series]:
+    return {
+        "layer": shape(rows),
+        "tokens": rows.tokens,
+        "density": rows.density,
+        "block": rows.block_size,
+        "threads": rows.threads,
+    }
+
+
+def shape(rows: DataFrame) -> Series:
+    return rows.out_features.astype(str) + " x " + rows.in_features.astype(str)
+
+
+def ms(microseconds: Series) -> Series:
+    return (microseconds / 1000).map("{:.3g}".format)
+
+
+def faster(rows: DataFrame, suffix: str = "") -> Series:
+    """Median and quartiles of the ratios."""
+    columns = rows[[f"ratio{suffix}", f"ratio_q1{suffix}", f"ratio_q3{suffix}"]]
+    return Series(["**{:.2g}x** ({:.2g}-{:.2g})".format(*row) for row in columns.values], rows.index)
+
+
+def markdown(columns: dict[str, Series]) -> str:
+    lines = [columns, ["---"] * len(columns), *zip(*columns.values(), strict=True)]
+    return "\n".join(f"| {' | '.join(f'{v:g}' if isinstance(v, float) else str(v) for v in line)} |" for line in lines)
+
+
+def conditions(rows: DataFrame) -> str:
+    """One line for the small print: everything that a number depends on and a table does not say."""
+    own = rows.iloc[-1]
+    return (
+        f"{own.device}; {own.instruction_set} kernels, {own.vendor}; torch {own.torch}, sparsekern {own.sparsekern} at "
+        f"{own.commit}; {own.dtype}; {own.date}."
+    )
+
+
+def written(text: str, measured: dict[Path, DataFrame]) -> str:
+    """The README with its sections filled in, one table per device."""
+
+    def fill(match: re.Match) -> str:
+        name, parts = match[1], []
+        for path, rows in measured.items():
+            if name == "plot":
+                parts.append(f"![Speed-up against density]({plot.path_for(path).relative_to(README.parent)})")
+                continue
+            suites, write = SECTIONS[name]
+            rows = rows[rows.suite.isin(suites)].dropna(axis=1, how="all")
+            parts.append(f"{write(rows)}\n\n<sub>{conditions(rows)}</sub>")
+        return f"<!-- bench:{name} -->\n" + "\n\n".join(parts) + "\n<!-- /bench -->"
+
+    return re.sub(r"<!-- bench:(\w+) -->\n.*?<!-- /bench -->", fill, text, flags=re.S)
+
+
+def committed() -> dict[Path, DataFrame]:
+    return {path: results.load(path) for path in sorted(results.FOLDER.glob("*.json"))}
+
+
+if __name__ == "__main__":
+    found = committed()
+    for path, rows in found.items():
+        plot.draw(rows, conditions(rows), plot.path_for(path))
+    README.write_text(written(README.read_text(), found))
