@@ -47,9 +47,9 @@ def takes(x: Tensor, layout: Layout) -> bool:
 
 def __getattr__(name: str):
     """Import the launchers when one is first asked for."""
-    if name not in ("dds", "sdd", "block_norms"):
+    if name not in ("dds", "sdd", "add_block_norms"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from sparsekern.backends.triton import launch
 
-    globals().update(dds=launch.dds, sdd=launch.sdd, block_norms=launch.block_norms)
+    globals().update(dds=launch.dds, sdd=launch.sdd, add_block_norms=launch.add_block_norms)
     return globals()[name]

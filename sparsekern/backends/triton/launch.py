@@ -134,7 +134,7 @@ def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = No
     return grad
 
 
-def block_norms(
+def add_block_norms(
     dy: Tensor, x: Tensor, layout: Layout, norms: Tensor, armed: Tensor, token_offsets: Tensor | None = None
 ) -> None:
     """Add the squared norms of the blocks of dyᵀx to float32 `norms` [groups, rows, cols] if `armed` is set."""
