@@ -45,7 +45,7 @@ TILES: dict[tuple[str, int, str], tuple[Tile, ...]] = {
     ("dds", 64, "tf32"): (Tile(128, 32, 4, 3), Tile(64, 32, 4, 3)),
     ("dds", 128, "tf32"): (Tile(128, 32, 8, 3), Tile(64, 32, 4, 3)),
     ("dds", 16, "ieee"): (Tile(64, 32, 4, 3),),
-    ("dds", 32, "ieee"): (Tile(64, 32, 4, 3),),
+    ("dds", 32, "ieee"): (Tile(128, 32, 4, 3),),
     ("dds", 64, "ieee"): (Tile(64, 32, 4, 3),),
     ("dds", 128, "ieee"): (Tile(64, 32, 8, 3),),
     ("sdd", 16, "half"): (Tile(128, 64, 4, 3),),
@@ -58,7 +58,7 @@ TILES: dict[tuple[str, int, str], tuple[Tile, ...]] = {
     ("sdd", 128, "tf32"): (Tile(128, 32, 8, 3),),
     ("sdd", 16, "ieee"): (Tile(64, 32, 4, 3),),
     ("sdd", 32, "ieee"): (Tile(64, 32, 4, 3),),
-    ("sdd", 64, "ieee"): (Tile(128, 32, 4, 3),),
+    ("sdd", 64, "ieee"): (Tile(128, 16, 4, 3),),
     ("sdd", 128, "ieee"): (Tile(128, 16, 8, 3),),
 }
 for _block_size in (16, 32, 64, 128):  # the tile of a dense product, whatever blocks its norms are taken of
