@@ -142,8 +142,8 @@ def conditions(rows: DataFrame) -> str:
     """One line for the small print: everything that a number depends on and a table does not say."""
     own = rows.iloc[-1]
     return (
-        f"{own.device}; {own.instruction_set} kernels, {own.vendor}; torch {own.torch}, sparsekern {own.sparsekern} at "
-        f"{own.commit}; {own.dtype}; {own.date}."
+        f"{own.device}; {own.instruction_set} kernels; dense by {own.vendor}; torch {own.torch}, "
+        f"sparsekern {own.sparsekern} at {own.commit}; {own['dtype']}; {own.date}."
     )
 
 
@@ -157,7 +157,7 @@ def written(text: str, measured: dict[Path, DataFrame]) -> str:
                 parts.append(f"![Speed-up against density]({plot.path_for(path).relative_to(README.parent)})")
                 continue
             suites, write = SECTIONS[name]
-            rows = rows[rows.suite.isin(suites)].dropna(axis=1, how="all")
+            rows = rows[rows.suite.isin(suites)]
             parts.append(f"{write(rows)}\n\n<sub>{conditions(rows)}</sub>")
         return f"<!-- bench:{name} -->\n" + "\n\n".join(parts) + "\n<!-- /bench -->"
 
