@@ -128,9 +128,7 @@ def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = No
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         if splits > 1:
-            kernels.sum_splits_kernel[(-(-grad.numel() // 1024),)](
-                parts, grad, grad.numel(), SPLITS=splits, BLOCK=1024
-            )
+            kernels.sum_splits_kernel[(-(-grad.numel() // 1024),)](parts, grad, grad.numel(), SPLITS=splits, BLOCK=1024)
     return grad
 
 
