@@ -1,7 +1,7 @@
 """The products on an NVIDIA GPU, by Triton kernels: block sizes 16 to 128; bfloat16, float16 and float32.
 
-`kernels` holds the kernels, `launch` the tile table and the launchers. Triton is imported at the first product, not
-with sparsekern: it takes half a second, and machines without a GPU do not need it.
+`kernels` holds the kernels, `launch` the tile table and the launchers. Both are imported at the first product, since
+sparsekern must import where there is no Triton.
 """
 
 import functools
