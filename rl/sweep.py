@@ -1,7 +1,7 @@
 """Run a grid of experiments: python rl/sweep.py --suites mt5 --agents mtppo --treatments dense gmp set --seeds 0 1.
 
 A run is one process on one core. What is finished, in the run folders or among the committed results, is not run again;
-what was interrupted goes on from its checkpoint: give the same command again, but not while it still runs. With --address,
+what was interrupted goes on from its checkpoint: give the same command again, once the first has ended. With --address,
 the runs go to a Ray cluster instead, whose machines must share a disk that holds this checkout and the run folders.
 """
 
