@@ -18,9 +18,9 @@ if not __package__:
 
 from rl.config import Config
 from rl.envs import SUITES
+from rl.iqm import interval, iqm
 from rl.paper import TABLE, Score
 from rl.runs import Run, find, identity
-from rl.statistics import interval, iqm
 
 CELL = (
     "suite",

@@ -8,9 +8,9 @@ import pytest
 from rl import paper
 from rl.config import Config, PPOConfig
 from rl.envs import SUITES
+from rl.iqm import interval, iqm
 from rl.report import by_protocol, describe, draw, orderings, reference, show, single_task
 from rl.runs import find
-from rl.statistics import interval, iqm
 
 LOGGED = ("time/steps_per_second", "time/update_ms", "time/acting_ms", "time/evaluate_ms", "time/metrics_ms")
 LOGGED += ("dormant/actor", "dormant/critic", "rank/actor", "rank/critic", "fisher/actor", "sparse/density")
