@@ -8,10 +8,10 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch import Tensor
 
-from sparsekern.backends import cpu, reference
+from sparsekern.backends import cpu, reference, triton
 from sparsekern.topology import Layout
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu}
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "triton": triton}
 
 # Density above which the vendor's GEMM takes less time than the C++ kernels, by block size: where a training step of
 # 1024 x 1024 with AVX2 kernels against MKL's AVX2 GEMM, one thread, 256 or 2048 tokens, broke even first
@@ -45,7 +45,13 @@ def backend_for(x: Tensor, layout: Layout) -> ModuleType | SimpleNamespace:
     if _forced is not None:
         if _forced is cpu and not takes:
             raise RuntimeError(f"backend 'cpu' takes float32 and bfloat16 on a CPU, got {x.dtype} on {x.device}")
+        if _forced is triton and not triton.takes(x, layout):
+            got = f"{x.dtype} on {x.device} in blocks of {layout.block_size}"
+            raise RuntimeError(f"backend 'triton' takes {triton.TAKES}, got {got}")
         return _forced
+    if x.device.type == "cuda":
+        # A measured table per device belongs here: density and shape say when densify and the vendor's GEMM are faster.
+        return triton if not layout.full and triton.takes(x, layout) and not triton.unavailable() else reference
     if not takes or cpu.unavailable():
         return reference
     density = break_even(layout.block_size, x.dtype)

@@ -29,9 +29,9 @@ def seed():
     np.random.seed(0)
 
 
-@pytest.fixture(params=[*choose.BACKENDS, "chosen"])
+@pytest.fixture(params=["reference", "cpu", "chosen"])
 def backend(request):
-    """Run a test under every backend that this machine has, and under the one that the chooser picks."""
+    """Run a test under every backend that takes CPU tensors, and under the one that the chooser picks."""
     if request.param == "chosen":
         yield request.param
         return

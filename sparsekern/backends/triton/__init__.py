@@ -1,0 +1,55 @@
+"""The products on an NVIDIA GPU, by Triton kernels: block sizes 16 to 128; bfloat16, float16 and float32.
+
+`kernels` holds the kernels, `launch` the tile table and the launchers. Triton is imported at the first product, not
+with sparsekern: it takes half a second, and machines without a GPU do not need it.
+"""
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from sparsekern.topology import Layout
+
+BLOCK_SIZES = (16, 32, 64, 128)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TAKES = "bfloat16, float16 and float32 on an NVIDIA GPU in blocks of 16, 32, 64 and 128"
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why these kernels cannot run here, in a sentence; None when they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install triton (it comes with torch's CUDA builds)"
+    if interpreted():
+        return None
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no NVIDIA GPU"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return f"{torch.cuda.get_device_name()} is older than compute capability 8.0 (A100)"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on CPU tensors: what tests do on a machine without a GPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def takes(x: Tensor, layout: Layout) -> bool:
+    """Whether the kernels take a product of x: its dtype, its device and the block size."""
+    device = "cpu" if interpreted() else "cuda"
+    return x.device.type == device and x.dtype in DTYPES and layout.block_size in BLOCK_SIZES
+
+
+def __getattr__(name: str):
+    """Import the launchers when one is first asked for."""
+    if name not in ("dds", "sdd", "block_norms"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from sparsekern.backends.triton import launch
+
+    globals().update(dds=launch.dds, sdd=launch.sdd, block_norms=launch.block_norms)
+    return globals()[name]

@@ -1,0 +1,199 @@
+"""The launchers of the Triton kernels, and the table of their tiles.
+
+A launcher allocates the output, launches, returns: `products` has checked shapes, dtypes and devices. None of them
+synchronises with the device, and no grid depends on which blocks are live.
+"""
+
+import functools
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from sparsekern.backends.triton import kernels
+from sparsekern.topology import Layout, build_index
+
+
+class Tile(NamedTuple):
+    """How one program of a kernel is shaped, by product:
+
+    dds    `m` tokens on the M side, `k` elements of K in a turn: parts of a block, or several blocks side by side
+    sdd    `m` elements on the M side, the columns of m // B blocks; `k` tokens in a turn
+    norms  `m` x `m` elements of the dense gradient, `k` tokens in a turn
+    """
+
+    m: int
+    k: int
+    warps: int
+    stages: int
+
+
+# By (product, block size, arithmetic): "half" is bfloat16 and float16, "tf32" float32 with tensor cores, "ieee" float32
+# without. Of several tiles a launch takes the widest that gives a multiprocessor PROGRAMS_PER_SM programs, else the last.
+# Chosen by ahead-of-time compilation for sm_90 (`python tests/aot.py` prints what comes of them): no spills, and where
+# it can be had room for two programs on a multiprocessor, so that one computes while the other starts or ends. Not yet
+# measured; an offline tuner may replace entries.
+TILES: dict[tuple[str, int, str], tuple[Tile, ...]] = {
+    ("dds", 16, "half"): (Tile(128, 64, 4, 3), Tile(64, 64, 4, 4)),
+    ("dds", 32, "half"): (Tile(128, 64, 4, 3), Tile(64, 64, 4, 4)),
+    ("dds", 64, "half"): (Tile(256, 32, 8, 4), Tile(128, 64, 4, 3), Tile(64, 64, 4, 4)),
+    ("dds", 128, "half"): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
+    ("dds", 16, "tf32"): (Tile(128, 32, 4, 3), Tile(64, 32, 4, 4)),
+    ("dds", 32, "tf32"): (Tile(128, 32, 4, 3), Tile(64, 32, 4, 4)),
+    ("dds", 64, "tf32"): (Tile(128, 32, 4, 3), Tile(64, 32, 4, 3)),
+    ("dds", 128, "tf32"): (Tile(128, 32, 8, 3), Tile(64, 32, 4, 3)),
+    ("dds", 16, "ieee"): (Tile(64, 32, 4, 3),),
+    ("dds", 32, "ieee"): (Tile(64, 32, 4, 3),),
+    ("dds", 64, "ieee"): (Tile(64, 32, 4, 3),),
+    ("dds", 128, "ieee"): (Tile(64, 32, 8, 3),),
+    ("sdd", 16, "half"): (Tile(128, 64, 4, 3),),
+    ("sdd", 32, "half"): (Tile(128, 64, 4, 3),),
+    ("sdd", 64, "half"): (Tile(128, 64, 4, 3),),
+    ("sdd", 128, "half"): (Tile(128, 64, 8, 3),),
+    ("sdd", 16, "tf32"): (Tile(128, 32, 4, 3),),
+    ("sdd", 32, "tf32"): (Tile(128, 32, 8, 3),),
+    ("sdd", 64, "tf32"): (Tile(128, 32, 8, 3),),
+    ("sdd", 128, "tf32"): (Tile(128, 32, 8, 3),),
+    ("sdd", 16, "ieee"): (Tile(64, 32, 4, 3),),
+    ("sdd", 32, "ieee"): (Tile(64, 32, 4, 3),),
+    ("sdd", 64, "ieee"): (Tile(128, 32, 4, 3),),
+    ("sdd", 128, "ieee"): (Tile(128, 16, 8, 3),),
+}
+for _block_size in (16, 32, 64, 128):  # the tile of a dense product, whatever blocks its norms are taken of
+    TILES["norms", _block_size, "half"] = (Tile(128, 64, 8, 3),)
+    TILES["norms", _block_size, "tf32"] = TILES["norms", _block_size, "ieee"] = (Tile(128, 32, 8, 3),)
+
+PROGRAMS_PER_SM = 2
+# An sdd with fewer than this many programs per multiprocessor is split over tokens, while every part has SPLIT_TOKENS.
+SPLITS_PER_SM = 4
+SPLIT_TOKENS = 256
+
+
+def dds(
+    x: Tensor,
+    weight: Tensor,
+    layout: Layout,
+    bias: Tensor | None = None,
+    transpose: bool = False,
+    token_offsets: Tensor | None = None,
+) -> Tensor:
+    """y = x Wᵀ + bias if `transpose`, else y = x W. See `sparsekern.products.dds`; here x is 2-D and padded."""
+    layout = _indexed(layout)
+    arithmetic, b = _arithmetic(x), layout.block_size
+    groups = 1 if token_offsets is None else layout.groups
+    out_blocks, in_blocks = layout.num_rows // groups, layout.num_cols // groups
+    if not transpose:
+        out_blocks, in_blocks = in_blocks, out_blocks
+    k_major = transpose
+    if arithmetic == "tf32" and not transpose:
+        # Hopper's tf32 instruction reads K-major operands only: transposing the blocks once takes the place of 4-byte
+        # copies in every program
+        weight, k_major = weight.transpose(1, 2).contiguous(), True
+    num_tokens = x.shape[0]
+    y = x.new_empty(num_tokens, out_blocks * b)
+    for tile in TILES["dds", b, arithmetic]:
+        # every group may end in a tile of its own
+        programs = (triton.cdiv(num_tokens, tile.m) + groups - 1) * out_blocks
+        if programs >= PROGRAMS_PER_SM * _num_sms(x.device):
+            break
+    if num_tokens:
+        with _on_device(x):
+            kernels.dds_kernel[(programs,)](
+                x, weight, bias, y, layout.index, token_offsets,
+                num_tokens, groups, out_blocks, in_blocks, *_walk(layout, transpose), x.stride(0), y.stride(0),
+                B=b, BLOCK_T=tile.m, BLOCK_K=tile.k, K_MAJOR=k_major,
+                GROUPS=triton.next_power_of_2(groups), PRECISION="tf32" if arithmetic == "tf32" else "ieee",
+                num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+    return y
+
+
+def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = None) -> Tensor:
+    """The live blocks of dyᵀx, [num_slots, B, B]. See `sparsekern.products.sdd`; here both are 2-D and padded."""
+    layout = _indexed(layout)
+    arithmetic, b, num_slots = _arithmetic(x), layout.block_size, layout.num_slots
+    (tile,) = TILES["sdd", b, arithmetic]
+    blocks = max(1, tile.m // b)
+    splits = _splits(num_slots // blocks, x.shape[0], x.device)
+    grad = x.new_empty(num_slots, b, b)
+    parts = grad if splits == 1 else x.new_empty(splits, num_slots, b, b, dtype=torch.float32)
+    with _on_device(x):
+        kernels.sdd_kernel[(num_slots // blocks + layout.num_rows + 1, splits)](
+            dy, x, parts, layout.index, token_offsets,
+            x.shape[0], 1 if token_offsets is None else layout.groups, layout.num_rows, layout.num_cols, num_slots,
+            dy.stride(0), x.stride(0),
+            B=b, BLOCKS=blocks, BLOCK_T=tile.k, SPLITS=splits, PRECISION=_outer_precision(arithmetic),
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        if splits > 1:
+            kernels.sum_splits_kernel[(triton.cdiv(grad.numel(), 1024),)](
+                parts, grad, grad.numel(), SPLITS=splits, BLOCK=1024
+            )
+    return grad
+
+
+def block_norms(
+    dy: Tensor, x: Tensor, layout: Layout, norms: Tensor, armed: Tensor, token_offsets: Tensor | None = None
+) -> None:
+    """Add the squared norms of the blocks of dyᵀx to float32 `norms` [groups, rows, cols] if `armed` is set."""
+    arithmetic, b = _arithmetic(x), layout.block_size
+    (tile,) = TILES["norms", b, arithmetic]
+    groups, rows, cols = norms.shape
+    with _on_device(x):
+        kernels.block_norms_kernel[(triton.cdiv(cols * b, tile.m), triton.cdiv(rows * b, tile.m), groups)](
+            dy, x, norms, armed, token_offsets, x.shape[0], rows, cols, dy.stride(0), x.stride(0),
+            B=b, SIDE=tile.m, BLOCK_T=tile.k, PRECISION=_outer_precision(arithmetic),
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+
+def _arithmetic(x: Tensor) -> str:
+    """The third word of TILES for operands like x."""
+    if x.dtype != torch.float32:
+        return "half"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _outer_precision(arithmetic: str) -> str:
+    """Precision of dyᵀx. Both factors have K, the tokens, in the wrong place for Hopper's tf32 instruction.
+
+    Three bfloat16 products have no such wish, are more accurate than tf32, and cost nothing where copies are the limit.
+    """
+    return "bf16x3" if arithmetic == "tf32" else "ieee"
+
+
+def _walk(layout: Layout, by_rows: bool) -> tuple[int, int, int]:
+    """Where Layout.index holds pairs (counted in int64), offsets and order by rows or columns (counted in int32)."""
+    offsets = 4 * layout.num_slots
+    order = offsets + layout.num_rows + layout.num_cols + 2
+    if by_rows:
+        return 0, offsets, order
+    return layout.num_slots, offsets + layout.num_rows + 1, order + layout.num_rows
+
+
+def _indexed(layout: Layout) -> Layout:
+    """A full store has no index, as the chooser sends it to the vendor's GEMM; who forces this backend gets one."""
+    if not layout.full:
+        return layout
+    layout = layout._replace(full=False)
+    return layout._replace(index=build_index(layout))
+
+
+def _splits(programs: int, num_tokens: int, device: torch.device) -> int:
+    """Into how many parts to split the tokens of an sdd: a power of two, as every number is a kernel of its own."""
+    most = min(SPLITS_PER_SM * _num_sms(device) // max(programs, 1), num_tokens // SPLIT_TOKENS, 32)
+    return 1 << max(most, 1).bit_length() - 1
+
+
+@functools.cache
+def _num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _on_device(x: Tensor):
+    """Triton launches on the current device, which may be another one than x's."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
