@@ -1,6 +1,6 @@
 """SparseLinear against nn.Linear: the forward product, and a whole training step (forward, backward, Adam)."""
 
-from bench.case import ALL_THREADS, BLOCK_SIZES, HEAD, HEADLINES, SMOKE, SQUARE, grid
+from bench.case import BLOCK_SIZES, HEAD, HEADLINES, SMOKE, SQUARE, THREADS, grid
 from bench.training import dense_training, sparse_training, work
 
 DENSITIES = (1, 0.5, 0.2, 0.1, 0.05, 0.02)
@@ -8,9 +8,9 @@ CASES = {
     "smoke": SMOKE,
     "quick": HEADLINES,
     "full": [
-        *grid([HEAD], [256], [0.2, 0.1, 0.05], [1, 2, 4, 8, 16], {1, ALL_THREADS}),
+        *grid([HEAD], [256], [0.1, 0.05], [1, 2, 4, 8, 16], THREADS),
         *grid([SQUARE], [256, 2048], DENSITIES, BLOCK_SIZES),
-        *(grid([SQUARE], [256, 2048], [0.1, 0.05], BLOCK_SIZES, [ALL_THREADS]) if ALL_THREADS > 1 else []),
+        *grid([SQUARE], [256, 2048], [0.1, 0.05], [1, 4, 16, 32], THREADS[1:]),
     ],
 }
 

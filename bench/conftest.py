@@ -10,7 +10,7 @@ import torch
 from bench import results
 from bench.measure import Timer
 
-SECONDS = {"full": 0.5, "quick": 0.3, "smoke": 0.01}
+SECONDS = {"full": 0.4, "quick": 0.3, "smoke": 0.01}
 
 
 def pytest_addoption(parser):

@@ -157,7 +157,7 @@ def written(text: str, measured: dict[Path, DataFrame]) -> str:
                 parts.append(f"![Speed-up against density]({plot.path_for(path).relative_to(README.parent)})")
                 continue
             suites, write = SECTIONS[name]
-            rows = rows[rows.suite.isin(suites)].dropna(axis=1, how="all")
+            rows = rows[rows.suite.isin(suites)]
             parts.append(f"{write(rows)}\n\n<sub>{conditions(rows)}</sub>")
         return f"<!-- bench:{name} -->\n" + "\n\n".join(parts) + "\n<!-- /bench -->"
 
