@@ -66,7 +66,7 @@ class Report(NamedTuple):
 
 
 def cases() -> Iterator[Case]:
-    """Every tile of the table, dds in both orientations; ragged and float16 with one block size: they differ in little."""
+    """Every tile of the table, dds in both orientations; ragged and float16 for one block size."""
     for (table_name, block_size, arithmetic), tiles in launch.TILES.items():
         dtype = torch.bfloat16 if arithmetic == "half" else torch.float32
         names = {"dds": ("dds", "dds_back"), "sdd": ("sdd", "sum_splits")}.get(table_name, (table_name,))

@@ -31,7 +31,7 @@ class Tile(NamedTuple):
 
 
 # By (product, block size, arithmetic): "half" is bfloat16 and float16, "tf32" float32 with tensor cores, "ieee" float32
-# without. Of several tiles a launch takes the widest that gives a multiprocessor PROGRAMS_PER_SM programs, else the last.
+# without. Of several tiles, a launch takes the first with PROGRAMS_PER_SM programs for a multiprocessor, or the last.
 # Chosen by ahead-of-time compilation for sm_90 (`python tests/aot.py` prints what comes of them): no spills, and where
 # it can be had room for two programs on a multiprocessor, so that one computes while the other starts or ends. Not yet
 # measured; an offline tuner may replace entries.
