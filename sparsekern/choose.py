@@ -1,5 +1,10 @@
-"""Choose which backend answers a product, and when the vendor's dense GEMM is the faster one."""
+"""Choose which backend answers a product, and when the vendor's dense GEMM is the faster one.
 
+On a CPU by the number of live blocks, which costs nothing to read there; on a GPU by the number of slots, which no host
+has to wait for, and by `cost`.
+"""
+
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch import Tensor
 
+from sparsekern import cost, vendor
 from sparsekern.backends import cpu, reference, triton
 from sparsekern.topology import Layout
 
@@ -19,6 +25,8 @@ BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "triton":
 BREAK_EVEN = {1: 0.4, 2: 0.6, 4: 0.8, 8: 1.0, 16: 1.0, 32: 1.0, 64: 1.0, 128: 1.0}
 # The same for bfloat16 where the CPU multiplies it in hardware, which the GEMM does and the C++ kernels do not.
 BREAK_EVEN_BFLOAT16 = {1: 0.12, 2: 0.2, 4: 0.3, 8: 0.35, 16: 0.35, 32: 0.4, 64: 0.4, 128: 0.4}
+# On a GPU, what gradual pruning asks with: how many tokens there will be is not known at its events.
+MANY_TOKENS = 4096
 # Copying blocks into a dense matrix and back takes about as long as the GEMM of this many tokens.
 COPY_TOKENS = 32
 
@@ -39,7 +47,7 @@ def use(backend: str) -> Iterator[None]:
         _forced = before
 
 
-def backend_for(x: Tensor, layout: Layout) -> ModuleType | SimpleNamespace:
+def backend_for(x: Tensor, layout: Layout, token_offsets: Tensor | None = None) -> ModuleType | SimpleNamespace:
     """What is to answer a product of x: something with the functions `dds` and `sdd` of a backend."""
     takes = x.dtype in (torch.float32, torch.bfloat16) and x.device.type == "cpu"
     if _forced is not None:
@@ -50,23 +58,29 @@ def backend_for(x: Tensor, layout: Layout) -> ModuleType | SimpleNamespace:
             raise RuntimeError(f"backend 'triton' takes {triton.TAKES}, got {got}")
         return _forced
     if x.device.type == "cuda":
-        # A measured table per device belongs here: density and shape say when densify and the vendor's GEMM are faster.
-        return triton if not layout.full and triton.takes(x, layout) and not triton.unavailable() else reference
+        return _on_gpu(x, layout, token_offsets is not None)
     if not takes or cpu.unavailable():
         return reference
     density = break_even(layout.block_size, x.dtype)
     if (
         layout.full
     ):  # not copied; and GMP asks at its events whether to leave it, counting here would cost every product
-        return cpu if density >= 1 else _vendor
-    return cpu if _is_sparser(layout, density * (1 + COPY_TOKENS / max(1, len(x)))) else _vendor
+        return cpu if density >= 1 else vendor
+    return cpu if _is_sparser(layout, density * (1 + COPY_TOKENS / max(1, len(x)))) else vendor
 
 
-def sparse_is_faster(layout: Layout, dtype: torch.dtype) -> bool:
-    """Whether the C++ kernels beat the vendor's GEMM at the present density; reads a CPU tensor, and no other."""
-    if cpu.unavailable() or layout.block_rows.device.type != "cpu":
-        return False
-    return _is_sparser(layout, break_even(layout.block_size, dtype))
+def sparse_is_faster(layout: Layout, dtype: torch.dtype, live: int) -> bool:
+    """Whether so many live blocks are multiplied faster than the dense matrix, when there are many tokens."""
+    device = layout.block_rows.device
+    if device.type == "cuda":
+        limit = 0.0
+        if layout.block_size in triton.BLOCK_SIZES and not triton.unavailable():
+            limit = cost.break_even("dds", *_key(layout, dtype, MANY_TOKENS, device))
+    elif device.type == "cpu" and not cpu.unavailable():
+        limit = break_even(layout.block_size, dtype)
+    else:
+        limit = 0.0
+    return live <= limit * layout.num_rows * layout.num_cols / layout.groups
 
 
 def break_even(block_size: int, dtype: torch.dtype) -> float:
@@ -90,16 +104,35 @@ def _is_sparser(layout: Layout, density: float) -> bool:
     return bool(layout.num_slots - dead <= limit)
 
 
-def _vendor_dds(x, weight, layout, bias=None, transpose=False, token_offsets=None):
-    return reference.multiply(x, cpu.densify(weight, layout), bias, transpose, token_offsets)
+def _on_gpu(x: Tensor, layout: Layout, ragged: bool) -> ModuleType | SimpleNamespace:
+    if layout.full or not triton.takes(x, layout) or triton.unavailable():
+        return vendor
+    if ragged:  # without its host's knowledge, the vendor's GEMM would multiply every token by every group
+        return triton
+    # rounded, so that a batch of varying length does not ask the model anew every time
+    tokens = 1 << max(x.shape[0], 1).bit_length() - 1
+    return _faster_of_two(layout.num_slots, *_key(layout, x.dtype, tokens, x.device))
 
 
-def _vendor_sdd(dy, x, layout, token_offsets=None):
-    return cpu.gather(reference.outer(dy, x, layout.groups, token_offsets), layout)
+def _key(layout: Layout, dtype: torch.dtype, tokens: int, device: torch.device) -> tuple:
+    """The arguments of `cost.break_even` after the first."""
+    b = layout.block_size
+    sizes = layout.num_rows * b, layout.num_cols // layout.groups * b, tokens
+    return b, cost.arithmetic(dtype), *sizes, _device_name(device)
 
 
-# The vendor's GEMM on a CPU: the reference's products, with the C++ copies between blocks and dense matrices.
-_vendor = SimpleNamespace(dds=_vendor_dds, sdd=_vendor_sdd)
+@functools.lru_cache(maxsize=4096)
+def _faster_of_two(num_slots: int, block_size: int, arithmetic: str, out: int, into: int, tokens: int, device: str):
+    """The Triton kernels or the vendor's GEMM, for each product by itself."""
+    density = num_slots * block_size**2 / (out * into)
+    key = block_size, arithmetic, out, into, tokens, device
+    paths = {product: triton if density <= cost.break_even(product, *key) else vendor for product in cost.PRODUCTS}
+    if paths["dds"] is paths["sdd"]:
+        return paths["dds"]
+    return SimpleNamespace(dds=paths["dds"].dds, sdd=paths["sdd"].sdd)
+
+
+_device_name = functools.cache(torch.cuda.get_device_name)
 
 
 def _find(backend: str) -> ModuleType:

@@ -160,11 +160,12 @@ class GMP(Rule):
             self._arrived.synchronize()
         for (path, layer), live in zip(self.layers.items(), self._counts.tolist(), strict=True):
             topology = layer.topology
-            dense_is_faster = topology.full and not choose.sparse_is_faster(topology.layout, layer.weight.dtype)
-            half_empty = 2 * live <= topology.num_slots and not dense_is_faster
+            sparse_is_faster = choose.sparse_is_faster(topology.layout, layer.weight.dtype, live)
+            half_empty = 2 * live <= topology.num_slots and (sparse_is_faster or not topology.full)
             if self.compact and live < topology.num_slots and (half_empty or self._done):
                 self._compact(path, max(live, 1))
-            elif topology.full and choose.sparse_is_faster(topology.layout, layer.weight.dtype):
+            elif topology.full and sparse_is_faster and layer.weight.device.type == "cpu":
+                # on a GPU the number of slots decides how a product is computed, so leaving pays with a compaction only
                 for copy in self._copies(path):
                     copy.topology.leave_full_store()
         self._counts = self._arrived = None
