@@ -31,19 +31,20 @@ def headlines(rows: DataFrame) -> str:
 def blocks(rows: DataFrame) -> str:
     """Speed-up of a training step by block size and density, one thread."""
     rows = rows[(rows["name"] == "step") & (rows.threads == 1) & (rows.out_features == 1024)]
-    return by_density(rows, ["tokens", "block_size"])
+    return by_density(rows, {"tokens": "tokens", "block_size": "block"})
 
 
 def gmp(rows: DataFrame) -> str:
     """Speed of a step against dense, on the way from density 1 to 0.05."""
-    return by_density(rows, ["tokens", "block_size", "threads"])
+    return by_density(rows, {"tokens": "tokens", "block_size": "block", "threads": "threads"})
 
 
-def by_density(rows: DataFrame, index: list[str]) -> str:
-    table = rows.pivot_table(index=index, columns="density", values="ratio")
-    columns = dict(zip(index, zip(*table.index, strict=True), strict=True))
+def by_density(rows: DataFrame, names: dict[str, str]) -> str:
+    """Ratios, a column for each density; before them the columns in `names`, under these names."""
+    table = rows.pivot_table(index=list(names), columns="density", values="ratio")
+    columns = dict(zip(names.values(), zip(*table.index, strict=True), strict=True))
     for density in sorted(table.columns, reverse=True):
-        columns[f"{density:g}"] = table[density].map("{:.3g}x".format)
+        columns[f"density {density:g}"] = table[density].map("{:.2f}x".format)
     return markdown(columns)
 
 
@@ -96,7 +97,7 @@ def dense_is_faster(rows: DataFrame) -> str:
     return markdown({"suite": lost.suite, "measured": lost["name"]} | case(lost) | {"speed of dense": faster(lost)})
 
 
-# Section of the README -> (suites it shows, what writes it)
+# Table of the README -> (suites it shows, what writes it)
 SECTIONS = {
     "headlines": (["layer"], headlines),
     "blocks": (["layer"], blocks),
@@ -139,27 +140,30 @@ def markdown(columns: dict[str, Series]) -> str:
 
 
 def conditions(rows: DataFrame) -> str:
-    """One line for the small print: everything that a number depends on and a table does not say."""
+    """All that a number depends on and a table does not say."""
     own = rows.iloc[-1]
+    commits = ", ".join(sorted(set(rows.commit)))
     return (
-        f"{own.device}; {own.instruction_set} kernels, {own.vendor}; torch {own.torch}, sparsekern {own.sparsekern} at "
-        f"{own.commit}; {own.dtype}; {own.date}."
+        f"{own.device}; {own.instruction_set} kernels; dense by {own.vendor}; torch {own.torch}, "
+        f"sparsekern {own.sparsekern} at {commits}; {own['dtype']}; {max(rows.date)}"
     )
 
 
+def section(name: str, path: Path, rows: DataFrame) -> str:
+    if name == "plot":
+        return f"![Speed-up against density]({plot.path_for(path).relative_to(README.parent)})"
+    if name == "conditions":
+        return f"* `{path.name}`: {conditions(rows)}."
+    suites, write = SECTIONS[name]
+    return write(rows[rows.suite.isin(suites)])
+
+
 def written(text: str, measured: dict[Path, DataFrame]) -> str:
-    """The README with its sections filled in, one table per device."""
+    """The README with its sections filled in, for one device after the other."""
 
     def fill(match: re.Match) -> str:
-        name, parts = match[1], []
-        for path, rows in measured.items():
-            if name == "plot":
-                parts.append(f"![Speed-up against density]({plot.path_for(path).relative_to(README.parent)})")
-                continue
-            suites, write = SECTIONS[name]
-            rows = rows[rows.suite.isin(suites)]
-            parts.append(f"{write(rows)}\n\n<sub>{conditions(rows)}</sub>")
-        return f"<!-- bench:{name} -->\n" + "\n\n".join(parts) + "\n<!-- /bench -->"
+        parts = (section(match[1], path, rows) for path, rows in measured.items())
+        return f"<!-- bench:{match[1]} -->\n" + "\n\n".join(parts) + "\n<!-- /bench -->"
 
     return re.sub(r"<!-- bench:(\w+) -->\n.*?<!-- /bench -->", fill, text, flags=re.S)
 

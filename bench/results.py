@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -22,11 +23,12 @@ KEY = ("suite", "name", *KEYS)
 
 def environment() -> dict[str, str]:
     git = ["git", "-C", str(FOLDER), "describe", "--always", "--dirty", "--exclude=*"]
+    mkl = re.search(r"Math Kernel Library Version (\S+?)-", torch.__config__.show())
     info = cpuinfo.get_cpu_info()
     return {
         "device": f"{info['brand_raw']} family {info.get('family')} model {info.get('model')}, {os.cpu_count()} cores",
         "instruction_set": "none" if cpu.unavailable() else cpu.instruction_set(),
-        "vendor": f"MKL {torch.backends.cpu.get_cpu_capability()}" if torch.backends.mkl.is_available() else "no MKL",
+        "vendor": f"MKL {mkl[1]}" if mkl else "no MKL",
         "torch": torch.__version__,
         "sparsekern": sparsekern.__version__,
         "python": platform.python_version(),

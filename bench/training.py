@@ -16,8 +16,8 @@ class Training:
     """Both gradients are wanted, of the weight and of the input."""
 
     def __init__(self, layer: nn.Module, case: Case):
-        # fused: the fastest Adam of torch, up to ten times, so that the products show; its default also takes the square
-        # root of zeros, as dead slots have them, ten times slower than that of other numbers
+        # fused: torch's fastest Adam, by up to ten times, so that the products show; the default also takes the square
+        # root of zeros, which dead slots have, ten times slower than that of other numbers
         self.layer, self.optimizer = layer, torch.optim.Adam(layer.parameters(), fused=True)
         self.inputs = rotated(case.tokens, case.in_features)
         self.gradients = rotated(case.tokens, case.out_features)

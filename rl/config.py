@@ -10,7 +10,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-CONFIG = "config.json"
+CONFIG = "config.json"  # files in a run folder: the settings,
+ENVIRONMENT = "environment.txt"  # and a description of the machine
+
+# Written out, and not read off the tables of suites and treatments, so that --help answers without importing torch.
+Suite = Literal[
+    "mt3",
+    "mt5",
+    "mt7",
+    "LavaGapS7",
+    "RedBlueDoors-6x6",
+    "MemoryS11",
+    "DoorKey-6x6",
+    "DistShift1",
+    "SimpleCrossingS9N2",
+    "MultiRoom-N2-S4",
+]
+Agent = Literal["mtppo", "moe", "moore"]
+Treatment = Literal[
+    "dense",
+    "gmp",
+    "set",
+    "redo",
+    "reset",
+    "weight-decay",
+    "layer-norm",
+    "pcgrad",
+    "gmp+weight-decay",
+    "gmp+pcgrad",
+    "lottery",
+]
+Networks = Literal["both", "actor", "critic"]
+BlockSize = Literal[1, 2, 4, 8, 16, 32, 64, 128]
 
 
 @dataclass(frozen=True)
@@ -52,23 +83,45 @@ class GMPConfig:
 
 
 @dataclass(frozen=True)
+class ReDoConfig:
+    every: int = 5000
+    """Timesteps between two recyclings."""
+    tau: float = 0.001
+    """A neuron is dormant if it is at most this active, relative to the mean of its layer."""
+
+
+@dataclass(frozen=True)
+class ResetConfig:
+    every: int = 100_000
+    """Timesteps between two resets."""
+    times: int = 2
+    """Resets in a run, at most."""
+
+
+PARTS = {"ppo": PPOConfig, "set": SETConfig, "gmp": GMPConfig, "redo": ReDoConfig, "reset": ResetConfig}
+
+
+@dataclass(frozen=True)
 class Config:
     """Train one agent on one suite of tasks, and print what it earned and what it cost.
 
     Example: python rl/run.py --suite mt3 --agent mtppo --treatment set --density 0.05 --block-size 1 --seed 0
     """
 
-    suite: Literal["mt3", "mt5", "mt7"] = "mt3"
-    """Tasks: 3, 5 or 7 of MiniGrid."""
-    agent: Literal["mtppo"] = "mtppo"
-    """mtppo: PPO, one convolutional encoder for all tasks, one head per task."""
-    treatment: Literal["dense", "gmp", "set"] = "set"
-    """dense: nothing. gmp: prune gradually by magnitude. set: sparse throughout, small weights move at random."""
-    networks: Literal["both", "actor", "critic"] = "both"
+    suite: Suite = "mt3"
+    """Tasks: 3, 5 or 7 of MiniGrid, or one of them, for the single-task reference (with agent mtppo)."""
+    agent: Agent = "mtppo"
+    """mtppo: PPO, one convolutional encoder for all tasks, one head per task. moe: several encoders, mixed by weights
+    that each task learns. moore: the same, after making the encoders' outputs orthonormal."""
+    treatment: Treatment = "set"
+    """dense: nothing. gmp: prune gradually by magnitude. set: sparse throughout, small weights move at random. redo:
+    dormant neurons start anew. reset: the last layers start anew. lottery: train what gmp kept from its first values.
+    pcgrad: project tasks' conflicting gradients. weight-decay, layer-norm, gmp with one of them: as they say."""
+    networks: Networks = "both"
     """Which networks are treated; the others are dense."""
     density: float = 0.05
     """Live blocks / all blocks, in (0, 1]: gmp ends with it, over all weights; set keeps it, over linear layers."""
-    block_size: Literal[1, 2, 4, 8, 16, 32, 64, 128] = 1
+    block_size: BlockSize = 1
     """Side of the blocks that live and die together; 1 is unstructured, as in the paper."""
     seed: int = 0
     """The same command with the same seed writes the same metrics.csv, but for its time/ rows."""
@@ -82,9 +135,15 @@ class Config:
     """Threads of PyTorch. More than one gains little on networks of this size; cores are better used by other runs."""
     runs: Path = Path("runs")
     """Run folders are made here: <runs>/<suite>-<agent>-<treatment>.../<seed>-<time>/."""
+    ticket: Path | None = None
+    """Of treatment lottery: the folder of the finished gmp run, same seed, whose surviving weights are trained."""
+    weight_decay: float = 1e-6
+    """Of treatments with weight decay: Adam's L2 factor."""
     ppo: PPOConfig = PPOConfig()
     set: SETConfig = SETConfig()
     gmp: GMPConfig = GMPConfig()
+    redo: ReDoConfig = ReDoConfig()
+    reset: ResetConfig = ResetConfig()
 
     def __post_init__(self):
         if not 0 < self.density <= 1:
@@ -94,14 +153,22 @@ class Config:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
+        if (self.treatment == "lottery") != (self.ticket is not None):
+            raise ValueError(f"ticket belongs to treatment lottery, got {self.treatment} with ticket {self.ticket}")
+
+    @property
+    def sparse(self) -> bool:
+        """Whether density and block size mean anything."""
+        return self.treatment.split("+")[0] in ("gmp", "set", "lottery")
 
     @property
     def experiment(self) -> str:
         """What runs that differ only in seed share."""
         parts = [self.suite, self.agent, self.treatment]
-        if self.treatment != "dense":
+        if self.sparse:
             parts += [f"density{self.density:g}", f"block{self.block_size}"]
-            parts += [self.networks] * (self.networks != "both")
+        if self.treatment != "dense" and self.networks != "both":
+            parts.append(self.networks)
         return "-".join(parts)
 
     def save(self, folder: Path) -> None:
@@ -114,6 +181,6 @@ class Config:
         if not (folder / CONFIG).exists():
             raise ValueError(f"--resume: {folder} is no run folder, it has no {CONFIG}")
         values = json.loads((folder / CONFIG).read_text())
-        parts = {"ppo": PPOConfig, "set": SETConfig, "gmp": GMPConfig}
-        values |= {name: part(**values[name]) for name, part in parts.items()}
-        return cls(**values | {"runs": Path(values["runs"])})
+        values |= {name: part(**values[name]) for name, part in PARTS.items()}
+        values |= {name: Path(values[name]) for name in ("runs", "ticket") if values[name]}
+        return cls(**values)

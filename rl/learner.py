@@ -1,10 +1,13 @@
 """Learner: one network with its optimiser and what its treatment does to it."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 import sparsekern as sk
 from rl.agents import AGENTS
+from rl.buffer import PlasticityBuffer
 from rl.config import Config
 from rl.envs import SUITES
 from rl.seeds import Stream, numpy_generator
@@ -17,26 +20,46 @@ class Learner:
     Args:
         role: "actor" or "critic".
         out_features: outputs per observation.
+        buffer: the plasticity buffer, for treatments that look at what the neurons do.
     """
 
-    def __init__(self, config: Config, role: str, out_features: int):
+    def __init__(self, config: Config, role: str, out_features: int, buffer: PlasticityBuffer):
         seeds = numpy_generator(config.seed, Stream[role.upper()])
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(int(seeds.integers(2**63)))
-            parts = TREATMENTS[config.treatment] if config.networks in ("both", role) else ()
-            block_size = config.block_size if parts else 1  # a dense layer in blocks of 1 is a matrix as it stands
+            self._parts = TREATMENTS[config.treatment] if config.networks in ("both", role) else ()
+            # a dense layer in blocks of 1 is a matrix as it stands
+            block_size = config.block_size if self._parts and config.sparse else 1
             self.network = AGENTS[config.agent](len(SUITES[config.suite]), out_features, block_size)
             self.dense_parameters = self.live_parameters()
-            for part in parts:
-                part.prepare(self.network, config)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.ppo.learning_rate, fused=True)
-        rule_seed = int(seeds.integers(2**31))  # another one per network, else actor and critic would grow alike
-        self.rules = [part.make_rule(self.network, self.optimizer, config, rule_seed) for part in parts]
+            for prepare in self._offered("prepare"):
+                prepare(self.network, config, role)
+        options = {"lr": config.ppo.learning_rate, "fused": True}
+        for optimizer_options in self._offered("optimizer_options"):
+            options |= optimizer_options(config)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), **options)
+        seed = int(seeds.integers(2**31))  # another one per network, else actor and critic would grow alike
+        self.rules = [
+            make_rule(self.network, self.optimizer, config, seed, buffer) for make_rule in self._offered("make_rule")
+        ]
+        (self._backward,) = self._offered("backward") or [backward]
 
-    def minimise(self, loss: Tensor) -> None:
-        """Take one optimiser step."""
+    def _offered(self, function: str) -> list[Callable]:
+        """These functions of the treatment's parts, as far as they have it."""
+        return [getattr(part, function) for part in self._parts if hasattr(part, function)]
+
+    def minimise(
+        self, loss: Callable[[Tensor], Tensor], rows: Tensor, tasks: Tensor, generator: torch.Generator
+    ) -> None:
+        """Take one optimiser step.
+
+        Args:
+            loss: the mean loss of some of the rows, int64 [M].
+            rows, tasks: int64 [N]: all rows of this step, and the task of each.
+            generator: for treatments that draw at every step.
+        """
         self.optimizer.zero_grad()
-        loss.backward()
+        self._backward(self.network, loss, rows, tasks, generator)
         self.optimizer.step()
 
     def rewire(self, clock: int) -> None:
@@ -66,6 +89,11 @@ class Learner:
     def nbytes(self) -> int:
         """Bytes of weights, gradients, optimiser state and, of sparse layers, coordinates and index."""
         return sk.summary(self.network, self.optimizer).total.total
+
+
+def backward(network, loss, rows, tasks, generator) -> None:
+    """Fill the gradients of the mean loss of all rows: what a treatment's own `backward` stands in for."""
+    loss(rows).backward()
 
 
 def sizes(*learners: Learner) -> dict[str, float]:

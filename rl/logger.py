@@ -8,6 +8,7 @@ The names, each with the timestep at which its value was taken:
     ppo/entropy, ppo/approx_kl [nats], ppo/clip_fraction, ppo/explained_variance (of the critic before its step)
     sparse/live_parameters, sparse/bytes           of all networks; bytes of weights, gradients, Adam and index
     sparse/dense_parameters, sparse/dense_bytes   of the dense networks; sparse/density is live / dense parameters
+    dormant/..., rank/..., fisher/...              evaluation: plasticity, as rl/metrics.py says
     time/steps_per_second (of environments, with acting), time/acting_ms, time/update_ms, ... per rollout
 """
 

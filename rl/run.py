@@ -18,7 +18,7 @@ import tyro
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # started as a script: the checkout is where `rl` is
 
-from rl.config import Config
+from rl.config import ENVIRONMENT, Config
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -61,7 +61,7 @@ def new_folder(config: Config) -> Path:
     folder = config.runs / config.experiment / f"{config.seed}-{datetime.now():%Y%m%d-%H%M%S}"
     folder.mkdir(parents=True)
     config.save(folder)
-    (folder / "environment.txt").write_text(environment())
+    (folder / ENVIRONMENT).write_text(environment())
     return folder
 
 

@@ -4,6 +4,8 @@ A stream names what the numbers are for, so that asking for more of one (longer 
 they were. The clock is the timestep at which the drawing starts.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
 import numpy as np
@@ -16,6 +18,8 @@ class Stream(IntEnum):
     ROLLOUT = 2
     MINIBATCH = 3
     EVALUATION = 4
+    METRICS = 5
+    TREATMENT = 6  # drawn from a treatment's own seed, which differs between actor and critic
 
 
 def numpy_generator(seed: int, stream: Stream, clock: int = 0) -> np.random.Generator:
@@ -24,3 +28,11 @@ def numpy_generator(seed: int, stream: Stream, clock: int = 0) -> np.random.Gene
 
 def torch_generator(seed: int, stream: Stream, clock: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(int(numpy_generator(seed, stream, clock).integers(2**63)))
+
+
+@contextmanager
+def drawing_from(generator: torch.Generator) -> Iterator[None]:
+    """Inside, what draws from torch's own generator (the initialisation of a layer) draws from this one."""
+    with torch.random.fork_rng(devices=()):
+        torch.set_rng_state(generator.get_state())
+        yield

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rl import checkpoint
+from rl.buffer import PlasticityBuffer
 from rl.config import Config, PPOConfig
 from rl.envs import SUITES
 from rl.envs.minigrid import Task
@@ -15,24 +16,27 @@ from rl.envs.pool import EnvPool
 from rl.evaluate import evaluate, judge
 from rl.learner import Learner, sizes
 from rl.logger import Logger, timed
+from rl.metrics import plasticity
 from rl.rollout import Rollout, collect
 from rl.seeds import Stream, torch_generator
 
 
-def train(config: Config, folder: Path) -> None:
-    """Train in this run folder, from its last checkpoint where it has one."""
+def train(config: Config, folder: Path, quiet: bool = False) -> None:
+    """Train in this run folder, from its last checkpoint where it has one; quiet: without a progress bar."""
     torch.set_num_threads(config.threads)
     tasks = SUITES[config.suite]
     # rollouts share the evaluation's first environments: both begin with fresh episodes, so neither disturbs the other
     pool = EnvPool(tasks * config.episodes)
-    actor = Learner(config, "actor", int(pool.action_space.n))
-    critic = Learner(config, "critic", 1)
+    buffer = PlasticityBuffer()
+    actor = Learner(config, "actor", int(pool.action_space.n), buffer)
+    critic = Learner(config, "critic", 1, buffer)
+    parts = {"actor": actor, "critic": critic, "buffer": buffer}
     state = checkpoint.load(folder) or {"clock": 0, "csv_bytes": 0}
     if state["clock"]:
-        actor.load_state_dict(state["actor"])
-        critic.load_state_dict(state["critic"])
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
     clock = state["clock"]
-    progress = tqdm(total=config.timesteps, initial=clock, unit="timestep", disable=None)
+    progress = tqdm(total=config.timesteps, initial=clock, unit="timestep", disable=quiet or None)
     with Logger(folder, clock, state["csv_bytes"]) as logger, progress:
         while clock < config.timesteps:
             steps = min(config.ppo.rollout_steps, config.timesteps - clock)
@@ -41,6 +45,7 @@ def train(config: Config, folder: Path) -> None:
             with timed(metrics, "time/update_ms"):
                 metrics |= fit(actor, critic, rollout, config.ppo, config.seed, clock)
             metrics |= describe(tasks, rollout) | sizes(actor, critic)
+            buffer.add(rollout.observations[rollout.seen.flatten()], rollout.tasks[rollout.seen.flatten()])
 
             evaluating = (clock + steps) // config.evaluate_every > clock // config.evaluate_every
             clock += steps
@@ -49,6 +54,8 @@ def train(config: Config, folder: Path) -> None:
                 with timed(metrics, "time/evaluate_ms"):
                     returns = evaluate(pool, actor.network, len(tasks), config.episodes, config.seed, clock)
                 metrics |= judge(tasks, returns)
+                with timed(metrics, "time/metrics_ms"):
+                    metrics |= plasticity(actor.network, critic.network, buffer, config.seed, clock)
                 progress.set_postfix(score=metrics["score/mean"], success=metrics["success/mean"])
             if not finished:  # nobody would train what a last rewire grows
                 with timed(metrics, "time/rewire_ms"):
@@ -56,8 +63,8 @@ def train(config: Config, folder: Path) -> None:
                     critic.rewire(clock)
             logger.record(clock, metrics)
             if evaluating or finished:
-                learners = {"actor": actor.state_dict(), "critic": critic.state_dict()}
-                checkpoint.save(folder, {"clock": clock, "csv_bytes": logger.flush(), **learners})
+                whole = {name: part.state_dict() for name, part in parts.items()}
+                checkpoint.save(folder, {"clock": clock, "csv_bytes": logger.flush(), **whole})
             progress.update(steps)
 
 
@@ -72,29 +79,49 @@ def fit(actor: Learner, critic: Learner, rollout: Rollout, ppo: PPOConfig, seed:
         next_values[cut] = critic.network(rollout.next_observations[cut], cut_tasks).squeeze(-1)
     advantages = gae(rollout.rewards, values, next_values, rollout.terminated, cut, ppo.gamma, ppo.gae_lambda)
     targets = values + advantages
-    value_loss = nn.functional.mse_loss(critic.network(rollout.observations, rollout.tasks).squeeze(-1)[seen], targets)
-    critic.minimise(value_loss)
 
     # each task's advantages by its own spread: rewards differ in scale between tasks
     advantages = (advantages - advantages.mean(0)) / (advantages.std(0, correction=0) + 1e-8)
     log_probs = rollout.logits.log_softmax(-1)[seen, rollout.actions]
-    transitions = [t.flatten() for t in (seen, rollout.actions, log_probs, advantages)]
+    # from here on one row per transition, of all tasks; what was seen several times goes through a network once
+    seen, actions, log_probs, advantages, targets = (
+        t.flatten() for t in (seen, rollout.actions, log_probs, advantages, targets)
+    )
+    tasks = rollout.tasks[seen]
     generator = torch_generator(seed, Stream.MINIBATCH, clock)
-    history = []
+    value_losses, history = [], []
+
+    def answers(network: nn.Module, rows: Tensor) -> Tensor:
+        distinct, which = seen[rows].unique(return_inverse=True)
+        return network(rollout.observations[distinct], rollout.tasks[distinct])[which]
+
+    def value_loss(rows: Tensor) -> Tensor:
+        loss = nn.functional.mse_loss(answers(critic.network, rows).squeeze(-1), targets[rows])
+        value_losses.append(loss.detach())
+        return loss
+
+    def surrogate_loss(rows: Tensor) -> Tensor:
+        logits = answers(actor.network, rows)
+        loss, stats = policy_loss(logits, actions[rows], log_probs[rows], advantages[rows], ppo.clip, ppo.entropy)
+        history.append(stats)
+        return loss
+
+    # the paper's critic takes one step on everything; that of its single-task reference takes minibatches
+    for batch in minibatches(len(seen), ppo.minibatch if num_tasks == 1 else len(seen), generator):
+        critic.minimise(value_loss, batch, tasks[batch], generator)
     for _ in range(ppo.epochs):
-        for batch in torch.randperm(seen.numel(), generator=generator).split(ppo.minibatch * num_tasks):
-            b_seen, b_actions, b_log_probs, b_advantages = (t[batch] for t in transitions)
-            # what was seen several times goes through the network once, with the same loss and gradient
-            distinct, b_seen = b_seen.unique(return_inverse=True)
-            logits = actor.network(rollout.observations[distinct], rollout.tasks[distinct])[b_seen]
-            loss, stats = policy_loss(logits, b_actions, b_log_probs, b_advantages, ppo.clip, ppo.entropy)
-            actor.minimise(loss)
-            history.append(stats)
+        for batch in minibatches(len(seen), ppo.minibatch * num_tasks, generator):
+            actor.minimise(surrogate_loss, batch, tasks[batch], generator)
     names = ("loss/policy", "ppo/entropy", "ppo/approx_kl", "ppo/clip_fraction")
     return dict(zip(names, torch.stack(history).mean(0).tolist(), strict=True)) | {
-        "loss/value": value_loss.item(),
-        "ppo/explained_variance": 1 - ((targets - values).var() / targets.var()).item(),
+        "loss/value": torch.stack(value_losses).mean().item(),
+        "ppo/explained_variance": 1 - ((targets - values.flatten()).var() / targets.var()).item(),
     }
+
+
+def minibatches(rows: int, size: int, generator: torch.Generator) -> Sequence[Tensor]:
+    """All rows in random order, in parts of this size; the last may be smaller."""
+    return torch.randperm(rows, generator=generator).split(size)
 
 
 def gae(

@@ -19,14 +19,16 @@ from sparsekern.topology import Layout
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "triton": triton}
 
-# Density above which the vendor's GEMM takes less time than the C++ kernels, by block size: where a training step of
-# 1024 x 1024 with AVX2 kernels against MKL's AVX2 GEMM, one thread, 256 or 2048 tokens, broke even first
-# (bench/bench_paths.py; AMD EPYC of 2024). AVX-512 kernels broke even at 0.45 (block 1) or not at all.
-BREAK_EVEN = {1: 0.4, 2: 0.6, 4: 0.8, 8: 1.0, 16: 1.0, 32: 1.0, 64: 1.0, 128: 1.0}
-# The same for bfloat16 where the CPU multiplies it in hardware, which the GEMM does and the C++ kernels do not.
+# Density above which the vendor's GEMM, with its copies, takes less time than the C++ kernels, by block size: where a
+# training step of 1024 x 1024 broke even, one thread, 256 or 2048 tokens, whichever came first (bench/bench_paths.py).
+# Measured on an AMD EPYC of 2024, where MKL's GEMM uses AVX2.
+BREAK_EVEN = {
+    "avx512": {1: 0.5, 2: 0.85, 4: 1.0, 8: 1.0, 16: 1.0, 32: 1.0, 64: 1.0, 128: 1.0},
+    "avx2": {1: 0.4, 2: 0.6, 4: 0.8, 8: 1.0, 16: 1.0, 32: 1.0, 64: 1.0, 128: 1.0},
+    "plain": {1: 0.2, 2: 0.3, 4: 0.4, 8: 0.5, 16: 0.5, 32: 0.5, 64: 0.5, 128: 0.5},  # half of AVX2: not measured
+}
+# For bfloat16 where the CPU multiplies it in hardware: the vendor's GEMM does, the C++ kernels do not.
 BREAK_EVEN_BFLOAT16 = {1: 0.12, 2: 0.2, 4: 0.3, 8: 0.35, 16: 0.35, 32: 0.4, 64: 0.4, 128: 0.4}
-# On a GPU, what gradual pruning asks with: how many tokens there will be is not known at its events.
-MANY_TOKENS = 4096
 # Copying blocks into a dense matrix and back takes about as long as the GEMM of this many tokens.
 COPY_TOKENS = 32
 
@@ -62,31 +64,26 @@ def backend_for(x: Tensor, layout: Layout, token_offsets: Tensor | None = None) 
     if not takes or cpu.unavailable():
         return reference
     density = break_even(layout.block_size, x.dtype)
-    if (
-        layout.full
-    ):  # not copied; and GMP asks at its events whether to leave it, counting here would cost every product
+    if layout.full:  # GMP asks at its events whether to leave it; counting live blocks here would cost every product
         return cpu if density >= 1 else vendor
     return cpu if _is_sparser(layout, density * (1 + COPY_TOKENS / max(1, len(x)))) else vendor
 
 
-def sparse_is_faster(layout: Layout, dtype: torch.dtype, live: int) -> bool:
-    """Whether so many live blocks are multiplied faster than the dense matrix, when there are many tokens."""
-    device = layout.block_rows.device
-    if device.type == "cuda":
-        limit = 0.0
-        if layout.block_size in triton.BLOCK_SIZES and not triton.unavailable():
-            limit = cost.break_even("dds", *_key(layout, dtype, MANY_TOKENS, device))
-    elif device.type == "cpu" and not cpu.unavailable():
-        limit = break_even(layout.block_size, dtype)
-    else:
-        limit = 0.0
-    return live <= limit * layout.num_rows * layout.num_cols / layout.groups
+def sparse_is_faster(layout: Layout, dtype: torch.dtype) -> bool:
+    """Whether the C++ kernels beat the vendor's GEMM at the present density; reads a CPU tensor, and no other.
+
+    On a GPU, where slots count and not live blocks, a full store is left by a compaction only.
+    """
+    if cpu.unavailable() or layout.block_rows.device.type != "cpu":
+        return False
+    return _is_sparser(layout, break_even(layout.block_size, dtype))
 
 
+@torch.compiler.assume_constant_result
 def break_even(block_size: int, dtype: torch.dtype) -> float:
     """Density up to which the C++ kernels take less time than the vendor's GEMM."""
     in_hardware = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return (BREAK_EVEN_BFLOAT16 if in_hardware else BREAK_EVEN)[block_size]
+    return (BREAK_EVEN_BFLOAT16 if in_hardware else BREAK_EVEN[cpu.instruction_set()])[block_size]
 
 
 def _is_sparser(layout: Layout, density: float) -> bool:
@@ -98,9 +95,7 @@ def _is_sparser(layout: Layout, density: float) -> bool:
     limit = density * layout.num_rows * layout.num_cols / layout.groups
     if layout.num_slots <= limit:
         return True
-    dead = -layout.block_rows.clamp(max=0).sum(
-        dtype=torch.int32
-    )  # rows of dead slots are -1; (rows < 0).sum() is slower
+    dead = -layout.block_rows.clamp(max=0).sum(dtype=torch.int32)  # rows of dead slots are -1; faster than (rows < 0)
     return bool(layout.num_slots - dead <= limit)
 
 

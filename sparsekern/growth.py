@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sparsekern import choose
 from sparsekern.backends import reference
 from sparsekern.products import LAYOUT_SCHEMA, library
 from sparsekern.topology import Layout, Topology
@@ -69,57 +70,78 @@ def best_candidates(layout: Layout, count: int, score: Callable[[slice, Tensor],
 
 
 class GrowthScores:
-    """RigL's scores of one layer: while armed, every backward adds its squared gradient norms to the best dead blocks.
+    """RigL's scores of one layer: while armed, every backward adds its squared gradient norms.
 
-    Several micro-batches between arming and reading sum up: exactly for block sizes above 1, where every dead block is
-    kept; for block size 1 a block must be among the `num_slots` best so far to keep its sum.
+    Several micro-batches between arming and reading sum up. Block sizes above 1 keep a float32 sum for every block,
+    [groups, rows, cols], negative where nothing was scored. Block size 1 keeps the keys of its `num_slots` best dead
+    blocks: a block must be among the best so far to keep its sum.
     """
 
     def __init__(self, topology: Topology):
+        self.topology = topology
         dead = topology.num_blocks // topology.groups - min(topology.live_per_group())
-        count = dead if topology.block_size > 1 else min(dead, topology.num_slots)
+        self._count = dead if topology.block_size > 1 else min(dead, topology.num_slots)
         device = topology.block_rows.device
         # plain tensors: as buffers, DistributedDataParallel would overwrite every rank's scores with those of rank 0
         self.armed = torch.zeros((), dtype=torch.bool, device=device)
-        self.keys = torch.full((topology.groups, count), -1, dtype=torch.int64, device=device)
+        if topology.block_size > 1:
+            rows, cols = (n // topology.groups for n in topology.grid)
+            self.scores = torch.full((topology.groups, rows, cols), -1.0, device=device)
+        else:
+            self.scores = torch.full((topology.groups, self._count), -1, dtype=torch.int64, device=device)
 
-    def __deepcopy__(self, memo) -> None:
-        """A copy of the layer is not under the rule."""
+    @property
+    def keys(self) -> Tensor:
+        """int64 [groups, count]: the best dead blocks, best first."""
+        if self.topology.block_size == 1:
+            return self.scores
+        return best_candidates(
+            self.topology.layout, self._count, lambda strip, places: float_bits(self.scores[:, strip].flatten(1))
+        )
 
     def arm(self, armed: bool) -> None:
         """Begin (or stop) scoring, with no scores; a device flag, so that compiled and captured steps obey it."""
         self.armed.fill_(armed)
-        self.keys.fill_(-1)
+        self.scores.fill_(-1)
 
     def watch(self, y: Tensor, x: Tensor, token_offsets: Tensor | None, layout: Layout) -> Tensor:
         """Return y = x Wᵀ unchanged, and score its gradient when it comes."""
-        return _Watch.apply(y, x, token_offsets, self.armed, self.keys, layout)
+        return _Watch.apply(y, x, token_offsets, self.armed, self.scores, layout)
 
 
 class _Watch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, x, token_offsets, armed, keys, layout):
+    def forward(ctx, y, x, token_offsets, armed, scores, layout):
         ctx.save_for_backward(x, token_offsets, armed, *layout[:3])
-        ctx.keys, ctx.geometry = keys, layout[3:]
+        ctx.scores, ctx.geometry = scores, layout[3:]
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, dy):
         x, token_offsets, armed, *tensors = ctx.saved_tensors
-        torch.ops.sparsekern.score_growth(dy, x, token_offsets, *tensors, *ctx.geometry, armed, ctx.keys)
+        torch.ops.sparsekern.score_growth(dy, x, token_offsets, *tensors, *ctx.geometry, armed, ctx.scores)
         return dy, None, None, None, None, None
 
 
 library.define(
-    f"score_growth(Tensor dy, Tensor x, Tensor? token_offsets, {LAYOUT_SCHEMA}, Tensor armed, Tensor(a!) keys) -> ()"
+    f"score_growth(Tensor dy, Tensor x, Tensor? token_offsets, {LAYOUT_SCHEMA}, Tensor armed, Tensor(a!) scores) -> ()"
 )
 
 
 def _score_growth(dy, x, token_offsets, *args):
-    layout, (armed, keys) = Layout(*args[:-2]), args[-2:]
+    layout, (armed, scores) = Layout(*args[:-2]), args[-2:]
     if armed.device.type == "cpu" and not armed:  # elsewhere reading the flag would synchronise
         return
     dy, x = dy.detach().contiguous(), x.detach()
+    if layout.block_size == 1:
+        _keep_best(dy, x, token_offsets, layout, armed, scores)
+    elif add_norms := getattr(choose.backend_for(x, layout), "add_block_norms", None):
+        add_norms(dy, x, layout, scores, armed, token_offsets)
+    else:
+        _add_norms(dy, x, token_offsets, layout, armed, scores)
+
+
+def _keep_best(dy, x, token_offsets, layout, armed, keys):
     held, held_positions = scores_of(keys), positions_of(keys)
 
     def score(strip: slice, places: Tensor) -> Tensor:
@@ -128,7 +150,17 @@ def _score_growth(dy, x, token_offsets, *args):
         index = torch.where(inside, held_positions - places[0], 0)
         return float_bits(norms.scatter_add(1, index, torch.where(inside, held, 0)))
 
-    keys.copy_(torch.where(armed, best_candidates(layout, keys.shape[1], score, layout.block_size**2), keys))
+    keys.copy_(torch.where(armed, best_candidates(layout, keys.shape[1], score), keys))
+
+
+def _add_norms(dy, x, token_offsets, layout, armed, norms):
+    rows = norms.shape[1]
+    height = max(1, STRIP // (layout.num_cols * layout.block_size**2))
+    for top in range(0, rows, height):
+        strip = slice(top, min(top + height, rows))
+        held = norms[:, strip]
+        added = reference.block_norms(dy, x, layout, strip, token_offsets) + torch.where(held < 0, 0, held)
+        held.copy_(torch.where(armed, added, held))
 
 
 library.impl("score_growth", _score_growth, "CPU")

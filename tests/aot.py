@@ -153,7 +153,7 @@ def _launched(case: Case):
         else:
             rows, cols = (n // groups for n in topology.grid)
             norms = torch.empty(groups, rows, cols)
-            launch.block_norms(x, x, topology.layout, norms, torch.tensor(True), offsets)
+            launch.add_block_norms(x, x, topology.layout, norms, torch.tensor(True), offsets)
     finally:
         torch.set_float32_matmul_precision(precision)
         launch.kernels, launch.TILES, launch.SPLITS_PER_SM = before

@@ -30,7 +30,7 @@ def test_registered_operators_keep_the_rules_of_torch(block_size, ragged):
     opcheck(ops.dds, (x, weight, bias, offsets, *layout, True))
     opcheck(ops.dds, (dy, weight, None, offsets, *layout, False))
     opcheck(ops.sdd, (dy, x, offsets, *layout))
-    keys = torch.full((2, 3), -1)
+    keys = torch.full((2, 3), -1) if block_size == 1 else torch.full((2, 3, 4), -1.0)
     opcheck(ops.score_growth, (dy.detach(), x.detach(), offsets, *layout, torch.tensor(True), keys))
 
 

@@ -69,12 +69,6 @@ def test_on_a_gpu_slots_count_whether_live_or_dead(gpu):
     assert choose.backend_for(OnGpu(16384, 4096), topology.layout) is vendor
 
 
-def test_gradual_pruning_is_told_by_live_blocks_when_to_leave_the_full_store(gpu):
-    full = layout(1.0, 64)._replace(block_rows=OnGpu(64 * 64))
-    assert choose.sparse_is_faster(full, torch.bfloat16, 64 * 64 // 50)
-    assert not choose.sparse_is_faster(full, torch.bfloat16, 64 * 64)
-
-
 def test_a_measured_break_even_takes_the_models_place_and_moves_with_the_shape(monkeypatch, tmp_path):
     sizes = (4096, 4096, 16384)
     before = cost.break_even("dds", 32, "half", *sizes, "Measured GPU")

@@ -9,14 +9,22 @@ import pandas
 import pytest
 import torch
 
-from rl import checkpoint, train_ppo
-from rl.config import Config, PPOConfig
+from rl import buffer, checkpoint, envs, train_ppo
+from rl.agents import AGENTS
+from rl.config import Config, PPOConfig, ReDoConfig, ResetConfig
+from rl.envs.minigrid import Task
 from rl.run import new_folder
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "small_sample")
+
+
+@pytest.fixture
+def small_sample(monkeypatch):
+    """Metrics on a few observations: most of their time goes into a singular value decomposition."""
+    monkeypatch.setattr(buffer, "BATCH", 64)
 
 
 def short(runs, **changes):
@@ -32,14 +40,28 @@ def metrics(folder):
     return table[~table["name"].str.startswith("time/")].reset_index(drop=True)
 
 
-@pytest.mark.parametrize("treatment", ["dense", "gmp", "set"])
-def test_same_seed_repeats_and_a_killed_run_resumes_to_the_same_metrics(tmp_path, monkeypatch, treatment):
-    settings = short(tmp_path, treatment=treatment)
+@pytest.mark.parametrize(
+    ("agent", "treatment"),
+    [
+        ("mtppo", "dense"),
+        ("mtppo", "set"),
+        ("mtppo", "reset"),
+        ("mtppo", "layer-norm"),
+        ("mtppo", "gmp+weight-decay"),
+        ("moe", "gmp+pcgrad"),
+        ("moore", "redo"),
+    ],
+)
+def test_same_seed_repeats_and_a_killed_run_resumes_to_the_same_metrics(tmp_path, monkeypatch, agent, treatment):
+    often = {"redo": ReDoConfig(every=100, tau=0.2), "reset": ResetConfig(every=300)}
+    settings = short(tmp_path, agent=agent, treatment=treatment, **often)
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     straight.mkdir(), killed.mkdir()
     train_ppo.train(settings, straight)
     expected = metrics(straight)
-    assert {"score/mean", "success/MemoryS11", "return/LavaGapS7", "loss/policy"} <= {*expected["name"]}
+    names = {"score/mean", "success/MemoryS11", "return/LavaGapS7", "loss/policy"}
+    names |= {"dormant/critic", "rank/actor", "fisher/actor"}
+    assert names <= {*expected["name"]}
     assert sorted(expected["step"].unique()) == [100, 200, 300, 400, 500]
 
     fits, fit = [], train_ppo.fit
@@ -57,6 +79,18 @@ def test_same_seed_repeats_and_a_killed_run_resumes_to_the_same_metrics(tmp_path
     assert checkpoint.load(killed)["clock"] == 200  # and goes on from before what it has logged
     train_ppo.train(settings, killed)
     pandas.testing.assert_frame_equal(metrics(killed), expected)
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+def test_agents_learn_empty_rooms(tmp_path, monkeypatch, agent):
+    rooms = (Task("Empty-5x5", 5, 100), Task("Empty-Random-5x5", 5, 100), Task("Empty-6x6", 7, 144))
+    monkeypatch.setitem(envs.SUITES, "mt3", rooms)
+    ppo = PPOConfig(rollout_steps=500, minibatch=64)
+    settings = {"timesteps": 3500, "evaluate_every": 3500, "episodes": 10, "ppo": ppo}
+    train_ppo.train(Config(agent=agent, treatment="dense", **settings), tmp_path, quiet=True)
+    table = metrics(tmp_path).groupby("name")["value"]
+    early = sum(table.first()[f"rollout/{task.name}"] for task in rooms) / 3
+    assert early < 0.6 < 0.8 < table.last()["score/mean"]
 
 
 def test_another_seed_gives_another_run(tmp_path):
@@ -80,10 +114,10 @@ def test_interrupted_checkpoint_write_leaves_the_previous_one(tmp_path, monkeypa
 
 
 def test_settings_survive_the_run_folder(tmp_path):
-    settings = short(tmp_path, treatment="gmp", density=0.2, networks="actor")
+    settings = short(tmp_path, treatment="lottery", density=0.2, networks="actor", ticket=tmp_path)
     folder = new_folder(settings)
     assert Config.load(folder) == settings
-    assert folder.parent == tmp_path / "mt3-mtppo-gmp-density0.2-block1-actor"
+    assert folder.parent == tmp_path / "mt3-mtppo-lottery-density0.2-block1-actor"
     with pytest.raises(ValueError, match="no run folder"):
         Config.load(tmp_path)
 

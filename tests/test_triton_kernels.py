@@ -18,4 +18,5 @@ def test_kernels_match_float64_in_the_interpreter(group):
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", FILE, "-k", group]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, f"exit status {run.returncode} (negative: killed by that signal)\n{run.stdout[-8000:]}"
+    what = f"exit status {run.returncode} (negative: killed by that signal)"
+    assert run.returncode == 0, f"{what}\n{run.stdout[-8000:]}\n{run.stderr[:3000]}"

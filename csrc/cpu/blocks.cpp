@@ -40,7 +40,7 @@ void scatter(const char* weight, char* dense, const Dense& d, Range slots) {
     }
 }
 
-// A full store of block size 1 is the dense matrix, but for its dead slots: 0.3 ns a weight here, 1 ns below.
+// A full store of block size 1 is the dense matrix, but for its dead slots; `weight` may be `dense` itself.
 template <class Element, class Coordinate>
 void copy_live(const void* dense, void* weight, const void* block_rows, Range slots) {
     const auto from = static_cast<const Element*>(dense);

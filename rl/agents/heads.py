@@ -1,6 +1,5 @@
 """One head per task, all in two layers: a batch of mixed tasks is one launch per layer, not a loop over tasks."""
 
-import torch
 from torch import Tensor, nn
 
 import sparsekern as sk
@@ -26,8 +25,9 @@ class TaskHeads(nn.Module):
             )
 
         self.hidden = per_task(in_features, hidden)
+        self.activation = nn.Tanh()
         self.output = per_task(hidden, out_features)
 
     def forward(self, features: Tensor, task: Tensor) -> Tensor:
         """Features [N, in_features] and task ids int64 [N], in any order and unequal numbers, to [N, out_features]."""
-        return self.output(torch.tanh(self.hidden(features, group=task)), group=task)
+        return self.output(self.activation(self.hidden(features, group=task)), group=task)

@@ -4,14 +4,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 import sparsekern as sk
+from rl.buffer import PlasticityBuffer
 from rl.config import Config
 
 
-def prepare(network: nn.Module, config: Config) -> None:
+def prepare(network: nn.Module, config: Config, role: str) -> None:
     sk.sparsify(network, density=1.0, block_size=config.block_size, modules=(nn.Conv2d, nn.Linear))
 
 
-def make_rule(network: nn.Module, optimizer: Optimizer, config: Config, seed: int) -> sk.GMP:
+def make_rule(network: nn.Module, optimizer: Optimizer, config: Config, seed: int, buffer: PlasticityBuffer) -> sk.GMP:
     return sk.GMP(
         network,
         optimizer,

@@ -7,10 +7,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 import sparsekern as sk
+from rl.buffer import PlasticityBuffer
 from rl.config import Config
 
 
-def prepare(network: nn.Module, config: Config) -> None:
+def prepare(network: nn.Module, config: Config, role: str) -> None:
     heads = {name: layer for name, layer in network.named_modules() if isinstance(layer, sk.SparseLinear)}
     stay_dense = [name for name, layer in heads.items() if layer.block_size != config.block_size]  # too small for it
     sk.sparsify(
@@ -23,7 +24,7 @@ def prepare(network: nn.Module, config: Config) -> None:
     )
 
 
-def make_rule(network: nn.Module, optimizer: Optimizer, config: Config, seed: int) -> sk.SET:
+def make_rule(network: nn.Module, optimizer: Optimizer, config: Config, seed: int, buffer: PlasticityBuffer) -> sk.SET:
     return sk.SET(
         network,
         optimizer,

@@ -23,7 +23,7 @@ class GMP(Rule):
     final + (initial - final) * (1 - (t - start_step) / (end_step - start_step))**3. Dead slots cost no time; once no
     more than half of a layer's slots are live, and after the last event, the layer is compacted: the same Parameter
     gets a smaller storage, and gradient and optimiser state follow. Start from `sparsify(model, density=1.0)`, which
-    runs the vendor's dense GEMM as long as that is faster.
+    runs the vendor's dense GEMM as long as that is faster, and is not compacted before, but for the last event.
 
     Args:
         model, optimizer, followers: as in SET.
@@ -160,12 +160,9 @@ class GMP(Rule):
             self._arrived.synchronize()
         for (path, layer), live in zip(self.layers.items(), self._counts.tolist(), strict=True):
             topology = layer.topology
-            sparse_is_faster = choose.sparse_is_faster(topology.layout, layer.weight.dtype, live)
-            half_empty = 2 * live <= topology.num_slots and (sparse_is_faster or not topology.full)
-            if self.compact and live < topology.num_slots and (half_empty or self._done):
+            if self.compact and live < topology.num_slots and (2 * live <= topology.num_slots or self._done):
                 self._compact(path, max(live, 1))
-            elif topology.full and sparse_is_faster and layer.weight.device.type == "cpu":
-                # on a GPU the number of slots decides how a product is computed, so leaving pays with a compaction only
+            elif topology.full and choose.sparse_is_faster(topology.layout, layer.weight.dtype):
                 for copy in self._copies(path):
                     copy.topology.leave_full_store()
         self._counts = self._arrived = None

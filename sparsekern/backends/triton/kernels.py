@@ -206,4 +206,5 @@ def block_norms_kernel(
     r, c = tl.program_id(1) * N + tl.arange(0, N), tl.program_id(0) * N + tl.arange(0, N)
     norms_tile = norms_ptr + (group.to(tl.int64) * rows + r)[:, None] * cols + c[None, :]
     inside = (r < rows)[:, None] & (c < cols)[None, :]
-    tl.store(norms_tile, tl.load(norms_tile, mask=inside, other=0.0) + norms, mask=inside)
+    held = tl.load(norms_tile, mask=inside, other=0.0)
+    tl.store(norms_tile, tl.where(held < 0, norms, held + norms), mask=inside)  # negative: nothing was scored yet

@@ -1,0 +1,290 @@
+"""Compare finished runs with the paper: python rl/report.py bench/results/rl runs --plots plots.
+
+Runs that differ in anything but suite, agent, treatment and seed are never put into one table. An unfinished run is
+named and left out.
+"""
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # started as a script: the checkout is where `rl` is
+
+from rl.config import Config
+from rl.envs import SUITES
+from rl.paper import TABLE, Score
+from rl.runs import Run, find, identity
+from rl.statistics import interval, iqm
+
+CELL = (
+    "suite",
+    "agent",
+    "treatment",
+    "networks",
+    "density",
+    "block_size",
+    "ticket",
+)  # what tells cells of a table apart
+PAPER = Config(timesteps=400_000)
+CURVES = {
+    "score/mean": "normalised score",
+    "success/mean": "success",
+    "dormant/actor": "dormant neurons, actor",
+    "dormant/critic": "dormant neurons, critic",
+    "rank/actor": "effective rank, actor",
+    "rank/critic": "effective rank, critic",
+    "fisher/actor": "Fisher trace, actor",
+    "sparse/density": "live / dense parameters",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    runs: tyro.conf.Positional[tuple[Path, ...]] = (Path("bench/results/rl"),)
+    """Folders to look for runs in, at any depth."""
+    plots: Path | None = None
+    """Draw learning curves and metrics into this folder, a PNG per suite and agent."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The finished runs of one experiment, one per seed."""
+
+    config: Config
+    runs: list[Run]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [run.config.seed for run in self.runs]
+
+    @property
+    def scores(self) -> np.ndarray:
+        """Normalised scores of the final evaluation, [runs, tasks]."""
+        last = [run.evaluated.iloc[-1].filter(regex="^score/(?!mean$)").to_numpy() for run in self.runs]
+        return np.array(last)
+
+    @property
+    def name(self) -> str:
+        """The treatment, and its options that are not the paper's."""
+        options = [f"density {self.config.density:g}"] * (self.config.density != PAPER.density)
+        options += [f"block {self.config.block_size}"] * (self.config.block_size != PAPER.block_size)
+        options += [f"{self.config.networks} only"] * (self.config.networks != PAPER.networks)
+        return ", ".join([self.config.treatment, *options])
+
+    def typical(self, metric: str) -> float:
+        """Of times, which other work on the machine disturbs: median over evaluations, mean over runs."""
+        return np.mean([run.evaluated[metric].median() for run in self.runs])
+
+    def last(self, metric: str) -> float:
+        """Mean over runs, at the final evaluation."""
+        return np.mean([run.evaluated[metric].iloc[-1] for run in self.runs])
+
+    @property
+    def core_minutes(self) -> float:
+        """Time of one run, from what its parts typically took."""
+        ppo, num_tasks = self.config.ppo, self.scores.shape[1]
+        rollout = (
+            ppo.rollout_steps * num_tasks / self.typical("time/steps_per_second") + self.typical("time/update_ms") / 1e3
+        )
+        evaluation = (self.typical("time/evaluate_ms") + self.typical("time/metrics_ms")) / 1e3
+        rollouts, evaluations = self.config.timesteps / ppo.rollout_steps, len(self.runs[0].evaluated)
+        return (rollouts * rollout + evaluations * evaluation) / 60
+
+
+def main() -> None:
+    report = tyro.cli(Report, description=__doc__, prog="python rl/report.py")
+    runs = find(report.runs)
+    for run in runs:
+        if not run.finished:
+            print(f"left out, at timestep {run.clock:,} of {run.config.timesteps:,}: {run.folder}")
+    tables = by_protocol(run for run in runs if run.finished)
+    if not tables:
+        sys.exit(f"report.py: no finished run in {', '.join(map(str, report.runs))}")
+    for number, (protocol, cells) in enumerate(tables.items(), 1):
+        show(protocol, cells)
+        if report.plots:
+            for file in draw(protocol, cells, report.plots, number):
+                print(file)
+
+
+def by_protocol(runs: Iterable[Run]) -> dict[Config, list[Cell]]:
+    """Cells under what they have in common; a run that is there twice counts once."""
+    found = {identity(run.config): run for run in runs}
+    cells = defaultdict(list)
+    for config in sorted(found, key=lambda config: (config.suite, config.agent, order(config), config.seed)):
+        cells[replace(config, seed=0)].append(found[config])
+    tables = defaultdict(list)
+    for config, of_cell in cells.items():
+        common = replace(config, **{name: getattr(PAPER, name) for name in CELL})
+        tables[common].append(Cell(config, of_cell))
+    return dict(tables)
+
+
+def order(config: Config) -> tuple:
+    """Treatments as the command line lists them."""
+    treatments = Config.__dataclass_fields__["treatment"].type.__args__
+    return treatments.index(config.treatment), -config.density, config.block_size, config.networks
+
+
+def describe(protocol: Config) -> str:
+    """What the runs of a table have in common, as far as it is not the paper's."""
+    changed = [f"{f.name} {getattr(protocol, f.name)}" for f in fields(Config) if differs(f.name, protocol)]
+    return f"{protocol.timesteps:,} timesteps" + (
+        f"; not the paper's protocol: {', '.join(changed)}" if changed else ", the paper's protocol"
+    )
+
+
+def differs(name: str, protocol: Config) -> bool:
+    return getattr(protocol, name) != getattr(identity(PAPER), name)
+
+
+def show(protocol: Config, cells: list[Cell]) -> None:
+    """Print scores beside the paper's, then what the networks were like and what a run cost."""
+    from rich.console import Console
+    from rich.table import Table
+
+    comparable = not any(differs(f.name, protocol) for f in fields(Config))
+    scores = Table("suite", "agent", "treatment", "seeds", "IQM of runs", "IQM of runs x tasks", "paper, 30 seeds")
+    scores.title = f"normalised score after {describe(protocol)}"
+    scores.caption = (
+        "IQM [95% bootstrap interval]; of runs: of each run's mean over tasks, which the paper's numbers fit"
+    )
+    metrics = Table("suite", "agent", "treatment", "dormant actor", "critic", "rank actor", "critic", "Fisher")
+    metrics.title, metrics.caption = "networks at the final evaluation", "means over seeds"
+    costs = Table("suite", "agent", "treatment", "live / dense", "update ms", "acting ms", "steps/s", "core-minutes")
+    costs.title, costs.caption = (
+        "cost",
+        "medians over a run, means over seeds; update and acting of one rollout, on one core",
+    )
+    for cell in cells:
+        config, by_task = cell.config, cell.scores
+        head = (config.suite, config.agent, cell.name)
+        paper = reference(cell) if comparable else None
+        scores.add_row(
+            *head,
+            ", ".join(map(str, cell.seeds)),
+            with_interval(by_task.mean(1, keepdims=True)),
+            with_interval(by_task),
+            f"{paper.iqm:.2f} [{paper.low:.2f}, {paper.high:.2f}]" if paper else "",
+        )
+        dormant = [f"{cell.last(f'dormant/{network}'):.1%}" for network in ("actor", "critic")]
+        ranks = [f"{cell.last(f'rank/{network}'):.0f}" for network in ("actor", "critic")]
+        metrics.add_row(*head, *dormant, *ranks, f"{cell.last('fisher/actor'):.3g}")
+        times = [f"{cell.typical(f'time/{name}'):,.0f}" for name in ("update_ms", "acting_ms", "steps_per_second")]
+        costs.add_row(*head, f"{cell.last('sparse/density'):.3f}", *times, f"{cell.core_minutes:.1f}")
+    for suite, alone in single_task(cells).items():
+        scores.add_row(
+            suite,
+            "single-task",
+            "dense",
+            str(len(alone)),
+            with_interval(alone.mean(1, keepdims=True)),
+            with_interval(alone),
+        )
+    console = Console(width=None if sys.stdout.isatty() else 130)
+    for table in (scores, metrics, costs):
+        console.print(table)
+    if comparable:
+        for line in orderings(cells):
+            console.print(line)
+
+
+def single_task(cells: list[Cell]) -> dict[str, np.ndarray]:
+    """The reference line: scores [runs, tasks] of networks trained on one task each, for suites that have them all."""
+    of_task = {cell.config.suite: cell.scores for cell in cells if cell.config.treatment == "dense"}
+    lines = {}
+    for suite in ("mt3", "mt5", "mt7"):
+        parts = [of_task.get(task.name) for task in SUITES[suite]]
+        if all(part is not None for part in parts):
+            runs = min(map(len, parts))
+            lines[suite] = np.hstack([part[:runs] for part in parts])
+    return lines
+
+
+def with_interval(scores: np.ndarray) -> str:
+    """The IQM of scores [runs, strata] and, of more than one run, its interval."""
+    value = f"{iqm(scores.flatten()):.3f}"
+    if len(scores) == 1:
+        return value
+    low, high = interval(scores)
+    return f"{value} [{low:.3f}, {high:.3f}]"
+
+
+def reference(cell: Cell) -> Score | None:
+    """The paper's score of this cell, if it has one."""
+    config = cell.config
+    standard = replace(PAPER, suite=config.suite, agent=config.agent, treatment=config.treatment, ticket=config.ticket)
+    as_paper = identity(standard) == config
+    return TABLE.get((config.agent, config.suite, config.treatment)) if as_paper else None
+
+
+def orderings(cells: list[Cell]) -> list[str]:
+    """Where the paper's order of a treatment and the dense network appears in these runs, and where not."""
+    dense = {(c.config.suite, c.config.agent): c for c in cells if c.config.treatment == "dense"}
+    lines = []
+    for cell in cells:
+        base, paper = dense.get((cell.config.suite, cell.config.agent)), reference(cell)
+        if cell is base or base is None or paper is None:
+            continue
+        ours = iqm(cell.scores.mean(1)) - iqm(base.scores.mean(1))
+        theirs = paper.iqm - reference(base).iqm
+        verdict = "the paper's order appears" if ours * theirs > 0 else "the paper's order does not appear"
+        lines.append(
+            f"{cell.config.suite} {cell.config.agent}: {cell.name} - dense = {ours:+.3f}, paper {theirs:+.2f}: "
+            f"{verdict} ({len(cell.runs)} and {len(base.runs)} seeds)"
+        )
+    fewest = min(len(cell.runs) for cell in cells)
+    if lines and fewest < 10:
+        lines.append(
+            f"With {fewest} seeds in some cells, against the paper's 30, none of this proves anything by itself."
+        )
+    return lines
+
+
+def draw(protocol: Config, cells: list[Cell], folder: Path, number: int) -> list[Path]:
+    """Draw the curves of every suite and agent: a line per treatment, the mean of its seeds; their range is shaded.
+
+    Files are named by the number of the protocol among those reported.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    groups = defaultdict(list)
+    for cell in cells:
+        groups[cell.config.suite, cell.config.agent].append(cell)
+    written = []
+    for (suite, agent), of_group in groups.items():
+        figure, axes = pyplot.subplots(2, 4, figsize=(20, 8), sharex=True, layout="constrained")
+        for axis, (metric, label) in zip(axes.flat, CURVES.items(), strict=True):
+            for cell in of_group:
+                curves = np.array([run.evaluated[metric].to_numpy() for run in cell.runs])
+                steps = cell.runs[0].evaluated.index / 1000
+                seeds = f"{len(cell.runs)} seed{'s' * (len(cell.runs) > 1)}"
+                (line,) = axis.plot(steps, curves.mean(0), label=f"{cell.name} ({seeds})")
+                axis.fill_between(steps, curves.min(0), curves.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
+            axis.set_title(label)
+            axis.grid(alpha=0.3)
+        for axis in axes[1]:
+            axis.set_xlabel("thousand timesteps")
+        axes[1, 2].set_yscale("log")
+        axes[0, 0].legend()
+        figure.suptitle(
+            f"{suite.upper()}, {agent.upper()}: {describe(protocol)}. Line: mean of seeds; shaded: their range"
+        )
+        written.append(folder / f"{number}-{suite}-{agent}.png")
+        figure.savefig(written[-1], dpi=80)
+        pyplot.close(figure)
+    return written
+
+
+if __name__ == "__main__":
+    main()

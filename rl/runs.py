@@ -1,0 +1,67 @@
+"""Runs on disk: sweep.py and report.py find them again by what they did."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import pandas
+
+from rl.config import CONFIG, ENVIRONMENT, Config
+from rl.logger import CSV
+
+
+def identity(config: Config) -> Config:
+    """The settings that decide what a run does; where and on how many threads do not."""
+    return replace(config, runs=Path(), threads=1, ticket=config.ticket and Path())
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder: its settings and what has been logged so far."""
+
+    folder: Path
+    config: Config
+
+    @cached_property
+    def metrics(self) -> pandas.DataFrame:
+        """One row per logged timestep, one column per metric; NaN where it was not taken."""
+        table = pandas.read_csv(self.folder / CSV)
+        return table.pivot_table(index="step", columns="name", values="value", aggfunc="last")
+
+    @property
+    def clock(self) -> int:
+        """The last timestep that was logged."""
+        file = self.folder / CSV
+        lines = file.read_bytes()[-1000:].splitlines() if file.exists() else []
+        step = lines[-1].partition(b",")[0] if lines else b""
+        return int(step) if step.isdigit() else 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the policy was evaluated at the end."""
+        file, evaluation = self.folder / CSV, f"\n{self.config.timesteps},score/mean,"
+        return file.exists() and evaluation in file.read_text()
+
+    def publish(self, results: Path) -> None:
+        """Copy into `results` what is worth committing: settings, machine, and the metrics at evaluations."""
+        folder = results / self.config.experiment / f"{self.config.seed}-{self.config.timesteps}"
+        folder.mkdir(parents=True, exist_ok=True)
+        replace(self.config, runs=Config.runs, ticket=self.config.ticket and Path()).save(folder)
+        about = (self.folder / ENVIRONMENT).read_text()
+        (folder / ENVIRONMENT).write_text(re.sub(r"^command: .*\n| at /.*$", "", about, flags=re.MULTILINE))
+        steps = {str(step) for step in self.evaluated.index}
+        header, *rows = (self.folder / CSV).read_text().splitlines(keepends=True)
+        (folder / CSV).write_text(header + "".join(row for row in rows if row.partition(",")[0] in steps))
+
+    @property
+    def evaluated(self) -> pandas.DataFrame:
+        """The rows of `metrics` at which the policy was evaluated."""
+        return self.metrics[self.metrics["score/mean"].notna()]
+
+
+def find(folders: Iterable[Path]) -> list[Run]:
+    """All runs in these folders, at any depth."""
+    configs = sorted(path for folder in folders for path in folder.rglob(CONFIG))
+    return [Run(path.parent, Config.load(path.parent)) for path in configs]

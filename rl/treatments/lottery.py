@@ -1,0 +1,37 @@
+"""Lottery ticket: the weights that a finished run of GMP kept, with their first values, trained anew on their own.
+
+The ticket is a run folder of the same suite, agent and seed: the seed gives the first values, the folder's checkpoint
+the weights that live. These never change again, so there is nothing to do during training.
+"""
+
+from torch import nn
+
+import sparsekern as sk
+from rl import checkpoint
+from rl.config import Config
+
+
+def prepare(network: nn.Module, config: Config, role: str) -> None:
+    kept = checkpoint.load(checked(config))[role]["network"]
+    plan = sk.plan_from(kept)
+    masks = {}
+    for layer in plan.layers:
+        rows, cols = (kept[f"{layer.name}.topology.block_{side}"] for side in ("rows", "cols"))
+        masks[layer.name] = sk.Topology(rows, cols, layer.shape, layer.block_size, layer.groups).mask()
+    sk.sparsify(network, plan, keep=masks)
+
+
+def checked(config: Config):
+    """The ticket's run folder, if its run is finished and began as this one does."""
+    if config.ticket is None:
+        raise ValueError("treatment lottery needs --ticket, the run folder of a finished run of treatment gmp")
+    ticket, saved = Config.load(config.ticket), checkpoint.load(config.ticket)
+    for name in ("suite", "agent", "seed", "networks", "block_size"):
+        if getattr(ticket, name) != getattr(config, name):
+            raise ValueError(
+                f"lottery: ticket and run must have the same {name}, got {getattr(ticket, name)!r} and "
+                f"{getattr(config, name)!r}"
+            )
+    if "gmp" not in ticket.treatment or saved is None or saved["clock"] < ticket.timesteps:
+        raise ValueError(f"lottery: {config.ticket} must be a finished run of treatment gmp with its checkpoint")
+    return config.ticket

@@ -1,0 +1,58 @@
+"""ReDo (arXiv 2302.12902): every 5000 timesteps, dormant neurons start anew.
+
+A recycled neuron gets fresh incoming weights, a zero bias and zero outgoing weights, so that the network's outputs stay
+as they are, and zero Adam moments for all of these. Outputs are never recycled, and neither are the outputs of experts
+in a mixture: they share the weights that read them.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import sparsekern as sk
+from rl.buffer import PlasticityBuffer
+from rl.config import Config
+from rl.neurons import Hidden, activity
+from rl.seeds import Stream, torch_generator
+from rl.treatments.periodic import Periodic
+
+
+def make_rule(network: nn.Module, optimizer: Optimizer, config: Config, seed: int, buffer: PlasticityBuffer) -> "ReDo":
+    return ReDo(network, optimizer, config.redo.every, config.redo.tau, seed, buffer)
+
+
+class ReDo(Periodic):
+    def __init__(self, network, optimizer, every: int, tau: float, seed: int, buffer: PlasticityBuffer):
+        super().__init__(every)
+        self.network, self.optimizer, self.tau, self.seed, self.buffer = network, optimizer, tau, seed, buffer
+
+    def act(self, clock: int) -> None:
+        generator = torch_generator(self.seed, Stream.TREATMENT, clock)
+        for neurons in activity(self.network, *self.buffer.sample(generator)):
+            if neurons.layer.outgoing is not None:
+                recycle(neurons.layer, neurons.dormant(self.tau), self.optimizer, generator)
+
+
+@torch.no_grad()
+def recycle(layer: Hidden, dormant: Tensor, optimizer: Optimizer, generator: torch.Generator) -> None:
+    """Let the dormant neurons, bool [groups, neurons], of a layer start anew; its weights are dense."""
+    weights = matrices(layer.incoming, layer.groups)
+    bound = weights.shape[2] ** -0.5  # as nn.Linear and nn.Conv2d draw their first weights
+    fresh = torch.empty_like(weights).uniform_(-bound, bound, generator=generator)
+    rows = dormant.unsqueeze(2).expand_as(weights)
+    weights.copy_(torch.where(rows, fresh, weights))
+    layer.incoming.bias.masked_fill_(dormant.flatten(), 0)
+
+    weights = matrices(layer.outgoing, layer.outgoing.groups)
+    columns = dormant.repeat_interleave(weights.shape[2] // layer.neurons, dim=1)  # a channel is read at many taps
+    columns = columns.unsqueeze(1).expand_as(weights)
+    weights.masked_fill_(columns, 0)
+
+    sk.reset_state(optimizer, layer.incoming, rows.reshape(layer.incoming.weight.shape))
+    sk.reset_state(optimizer, layer.incoming.bias, dormant.flatten())
+    sk.reset_state(optimizer, layer.outgoing, columns.reshape(layer.outgoing.weight.shape))
+
+
+def matrices(layer: nn.Module, groups: int) -> Tensor:
+    """The weight as a view [groups, out, in]; a sparse layer must be in blocks of 1 that all live, row by row."""
+    return layer.weight.detach().view(groups, layer.bias.numel() // groups, -1)

@@ -1,0 +1,26 @@
+"""Reset (arXiv 2205.07802): every 100,000 timesteps, twice, the last layer of every head starts anew."""
+
+from torch import nn
+from torch.optim import Optimizer
+
+import sparsekern as sk
+from rl.buffer import PlasticityBuffer
+from rl.config import Config
+from rl.seeds import Stream, drawing_from, torch_generator
+from rl.treatments.periodic import Periodic
+
+
+def make_rule(network: nn.Module, optimizer: Optimizer, config: Config, seed: int, buffer: PlasticityBuffer) -> "Reset":
+    return Reset(network.heads.output, optimizer, config.reset.every, config.reset.times, seed)
+
+
+class Reset(Periodic):
+    def __init__(self, layer: nn.Module, optimizer: Optimizer, every: int, times: int, seed: int):
+        super().__init__(every, times)
+        self.layer, self.optimizer, self.seed = layer, optimizer, seed
+
+    def act(self, clock: int) -> None:
+        with drawing_from(torch_generator(self.seed, Stream.TREATMENT, clock)):
+            self.layer.reset_parameters()
+        for parameter in self.layer.parameters():
+            sk.reset_state(self.optimizer, parameter, parameter.new_ones((), dtype=bool))

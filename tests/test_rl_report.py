@@ -1,0 +1,117 @@
+"""rl/report.py and rl/runs.py: the statistics by hand, and that only comparable finished runs are compared."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from rl import paper
+from rl.config import Config, PPOConfig
+from rl.envs import SUITES
+from rl.report import by_protocol, describe, draw, orderings, reference, show, single_task
+from rl.runs import find
+from rl.statistics import interval, iqm
+
+LOGGED = ("time/steps_per_second", "time/update_ms", "time/acting_ms", "time/evaluate_ms", "time/metrics_ms")
+LOGGED += ("dormant/actor", "dormant/critic", "rank/actor", "rank/critic", "fisher/actor", "sparse/density")
+
+
+def write(folder, config, score, steps=(10_000, 400_000)):
+    """A run folder with these evaluations; every task ends with this score."""
+    folder.mkdir(parents=True)
+    config.save(folder)
+    (folder / "environment.txt").write_text("command: secret\ncommit: abc\nsparsekern 0.1 at /somewhere/else\n")
+    rows = ["step,name,value", "2000,loss/value,1.0"]
+    for step in steps:
+        names = ["mean", *(task.name for task in SUITES[config.suite])]
+        rows += [f"{step},score/{name},{score if step == steps[-1] else 0}" for name in names]
+        rows += [f"{step},success/mean,{score}", *(f"{step},{name},1" for name in LOGGED)]
+    (folder / "metrics.csv").write_text("\n".join(rows) + "\n")
+
+
+def test_iqm_cuts_off_a_quarter_at_each_end():
+    assert iqm(np.array([9.0, 1, 2, 3, -50])) == 2  # of five, one is cut off at each end
+    assert iqm(np.array([[0.0, 1, 2, 99], [4, 4, 4, 4]])).tolist() == [1.5, 4]
+    assert iqm(np.array([1.0, 2])) == 1.5
+    assert iqm(np.arange(30.0)) == np.arange(7, 23).mean()
+
+
+def test_interval_redraws_runs_within_each_task():
+    fixed = np.array([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])  # runs agree on each task: nothing to be unsure of
+    assert interval(fixed) == (0.5, 0.5)
+    low, high = interval(np.array([[0.0], [1.0]]))
+    assert (low, high) == (0, 1)
+    scores = np.random.default_rng(1).normal(size=(400, 1))
+    low, high = interval(scores)
+    assert low < iqm(scores.flatten()) < high and high - low == pytest.approx(2 * 1.96 * 1.2 / 20, rel=0.25)
+
+
+def test_paper_has_seven_treatments_of_three_agents_on_three_suites():
+    assert len(paper.TABLE) == 63
+    assert paper.TABLE["mtppo", "mt5", "dense"] == (0.65, 0.61, 0.71)
+    assert paper.TABLE["moore", "mt7", "layer-norm"] == (0.66, 0.61, 0.70)
+    assert paper.TABLE["moe", "mt3", "reset"] == (0.64, 0.54, 0.73)
+    assert all(score.low <= score.iqm <= score.high for score in paper.TABLE.values())
+
+
+def test_report_compares_finished_runs_of_one_protocol_only(tmp_path, capsys):
+    full = Config(suite="mt5", treatment="dense", timesteps=400_000)
+    for seed, score in enumerate((0.6, 0.8)):
+        write(tmp_path / f"dense{seed}", replace(full, seed=seed, threads=seed + 1), score)
+        write(tmp_path / f"set{seed}", replace(full, treatment="set", seed=seed), score + 0.1)
+    write(tmp_path / "again", full, 0.6)
+    write(tmp_path / "block", replace(full, treatment="set", block_size=16), 0.9)
+    write(tmp_path / "short", replace(full, timesteps=40_000), 0.2, steps=(10_000, 40_000))
+    write(tmp_path / "other", replace(full, ppo=PPOConfig(epochs=4)), 0.3)
+    write(tmp_path / "unfinished", replace(full, seed=2), 0.3, steps=(10_000, 20_000))
+
+    runs = find([tmp_path])
+    assert [run.folder.name for run in runs if not run.finished] == ["unfinished"]
+    tables = by_protocol(run for run in runs if run.finished)
+    described = {describe(protocol): cells for protocol, cells in tables.items()}
+    names = {title: [(cell.name, cell.seeds) for cell in cells] for title, cells in described.items()}
+    same, short, other = sorted(names, key=lambda title: (title.startswith("40,"), "epochs" in title))
+    assert names[same] == [("dense", [0, 1]), ("set", [0, 1]), ("set, block 16", [0])]
+    assert names[short] == names[other] == [("dense", [0])]
+    assert same == "400,000 timesteps, the paper's protocol"
+
+    cells = described[same]
+    dense, sets, blocks = cells
+    assert reference(dense) == paper.TABLE["mtppo", "mt5", "dense"] and reference(blocks) is None
+    np.testing.assert_allclose(sets.scores, [[0.7] * 5, [0.9] * 5])
+    (line, warning) = orderings(cells)
+    assert line.startswith("mt5 mtppo: set - dense = +0.100, paper +0.15: the paper's order appears (2 and 2 seeds)")
+    assert "1 seeds" in warning and "none of this proves anything" in warning
+
+    for protocol, of_table in tables.items():
+        show(protocol, of_table)
+    printed = capsys.readouterr().out
+    assert "0.700 [0.600, 0.800]" in printed and "0.65 [0.61, 0.71]" in printed and "0, 1" in printed
+    assert printed.count("0.65 [0.61, 0.71]") == 1  # beside the paper's protocol only
+    assert "not the paper's protocol: timesteps 40000" in printed
+    (picture,) = draw(next(iter(tables)), cells, tmp_path / "plots", number=1)
+    assert picture.name == "1-mt5-mtppo.png" and picture.stat().st_size > 10_000
+
+
+def test_single_task_line_needs_all_tasks_of_the_suite(tmp_path):
+    for i, task in enumerate(SUITES["mt3"]):
+        (cells,) = by_protocol(find([tmp_path])).values() if i else ([],)
+        assert single_task(cells) == {}
+        for seed in range(2 + i):
+            config = Config(suite=task.name, treatment="dense", timesteps=400_000, seed=seed)
+            write(tmp_path / f"{task.name}{seed}", config, 0.1 * i)
+    (cells,) = by_protocol(find([tmp_path])).values()
+    np.testing.assert_allclose(single_task(cells)["mt3"], [[0, 0.1, 0.2], [0, 0.1, 0.2]])
+
+
+def test_published_run_is_small_says_the_same_and_names_no_path(tmp_path):
+    config = Config(suite="mt5", treatment="set", timesteps=400_000, runs=tmp_path / "runs")
+    write(tmp_path / "runs" / "a", config, 0.5)
+    (run,) = find([tmp_path / "runs"])
+    run.publish(tmp_path / "results")
+    (published,) = find([tmp_path / "results"])
+    assert published.folder == tmp_path / "results/mt5-mtppo-set-density0.05-block1/0-400000"
+    assert published.finished and published.evaluated.iloc[-1]["score/mean"] == 0.5
+    text = "".join(file.read_text() for file in published.folder.iterdir())
+    assert str(tmp_path) not in text and "secret" not in text and "somewhere" not in text and "commit: abc" in text
+    assert "loss/value" not in text  # of a timestep without evaluation

@@ -1,0 +1,105 @@
+"""rl/sweep.py: which runs a grid has, and that finished and interrupted ones are recognised."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rl import checkpoint, run, sweep, train_ppo
+from rl.config import Config, PPOConfig
+from rl.run import new_folder
+from rl.runs import find
+from rl.sweep import Sweep, run_all
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+def test_grid_counts_options_of_sparse_treatments_for_these_only():
+    grid = Sweep(treatments=("dense", "redo", "set"), densities=(0.05, 0.2), block_sizes=(1, 16), seeds=(4, 7)).cells()
+    assert [cell.seed for cell in grid] == 6 * [4] + 6 * [7]
+    assert [cell.experiment for cell in grid[:6]] == [
+        "mt5-mtppo-dense",
+        "mt5-mtppo-redo",
+        *(f"mt5-mtppo-set-density{density}-block{block}" for density in (0.05, 0.2) for block in (1, 16)),
+    ]
+    assert len(Sweep(treatments=("dense", "redo"), networks=("actor", "critic"), seeds=(0,)).cells()) == 3
+
+
+class Pool:
+    """As multiprocessing's, in this process."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def imap_unordered(self, function, jobs):
+        self.results = map(function, jobs)
+        return self
+
+    def next(self, timeout):
+        return next(self.results)
+
+
+def test_sweep_resumes_interrupted_runs_and_does_not_repeat_finished_ones(tmp_path, monkeypatch, one_thread):
+    monkeypatch.setattr(sweep, "make_pool", lambda address, workers: Pool())
+    monkeypatch.setattr(run, "environment", lambda: "")  # it takes seconds
+    trained, train = [], train_ppo.train
+
+    def count(config, folder, quiet):
+        state = checkpoint.load(folder)
+        trained.append((config.seed, state["clock"] if state else 0))
+        train(config, folder, quiet)
+
+    monkeypatch.setattr(train_ppo, "train", count)
+    ppo = PPOConfig(rollout_steps=100, epochs=1)
+    base = Config(treatment="dense", timesteps=200, evaluate_every=100, episodes=1, ppo=ppo, runs=tmp_path / "runs")
+    cells = [replace(base, seed=seed) for seed in range(3)]
+    options = Sweep(runs=tmp_path / "runs", results=tmp_path / "results")
+
+    broken, rollouts = new_folder(cells[1]), []
+
+    def die(*args, **kwargs):
+        if rollouts:
+            raise RuntimeError("out of memory, say")
+        rollouts.append(collect(*args, **kwargs))
+        return rollouts[0]
+
+    collect = train_ppo.collect
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ppo, "collect", die)
+        assert run_all([cells[1]], options) == 1  # the sweep survives
+    assert checkpoint.load(broken)["clock"] == 100
+
+    assert run_all(cells[:2], options) == 0
+    assert trained == [(1, 0), (0, 0), (1, 100)]
+    for made in find([tmp_path / "runs"]):
+        assert made.finished
+        made.folder.rename(tmp_path / f"elsewhere{made.config.seed}")  # only the published results are left
+    assert run_all(cells, options) == 0
+    assert trained[3:] == [(2, 0)]
+    assert [made.config.seed for made in find([tmp_path / "results"]) if made.finished] == [0, 1, 2]
+
+
+def test_address_without_ray_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SystemExit, match=r"--address needs Ray: pip install 'sparsekern\[cluster\]'"):
+        sweep.make_pool("auto", workers=2)
+
+
+def test_lottery_without_its_gmp_run_says_so(tmp_path):
+    (cell,) = Sweep(treatments=("lottery",), seeds=(5,), runs=tmp_path).cells()
+    with pytest.raises(SystemExit, match="needs the finished run mt5-mtppo-gmp-density0.05-block1 of seed 5"):
+        sweep.with_ticket(cell)
+
+
+def test_command_trains_in_processes_of_its_own(tmp_path):
+    command = "rl/sweep.py --suites MultiRoom-N2-S4 --treatments dense set --seeds 3 --timesteps 100 --workers 2"
+    command += f" --runs {tmp_path}/runs --results {tmp_path}/results"
+    done = subprocess.run([sys.executable, *command.split()], cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2 runs: 0 finished, 2 to do" in done.stdout
+    assert sorted(made.config.treatment for made in find([tmp_path / "results"]) if made.finished) == ["dense", "set"]
