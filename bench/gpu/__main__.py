@@ -15,8 +15,8 @@ from bench.gpu.clock import REHEARSAL
 
 
 def warm(arguments) -> Iterator[list[dict]]:
-    """Compile our kernels for the main cases and tiles, so that four processes do it at once and no clock waits."""
-    for case in products.main_cases(arguments.blocks)[:: 1 if REHEARSAL else 3]:
+    """Compile our kernels for the main cases: four processes at once, where a clock would wait."""
+    for case in products.main_cases(arguments.blocks):
         problem = products.Problem(case)
         for build in (contenders.kernels, contenders.densified):
             for call in build(problem).values():

@@ -73,6 +73,6 @@ class Problem:
         if result.layout is not torch.strided:
             result = result.to_dense()
         if product == "sdd" and result.dim() == 2:
-            result = reference.gather(result[None], self.layout)
+            result = reference.gather(result.contiguous()[None], self.layout)
         truth = self.truth(product, weight)
         return float((result.double() - truth).norm() / truth.norm())

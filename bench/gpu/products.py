@@ -10,7 +10,7 @@ from bench.gpu.clock import REHEARSAL
 from bench.gpu.problem import BOUND, PRODUCTS, Case, Problem
 from sparsekern import cost
 
-BLOCK_SIZES = (16, 32) if REHEARSAL else (64, 128, 32, 16)
+BLOCK_SIZES = (16,) if REHEARSAL else (64, 128, 32, 16)
 DENSITIES = (0.5,) if REHEARSAL else (0.1, 0.2, 0.05, 0.5, 0.02)
 TOKENS = (32,) if REHEARSAL else (16384, 4096, 256)
 WIDTH = 64 if REHEARSAL else 4096

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparsekern import devices
 from sparsekern.backends.triton import kernels
 from sparsekern.topology import Layout, build_index
 
@@ -64,6 +65,11 @@ TILES: dict[tuple[str, int, str], tuple[Tile, ...]] = {
 for _block_size in (16, 32, 64, 128):  # the tile of a dense product, whatever blocks its norms are taken of
     TILES["norms", _block_size, "half"] = (Tile(128, 64, 8, 3),)
     TILES["norms", _block_size, "tf32"] = TILES["norms", _block_size, "ieee"] = (Tile(128, 32, 8, 3),)
+
+if torch.cuda.is_available():  # what `python -m bench.tune` found to be faster on this device
+    for _key, _tiles in devices.known(torch.cuda.get_device_name())["tiles"].items():
+        _product, _block_size, _arithmetic = _key.split()
+        TILES[_product, int(_block_size), _arithmetic] = tuple(Tile(*tile) for tile in _tiles)
 
 PROGRAMS_PER_SM = 2
 # An sdd with fewer than this many programs per multiprocessor is split over tokens, while every part has SPLIT_TOKENS.
