@@ -5,7 +5,7 @@
 # may fail without stopping the next. OUTDIR gets results.json, results.md, speedup.png, <device>.json (the measured
 # table, also in sparsekern/devices) and log.txt. Baselines that are not installed are reported with their reason.
 #
-# SPARSEKERN_REHEARSE=1 rehearses it on a machine without a GPU: tiny sizes, interpreted kernels, about half a minute.
+# SPARSEKERN_REHEARSE=1 rehearses it on a machine without a GPU: tiny sizes, interpreted kernels, less than a minute.
 # SPARSEKERN_SECONDS=570 is the time for everything; PYTHON=python3 the interpreter.
 set -u
 out=$(mkdir -p "${1:?usage: bash bench/gpu.sh OUTDIR}" && cd "$1" && pwd)
@@ -36,9 +36,10 @@ bench() { # bench LIMIT STAGE...: it stops by itself before it would be stopped
 }
 
 if [ -n "$rehearse" ]; then
-  blocks=16 libraries="torch_csr" tuned_into=$out
+  blocks=16 first="stk" then="" last="" tuned_into=$out
 else
-  blocks="64 128 32 16" libraries="torch_csr semi_structured torchao blksprs cupy_csr" tuned_into=sparsekern/devices
+  blocks="64 128 32 16" first="torch_bsr stk" then="torch_csr semi_structured torchao blksprs cupy_csr"
+  last=torch_bsr_tuned tuned_into=sparsekern/devices
   stage 60 "$python" -m pip install -q --no-deps --no-build-isolation -e . # where this fails, it is pure Python
 fi
 stage 30 "$python" -m sparsekern
@@ -53,16 +54,16 @@ wait "${warming[@]}"
 
 bench 30 limits
 for block in $blocks; do bench 40 main --block "$block"; done
-for name in torch_bsr stk; do bench 25 baselines --only $name; done
+for name in $first; do bench 25 baselines --only $name; done
 bench 30 training
 stage 110 "$python" -W ignore -m bench.tune --seconds 90 --folder "$tuned_into"
 [ -n "$rehearse" ] || cp sparsekern/devices/nvidia*.json "$out"
 stage 80 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py
-bench 30 main --block 64 # again, with the tuned tiles and the measured break-evens
-for name in $libraries; do bench 20 baselines --only $name; done
+[ -n "$rehearse" ] || bench 30 main --block 64 # again, with the tuned tiles and the measured break-evens
+for name in $then; do bench 20 baselines --only $name; done
 bench 30 float32
 bench 30 sizes
-bench 40 baselines --only torch_bsr_tuned
+for name in $last; do bench 40 baselines --only $name; done
 report_seconds=0
 stage 25 "$python" -m bench.gpu report --out "$out"
 ls -l "$out"

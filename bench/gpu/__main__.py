@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import sparsekern as sk
-from bench.gpu import contenders, limits, products, report, results, training
+from bench.gpu import contenders, limits, products, results, training
 from bench.gpu.clock import REHEARSAL
 
 
@@ -68,6 +68,8 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.stage == "report":
+        from bench.gpu import report  # the only one that needs pandas and matplotlib
+
         report.write(arguments.out)
         return
     stop, count = time.monotonic() + arguments.seconds, 0

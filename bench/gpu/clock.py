@@ -53,9 +53,9 @@ def captured(call: Callable, calls: int = 1) -> Callable:
 
 def host_microseconds(call: Callable, calls: int = 1000) -> float:
     """What one call takes of the host, which does not wait for the device."""
-    calls = 3 if REHEARSAL else calls
+    calls, repeat = (1, 1) if REHEARSAL else (calls, 5)
     batches = []
-    for _ in range(5):
+    for _ in range(repeat):
         call()
         synchronize()
         start = time.perf_counter()
@@ -72,25 +72,26 @@ def synchronize() -> None:
 
 
 def _measure(call: Callable, calls: int) -> Times:
-    for _ in range(1 if REHEARSAL else 3):
-        call()
-    once = _round(call)
-    rounds = 2 if REHEARSAL else min(max(round(SECONDS / once), ROUNDS[0]), ROUNDS[1])
-    q1, median, q3 = statistics.quantiles(_rounds(call, rounds), n=4)
+    q1, median, q3 = statistics.quantiles(_rehearsed(call) if REHEARSAL else _rounds(call), n=4)
     return Times(*(seconds / calls * 1e6 for seconds in (median, q1, q3)))
 
 
-def _round(call: Callable) -> float:
-    synchronize()
+def _rehearsed(call: Callable) -> list[float]:
+    """Seconds, twice."""
     start = time.perf_counter()
     call()
-    synchronize()
-    return time.perf_counter() - start
+    return 2 * [time.perf_counter() - start]
 
 
-def _rounds(call: Callable, rounds: int) -> list[float]:
-    if REHEARSAL:
-        return [_round(call) for _ in range(rounds)]
+def _rounds(call: Callable) -> list[float]:
+    """Seconds of each of as many rounds as there is time for."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    rounds = min(max(round(SECONDS / (time.perf_counter() - start)), ROUNDS[0]), ROUNDS[1])
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
     for start, end in events:
         start.record()
