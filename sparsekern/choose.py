@@ -29,6 +29,7 @@ BREAK_EVEN = {
 }
 # For bfloat16 where the CPU multiplies it in hardware: the vendor's GEMM does, the C++ kernels do not.
 BREAK_EVEN_BFLOAT16 = {1: 0.12, 2: 0.2, 4: 0.3, 8: 0.35, 16: 0.35, 32: 0.4, 64: 0.4, 128: 0.4}
+CPU_DTYPES = (torch.float32, torch.bfloat16)
 # Copying blocks into a dense matrix and back takes about as long as the GEMM of this many tokens.
 COPY_TOKENS = 32
 
@@ -51,22 +52,26 @@ def use(backend: str) -> Iterator[None]:
 
 def backend_for(x: Tensor, layout: Layout, token_offsets: Tensor | None = None) -> ModuleType | SimpleNamespace:
     """What is to answer a product of x: something with the functions `dds` and `sdd` of a backend."""
-    takes = x.dtype in (torch.float32, torch.bfloat16) and x.device.type == "cpu"
     if _forced is not None:
-        if _forced is cpu and not takes:
-            raise RuntimeError(f"backend 'cpu' takes float32 and bfloat16 on a CPU, got {x.dtype} on {x.device}")
-        if _forced is triton and not triton.takes(x, layout):
-            got = f"{x.dtype} on {x.device} in blocks of {layout.block_size}"
-            raise RuntimeError(f"backend 'triton' takes {triton.TAKES}, got {got}")
-        return _forced
+        return _checked(_forced, x, layout)
     if x.device.type == "cuda":
         return _on_gpu(x, layout, token_offsets is not None)
-    if not takes or cpu.unavailable():
+    if x.device.type != "cpu" or x.dtype not in CPU_DTYPES or cpu.unavailable():
         return reference
     density = break_even(layout.block_size, x.dtype)
     if layout.full:  # GMP asks at its events whether to leave it; counting live blocks here would cost every product
         return cpu if density >= 1 else vendor
     return cpu if _is_sparser(layout, density * (1 + COPY_TOKENS / max(1, len(x)))) else vendor
+
+
+def _checked(backend: ModuleType, x: Tensor, layout: Layout) -> ModuleType:
+    """A forced backend, unless it cannot answer."""
+    if backend is cpu and (x.device.type != "cpu" or x.dtype not in CPU_DTYPES):
+        raise RuntimeError(f"backend 'cpu' takes float32 and bfloat16 on a CPU, got {x.dtype} on {x.device}")
+    if backend is triton and not triton.takes(x, layout):
+        got = f"{x.dtype} on {x.device} in blocks of {layout.block_size}"
+        raise RuntimeError(f"backend 'triton' takes {triton.TAKES}, got {got}")
+    return backend
 
 
 def sparse_is_faster(layout: Layout, dtype: torch.dtype) -> bool:
@@ -100,34 +105,28 @@ def _is_sparser(layout: Layout, density: float) -> bool:
 
 
 def _on_gpu(x: Tensor, layout: Layout, ragged: bool) -> ModuleType | SimpleNamespace:
-    if layout.full or not triton.takes(x, layout) or triton.unavailable():
-        return vendor
-    if ragged:  # without its host's knowledge, the vendor's GEMM would multiply every token by every group
-        return triton
     # rounded, so that a batch of varying length does not ask the model anew every time
-    tokens = 1 << max(x.shape[0], 1).bit_length() - 1
-    return _faster_of_two(layout.num_slots, *_key(layout, x.dtype, tokens, x.device))
-
-
-def _key(layout: Layout, dtype: torch.dtype, tokens: int, device: torch.device) -> tuple:
-    """The arguments of `cost.break_even` after the first."""
-    b = layout.block_size
-    sizes = layout.num_rows * b, layout.num_cols // layout.groups * b, tokens
-    return b, cost.arithmetic(dtype), *sizes, _device_name(device)
+    tokens = 1 << (x.shape[0] | 1).bit_length() - 1
+    kind = cost.arithmetic(x.dtype)
+    return _fastest_on_gpu(x.device, x.dtype, kind, tokens, ragged, layout.num_slots, *layout[3:])
 
 
 @functools.lru_cache(maxsize=4096)
-def _faster_of_two(num_slots: int, block_size: int, arithmetic: str, out: int, into: int, tokens: int, device: str):
-    """The Triton kernels or the vendor's GEMM, for each product by itself."""
+def _fastest_on_gpu(device, dtype, arithmetic, tokens, ragged, num_slots, num_rows, num_cols, groups, block_size, full):
+    if full or dtype not in triton.DTYPES or block_size not in triton.BLOCK_SIZES or triton.unavailable():
+        return vendor
+    if ragged:  # without its host's knowledge, the vendor's GEMM would multiply every token by every group
+        return triton
+    out, into = num_rows * block_size, num_cols // groups * block_size
     density = num_slots * block_size**2 / (out * into)
-    key = block_size, arithmetic, out, into, tokens, device
+    key = block_size, arithmetic, out, into, tokens, _device_name(device)
     paths = {product: triton if density <= cost.break_even(product, *key) else vendor for product in cost.PRODUCTS}
     if paths["dds"] is paths["sdd"]:
         return paths["dds"]
     return SimpleNamespace(dds=paths["dds"].dds, sdd=paths["sdd"].sdd)
 
 
-_device_name = functools.cache(torch.cuda.get_device_name)
+_device_name = torch.cuda.get_device_name
 
 
 def _find(backend: str) -> ModuleType:

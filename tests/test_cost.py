@@ -27,10 +27,10 @@ def gpu(monkeypatch):
     monkeypatch.setattr(triton, "dds", "dds by Triton", raising=False)
     monkeypatch.setattr(triton, "sdd", "sdd by Triton", raising=False)
     monkeypatch.setattr(choose, "_device_name", lambda device: GPU)
-    choose._faster_of_two.cache_clear()
+    choose._fastest_on_gpu.cache_clear()
     cost.break_even.cache_clear()
     yield
-    choose._faster_of_two.cache_clear()
+    choose._fastest_on_gpu.cache_clear()
     cost.break_even.cache_clear()
 
 

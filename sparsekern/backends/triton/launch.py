@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsekern import devices
-from sparsekern.backends.triton import kernels
+from sparsekern.backends.triton import kernels, relaunch
 from sparsekern.topology import Layout, build_index
 
 
@@ -106,12 +106,12 @@ def dds(
             break
     if num_tokens:
         with _on_device(x):
-            kernels.dds_kernel[(programs,)](
-                x, weight, bias, y, layout.index, token_offsets,
-                num_tokens, groups, out_blocks, in_blocks, *_walk(layout, transpose), x.stride(0), y.stride(0),
+            relaunch.launch(
+                kernels.dds_kernel, (programs, 1, 1), tile.warps, tile.stages,
+                (x, weight, bias, y, layout.index, token_offsets),
+                (num_tokens, groups, out_blocks, in_blocks, *_walk(layout, transpose)), (x.stride(0), y.stride(0)),
                 B=b, BLOCK_T=tile.m, BLOCK_K=tile.k, K_MAJOR=k_major,
                 GROUPS=1 << (groups - 1).bit_length(), PRECISION="tf32" if arithmetic == "tf32" else "ieee",
-                num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
     return y
 
@@ -126,12 +126,12 @@ def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = No
     grad = x.new_empty(num_slots, b, b)
     parts = grad if splits == 1 else x.new_empty(splits, num_slots, b, b, dtype=torch.float32)
     with _on_device(x):
-        kernels.sdd_kernel[(num_slots // blocks + layout.num_rows + 1, splits)](
-            dy, x, parts, layout.index, token_offsets,
-            x.shape[0], 1 if token_offsets is None else layout.groups, layout.num_rows, layout.num_cols, num_slots,
-            dy.stride(0), x.stride(0),
+        groups = 1 if token_offsets is None else layout.groups
+        relaunch.launch(
+            kernels.sdd_kernel, (num_slots // blocks + layout.num_rows + 1, splits, 1), tile.warps, tile.stages,
+            (dy, x, parts, layout.index, token_offsets),
+            (x.shape[0], groups, layout.num_rows, layout.num_cols, num_slots), (dy.stride(0), x.stride(0)),
             B=b, BLOCKS=blocks, BLOCK_T=tile.k, SPLITS=splits, PRECISION=_outer_precision(arithmetic),
-            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         if splits > 1:
             kernels.sum_splits_kernel[(-(-grad.numel() // 1024),)](parts, grad, grad.numel(), SPLITS=splits, BLOCK=1024)
