@@ -71,23 +71,20 @@ def num_weights(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.dim() > 1)
 
 
-def equal_flop(build, case: Case) -> nn.Module:
+def equal_flop(build, sparse: nn.Module, hidden: int) -> nn.Module:
     """The widest dense model with no more weights, so with no more multiplications, than the sparse one has live."""
 
-    def weights(hidden: int) -> float:
+    def weights(hidden: int) -> int:
         with torch.device("meta"):
-            model = build(hidden)
-        linear = sum(m.weight.numel() for m in model.modules() if type(m) is nn.Linear)
-        return num_weights(model) - linear * (1 - case.density if hidden == case.out_features else 0)
+            return num_weights(build(hidden))
 
-    sparse = weights(case.out_features)
-    return build(bisect.bisect_right(range(case.out_features), sparse, key=weights) - 1)
+    return build(bisect.bisect_right(range(hidden), num_weights(sparse), key=weights) - 1)
 
 
 PARTNERS = {
     "dense": lambda build, ours, case: build(case.out_features),
     "mask x dense": lambda build, ours, case: masked(ours),
-    "smaller dense": lambda build, ours, case: equal_flop(build, case),
+    "smaller dense": lambda build, ours, case: equal_flop(build, ours, case.out_features),
 }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import sparsekern as sk
 from bench.case import Case
+from bench.networks import check_close
 from rl.agents import AGENTS
 from rl.agents.encoder import FEATURES, Encoder
 from rl.agents.heads import TaskHeads
@@ -129,13 +130,13 @@ def check(network: nn.Module, rows: tuple[Tensor, Tensor]) -> None:
             y = own(*rows)
             y.square().mean().backward()
         found.append([y.detach(), *(p.grad for p in own.parameters())])
-    for got, want in zip(*found, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+    check_close(*found)
 
 
 def bench_update(timer, record, case):
     batch = minibatch(case)
     ours = Update([sparse(network, case) for network in networks(case, case.block_size)], batch)
     dense = Update(networks(case), batch)
-    check(ours.networks[0], batch[0])
+    for network, rows in zip(ours.networks, batch, strict=True):
+        check(network, rows)
     record(f"{case.network} x{case.width}", partner="dense", **timer(ours.step, dense.step))

@@ -2,7 +2,6 @@
 
 from copy import deepcopy
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -26,10 +25,16 @@ def check_same(network: nn.Module, other: nn.Module, x: Tensor) -> None:
         y = each(own)
         y.square().mean().backward()
         outputs.append(y.detach())
-        gradients.append([own.grad, *(p.grad for p in each.parameters() if p.dim() == 1)])
+        gradients.append([own.grad, *(p.grad for name, p in each.named_parameters() if name.endswith("bias"))])
         each.zero_grad()
-    for got, want in zip([outputs[0], *gradients[0]], [outputs[1], *gradients[1]], strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+    check_close([outputs[0], *gradients[0]], [outputs[1], *gradients[1]])
+
+
+def check_close(found: list[Tensor], expected: list[Tensor]) -> None:
+    """By norms: where a ReLU's input rounds to the other side of zero, single gradients differ altogether."""
+    for got, want in zip(found, expected, strict=True):
+        error = float((got - want).norm() / want.norm())
+        assert error < 1e-3, f"relative error {error:.1e}"
 
 
 def training_bytes(training) -> int:
