@@ -204,7 +204,8 @@ def section(name: str, path: Path, rows: DataFrame) -> str:
     if name == "conditions":
         return f"* `{path.name}`: {conditions(rows)}."
     suites, write = SECTIONS[name]
-    return write(rows[rows.suite.isin(suites)])
+    rows = rows[rows.suite.isin(suites)]
+    return write(rows) if len(rows) else "Not measured yet."
 
 
 def written(text: str, measured: dict[Path, DataFrame]) -> str:
