@@ -87,14 +87,10 @@ def gather(dense: Tensor, layout: Layout) -> Tensor:
     For a full store of block size 1 that is the dense matrix itself, with dead slots cleared in place.
     """
     if layout.full and layout.block_size == 1:
-        weight = dense.reshape(-1, 1, 1)
-        # dead rows are -1, so this is 0 for dead and all ones for live slots; a branch for each would take ten times as
-        # long where half of them are dead
-        kept = ~layout.block_rows.clamp(max=0)[:, None, None]
-        weight.view(torch.int32 if dense.element_size() == 4 else torch.int16).bitwise_and_(kept)
-        return weight
-    dense = dense.contiguous()
-    weight = dense.new_empty(layout.block_rows.shape[0], layout.block_size, layout.block_size)
+        weight = dense = dense.reshape(-1, 1, 1)
+    else:
+        dense = dense.contiguous()
+        weight = dense.new_empty(layout.block_rows.shape[0], layout.block_size, layout.block_size)
     _C.gather(_native(layout), dense.data_ptr(), weight.data_ptr(), dense.element_size(), torch.get_num_threads())
     return weight
 
