@@ -58,7 +58,7 @@ for name in $first; do bench 25 baselines --only $name; done
 bench 30 training
 stage 110 "$python" -W ignore -m bench.tune --seconds 90 --folder "$tuned_into"
 [ -n "$rehearse" ] || cp sparsekern/devices/nvidia*.json "$out"
-stage 80 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py
+stage 80 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py tests/test_cost.py
 [ -n "$rehearse" ] || bench 30 main --block 64 # again, with the tuned tiles and the measured break-evens
 for name in $then; do bench 20 baselines --only $name; done
 bench 30 float32

@@ -6,6 +6,8 @@ from pathlib import Path
 import pandas
 from pandas import DataFrame
 
+from bench.gpu import contenders
+
 SHAPE = ["out_features", "in_features", "tokens", "arithmetic", "density", "block_size"]
 STEPS = ("step", "layer step")
 
@@ -67,11 +69,13 @@ def others(rows: DataFrame) -> str:
 
 
 def failures(rows: DataFrame) -> str:
+    reached = set(rows.contender.dropna())
     rows = rows.dropna(subset="reason")
-    names = rows.contender.fillna(rows.suite) if "contender" in rows else rows.suite
-    product = rows["product"].fillna("all") if "product" in rows else "all"
-    rows = DataFrame({"what": names, "product": product, "block": rows.block_size, "reason": rows.reason})
-    return markdown(rows.drop_duplicates())
+    what, product = rows.contender.fillna(rows.suite), rows["product"].fillna("all")
+    rows = DataFrame({"what": what, "product": product, "block": rows.block_size, "reason": rows.reason})
+    missing = [name for name in contenders.OTHERS if name not in reached]
+    rows = [rows.drop_duplicates(), DataFrame({"what": missing, "reason": "its stage ended without a result: log.txt"})]
+    return markdown(pandas.concat(rows).fillna(""))
 
 
 def suite(*names: str):
