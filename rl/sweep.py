@@ -1,8 +1,8 @@
 """Run a grid of experiments: python rl/sweep.py --suites mt5 --agents mtppo --treatments dense gmp set --seeds 0 1.
 
 A run is one process on one core. What is finished, in the run folders or among the committed results, is not run again;
-what was interrupted goes on from its checkpoint: give the same command again. With --address, the runs go to a Ray
-cluster instead, whose machines must share a disk that holds this checkout and the run folders.
+what was interrupted goes on from its checkpoint: give the same command again, once the first has ended. With --address,
+the runs go to a Ray cluster instead, whose machines must share a disk that holds this checkout and the run folders.
 """
 
 import itertools
@@ -54,20 +54,17 @@ class Sweep:
 
     def cells(self) -> list[Config]:
         """The grid's runs, one seed of everything after the other: an interrupted sweep holds comparable runs."""
+        names = ("seed", "suite", "agent", "treatment", "networks", "density", "block_size")
         grid = itertools.product(
             self.seeds, self.suites, self.agents, self.treatments, self.networks, self.densities, self.block_sizes
         )
         cells = {}
-        for seed, suite, agent, treatment, networks, density, block_size in grid:
-            ticket = Path() if treatment == "lottery" else None
-            settings = {"seed": seed, "timesteps": self.timesteps, "runs": self.runs, "ticket": ticket}
-            cell = Config(suite=suite, agent=agent, treatment=treatment, **settings)
-            if cell.sparse:
-                cell = replace(cell, density=density, block_size=block_size)
-            if treatment != "dense":
-                cell = replace(cell, networks=networks)
-            cells[cell] = None
-        return list(cells)
+        for values in grid:
+            settings = dict(zip(names, values, strict=True))
+            ticket = Path() if settings["treatment"] == "lottery" else None  # with_ticket finds it
+            cell = Config(**settings, timesteps=self.timesteps, runs=self.runs, ticket=ticket)
+            cells.setdefault(identity(cell), cell)
+        return list(cells.values())
 
 
 def main() -> None:

@@ -8,9 +8,9 @@ import pytest
 from rl import paper
 from rl.config import Config, PPOConfig
 from rl.envs import SUITES
+from rl.iqm import interval, iqm
 from rl.report import by_protocol, describe, draw, orderings, reference, show, single_task
 from rl.runs import find
-from rl.statistics import interval, iqm
 
 LOGGED = ("time/steps_per_second", "time/update_ms", "time/acting_ms", "time/evaluate_ms", "time/metrics_ms")
 LOGGED += ("dormant/actor", "dormant/critic", "rank/actor", "rank/critic", "fisher/actor", "sparse/density")
@@ -80,7 +80,9 @@ def test_report_compares_finished_runs_of_one_protocol_only(tmp_path, capsys):
     assert reference(dense) == paper.TABLE["mtppo", "mt5", "dense"] and reference(blocks) is None
     np.testing.assert_allclose(sets.scores, [[0.7] * 5, [0.9] * 5])
     (line, warning) = orderings(cells)
-    assert line.startswith("mt5 mtppo: set - dense = +0.100, paper +0.15: the paper's order appears (2 and 2 seeds)")
+    assert line.startswith(
+        "mt5 mtppo: set - dense = +0.100, paper +0.15: the paper's order appears (2 and 2 seeds, intervals overlap)"
+    )
     assert "1 seeds" in warning and "none of this proves anything" in warning
 
     for protocol, of_table in tables.items():
