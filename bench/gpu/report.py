@@ -7,6 +7,7 @@ import pandas
 from pandas import DataFrame
 
 from bench.gpu import contenders
+from sparsekern import cost, devices
 
 SHAPE = ["out_features", "in_features", "tokens", "arithmetic", "density", "block_size"]
 STEPS = ("step", "layer step")
@@ -29,7 +30,7 @@ def write(folder: Path) -> None:
 
 
 def compared(rows: DataFrame) -> DataFrame:
-    """Products with their time against dense in the same case, `ratio`, and the share of the roofline bound reached."""
+    """Products with their time against dense in the same case, `ratio`, and useful TFLOP/s."""
     rows = rows[(rows.suite == "products") & rows["product"].notna()].copy()
     rows = rows.drop_duplicates([*SHAPE, "product", "contender"], keep="last")
     dense = rows[rows.contender.isin(["dense", "nn.Linear"])].dropna(subset="graph_us")
@@ -37,9 +38,21 @@ def compared(rows: DataFrame) -> DataFrame:
     dense = dense.drop_duplicates([*SHAPE, "product"], keep="last")
     rows = rows.merge(dense, on=[*SHAPE, "product"], how="left")
     rows["ratio"] = rows.dense_us / rows.graph_us
-    rows["share"] = rows.bound_us / rows.graph_us if "bound_us" in rows else float("nan")
-    rows["tflops"] = rows.flop / rows.graph_us / 1e6 if "flop" in rows else float("nan")
+    rows["tflops"] = rows.flop / rows.graph_us / 1e6
     return rows
+
+
+def bound_us(rows: DataFrame, limits: dict) -> list[float]:
+    """The roofline bound of `sparsekern.cost`, with the limits of the device that were measured in this run."""
+    here = "the device of these results"
+    devices.known(here).update(limits)
+
+    def one(row) -> float:
+        shape = [row[name] for name in ("block_size", "arithmetic", "out_features", "in_features", "tokens", "density")]
+        dds, sdd = (cost.sparse_seconds(product, *shape, here) * 1e6 for product in cost.PRODUCTS)
+        return {"dds": dds, "dds_back": dds, "sdd": sdd}.get(row["product"], 2 * dds + sdd)
+
+    return [one(row) for _, row in rows.iterrows()]
 
 
 def steps(rows: DataFrame) -> str:
@@ -52,10 +65,12 @@ def steps(rows: DataFrame) -> str:
 
 
 def products(rows: DataFrame) -> str:
+    """Our kernels: useful TFLOP/s, and the share of the roofline bound that they reach."""
+    limits = rows[rows.suite == "limits"].dropna(axis=1).to_dict("records")
     rows = compared(rows)
-    rows = rows[rows.contender == "kernels"]
-    columns = ["product", "graph_us", "dense_us", "ratio", "tflops", "share", "error"]
-    return markdown(rows[[*SHAPE, *(c for c in columns if c in rows)]])
+    rows = rows[(rows.contender == "kernels") & rows.graph_us.notna()].copy()
+    rows["of bound"] = bound_us(rows, limits[0] if limits else {}) / rows.graph_us
+    return markdown(rows[[*SHAPE, "product", "graph_us", "dense_us", "ratio", "tflops", "of bound", "error"]])
 
 
 def others(rows: DataFrame) -> str:
