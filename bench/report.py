@@ -62,6 +62,51 @@ def torch_sparse(rows: DataFrame) -> str:
     return table + "\n\n" + "\n".join(f"* {r.format}, `{r.call}` fails: {r.reason}." for r in failed.itertuples())
 
 
+def others(rows: DataFrame) -> str:
+    """Other ways to train a sparse layer, and why one could not be measured."""
+    rows = rows.sort_values(["partner", "out_features", "tokens", "density"], ascending=[False, False, False, False])
+    timed = rows.dropna(subset="ratio")
+    table = markdown(
+        {"partner": timed.partner}
+        | case(timed)
+        | {"partner ms": ms(timed.partner_us), "ours ms": ms(timed.time_us), "faster": faster(timed)}
+    )
+    failed = rows[rows.ratio.isna()].drop_duplicates("partner")
+    return "\n".join([table, *(f"\n* {r.partner} was not measured: {r.reason}." for r in failed.itertuples())])
+
+
+def models(rows: DataFrame) -> str:
+    """Whole training steps, and bytes of weights, gradients, Adam's state, indices and masks."""
+    rows = rows.sort_values(["model", "tokens", "block_size", "partner"])
+    megabytes = "{:.1f}".format
+    return markdown(
+        {"model": rows.model, "tokens": rows.tokens, "block": rows.block_size, "against": rows.partner}
+        | {"step ms": ms(rows.time_us), "its step ms": ms(rows.partner_us), "faster": faster(rows)}
+        | {"tokens/s": (1e6 * rows.tokens / rows.time_us).map("{:,.0f}".format)}
+        | {"MB": (rows.ours_bytes / 1e6).map(megabytes), "its MB": (rows.partner_bytes / 1e6).map(megabytes)}
+    )
+
+
+def rl(rows: DataFrame) -> str:
+    rows = rows.sort_values(["network", "width", "block_size"])
+    return markdown(
+        {"network": rows.network.str.upper().replace("MOE", "MoE"), "width": rows.width, "minibatch": rows.tokens}
+        | {"widest layer": shape(rows), "block": rows.block_size, "update ms": ms(rows.time_us)}
+        | {"dense update ms": ms(rows.partner_us), "faster": faster(rows)}
+    )
+
+
+def topology(rows: DataFrame) -> str:
+    """Time on a random topology relative to another one's, and how unequally both fill rows and columns."""
+    rows = rows.sort_values(["name", "tokens", "block_size"])
+    return markdown(
+        {"topology": rows["name"], "tokens": rows.tokens, "block": rows.block_size}
+        | {"fullest row or column": rows.fullest.map("{:.2g} x mean".format)}
+        | {"of random": rows.fullest_random.map("{:.2g} x mean".format)}
+        | {"step ms": ms(rows.time_us), "random's ms": ms(rows.partner_us), "random / it": faster(rows)}
+    )
+
+
 def memory(rows: DataFrame) -> str:
     rows = rows.sort_values(["density", "block_size"], ascending=[False, True])
     return markdown(
@@ -92,7 +137,7 @@ def overhead(rows: DataFrame) -> str:
 
 
 def dense_is_faster(rows: DataFrame) -> str:
-    """Every measured training step and forward that lost against nn.Linear."""
+    """Every measured case that lost against dense."""
     lost = rows[rows.ratio < 1].sort_values("ratio")
     return markdown({"suite": lost.suite, "measured": lost["name"]} | case(lost) | {"speed of dense": faster(lost)})
 
@@ -102,11 +147,15 @@ SECTIONS = {
     "headlines": (["layer"], headlines),
     "blocks": (["layer"], blocks),
     "torch_sparse": (["torch_sparse"], torch_sparse),
+    "others": (["masked", "sparselab"], others),
+    "models": (["models"], models),
+    "rl": (["rl"], rl),
+    "topology": (["topology"], topology),
     "gmp": (["gmp"], gmp),
     "memory": (["memory"], memory),
     "rewire": (["rewire"], rewire),
     "overhead": (["overhead"], overhead),
-    "dense_is_faster": (["layer", "gmp"], dense_is_faster),
+    "dense_is_faster": (["layer", "gmp", "models", "rl"], dense_is_faster),
 }
 
 
@@ -155,7 +204,8 @@ def section(name: str, path: Path, rows: DataFrame) -> str:
     if name == "conditions":
         return f"* `{path.name}`: {conditions(rows)}."
     suites, write = SECTIONS[name]
-    return write(rows[rows.suite.isin(suites)])
+    rows = rows[rows.suite.isin(suites)]
+    return write(rows) if len(rows) else "Not measured yet."
 
 
 def written(text: str, measured: dict[Path, DataFrame]) -> str:

@@ -2,7 +2,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench import report, results
+import pytest
+
+from bench import compare, report, results
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,3 +32,25 @@ def test_a_section_is_written_from_results_of_several_devices():
     new = report.written(text, {path: rows, path.with_stem("other"): rows})
     assert new.startswith("before\n<!-- bench:memory -->\n| layer") and new.endswith("\n<!-- /bench -->\nafter\n")
     assert "old" not in new and new.count("| layer") == 2
+
+
+def test_compare_shows_what_became_slower_by_more_than_the_threshold(tmp_path, capsys):
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    ratios = {"slow": (4.0, 3.0), "steady": (4.0, 3.8), "fast": (4.0, 8.0)}
+    shape = {"out_features": 64, "in_features": 64, "tokens": 8, "density": 0.1, "block_size": 16, "threads": 1}
+    for path, column in ((old, 0), (new, 1)):
+        records = [{"suite": "layer", "name": name, **shape, "ratio": pair[column]} for name, pair in ratios.items()]
+        results.save(path, records, {"device": "a machine", "commit": path.stem})
+    compare.main([str(old), str(new)])
+    told = capsys.readouterr().out
+    assert "1 of 3" in told and "| slow |" in told and "75%" in told and "steady" not in told and "fast" not in told
+    compare.main([str(old), str(new), "--threshold", "0.04"])
+    assert "2 of 3" in capsys.readouterr().out
+
+
+def test_compare_refuses_results_of_two_devices(tmp_path):
+    record = {"suite": "layer", "name": "step", "ratio": 1.0}
+    for name in ("one", "two"):
+        results.save(tmp_path / f"{name}.json", [record], {"device": name})
+    with pytest.raises(SystemExit, match="different devices: one; two"):
+        compare.main([str(tmp_path / "one.json"), str(tmp_path / "two.json")])

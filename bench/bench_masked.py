@@ -1,0 +1,16 @@
+"""A layer's training step against mask x dense: the same topology simulated in a dense layer, as is usual in papers."""
+
+import torch
+
+from bench.case import HEADLINES, SMOKE
+from bench.networks import check_same, masked
+from bench.training import Training, sparse_training, work
+
+CASES = {"smoke": SMOKE, "quick": HEADLINES[:2], "full": [case for case in HEADLINES if case.threads == 1]}
+
+
+def bench_step(timer, record, case):
+    ours = sparse_training(case)
+    theirs = Training(masked(ours.layer), case)
+    check_same(ours.layer, theirs.layer, torch.randn(case.tokens, case.in_features))
+    record("step", partner="mask x dense", **timer(ours.step, theirs.step), **work(case, products=3))
