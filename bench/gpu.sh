@@ -57,9 +57,11 @@ for block in $blocks; do bench 40 main --block "$block"; done
 for name in $first; do bench 25 baselines --only $name; done
 bench 30 training
 stage 110 "$python" -W ignore -m bench.tune --seconds 90 --folder "$tuned_into"
-[ -n "$rehearse" ] || cp sparsekern/devices/nvidia*.json "$out"
-stage 80 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py
-[ -n "$rehearse" ] || bench 30 main --block 64 # again, with the tuned tiles and the measured break-evens
+if [ -z "$rehearse" ]; then
+  cp sparsekern/devices/nvidia*.json "$out"
+  stage 80 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py tests/test_cost.py
+  bench 30 main --block 64 # again, with the tuned tiles and the measured break-evens
+fi
 for name in $then; do bench 20 baselines --only $name; done
 bench 30 float32
 bench 30 sizes

@@ -51,7 +51,7 @@ def candidates(product: str, block_size: int, arithmetic: str) -> list[Tile]:
         for tile in tiles
         if element * tile.stages * tile.k * (tile.m + block_size) <= MOST_SHARED
         and 16 <= tile.m * block_size / (32 * tile.warps) <= MOST_SUMS
-        and tile.m >= block_size
+        and (product == "dds" or tile.m >= block_size)
     ]
     return table + [tile for tile in tiles if tile not in table]
 

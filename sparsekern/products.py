@@ -288,7 +288,8 @@ def _check_offsets(name: str, topology: Topology, token_offsets: Tensor, tokens:
 
 def _pad(x: Tensor, topology: Topology, side: int, groups: int) -> Tensor:
     """Flatten to [tokens, features] and pad each group's features to whole blocks."""
-    x = x.reshape(-1, x.shape[-1])
+    if x.dim() != 2:  # reshaping what needs no reshaping costs a microsecond
+        x = x.reshape(-1, x.shape[-1])
     size = topology.shape[side] // topology.groups
     missing = topology.grid[side] // topology.groups * topology.block_size - size
     if missing:

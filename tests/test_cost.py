@@ -113,3 +113,24 @@ def test_the_vendors_path_for_ragged_groups_needs_no_host(block_size, monkeypatc
     torch.testing.assert_close(found[0], reference.dds(x, weight, topology.layout, bias, True, offsets))
     torch.testing.assert_close(found[1], reference.dds(dy, weight, topology.layout, None, False, offsets))
     torch.testing.assert_close(found[2], reference.sdd(dy, x, topology.layout, offsets))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no NVIDIA GPU")
+@pytest.mark.parametrize("block_size", [1, 8, 16, 128])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_the_vendors_path_is_right_on_a_gpu_and_does_not_synchronise(block_size, ragged):
+    topology = random_topology((2, 3), block_size, groups=3, dead=1).to("cuda")
+    beside = 1 if ragged else 3
+    x, dy = (torch.randn(9, beside * n * block_size, device="cuda", dtype=torch.float64) for n in (3, 2))
+    weight = torch.randn(topology.num_slots, block_size, block_size, device="cuda", dtype=torch.float64)
+    weight[topology.block_rows < 0] = 0
+    offsets = torch.tensor([0, 2, 2, 9], device="cuda") if ragged else None
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y = vendor.dds(x, weight, topology.layout, None, True, offsets)
+        dw = vendor.sdd(dy, x, topology.layout, offsets)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(y, reference.dds(x, weight, topology.layout, None, True, offsets))
+    torch.testing.assert_close(dw, reference.sdd(dy, x, topology.layout, offsets))

@@ -38,16 +38,19 @@ def captured(call: Callable, calls: int = 1) -> Callable:
     """Something that replays so many calls; their results are in the memory that the capturing calls gave them."""
     if REHEARSAL:
         return lambda: [call() for _ in range(calls)]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    before, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(before)
     with torch.cuda.stream(side):  # what happens at first calls only must not be captured
         for _ in range(2):
             call()
-    torch.cuda.current_stream().wait_stream(side)
+    before.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            call()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                call()
+    finally:
+        torch.cuda.set_stream(before)  # a capture that fails leaves its own stream behind
     return graph.replay
 
 

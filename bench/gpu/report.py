@@ -6,6 +6,9 @@ from pathlib import Path
 import pandas
 from pandas import DataFrame
 
+from bench.gpu import contenders
+from sparsekern import cost, devices
+
 SHAPE = ["out_features", "in_features", "tokens", "arithmetic", "density", "block_size"]
 STEPS = ("step", "layer step")
 
@@ -27,7 +30,7 @@ def write(folder: Path) -> None:
 
 
 def compared(rows: DataFrame) -> DataFrame:
-    """Products with their time against dense in the same case, `ratio`, and the share of the roofline bound reached."""
+    """Products with their time against dense in the same case, `ratio`, and useful TFLOP/s."""
     rows = rows[(rows.suite == "products") & rows["product"].notna()].copy()
     rows = rows.drop_duplicates([*SHAPE, "product", "contender"], keep="last")
     dense = rows[rows.contender.isin(["dense", "nn.Linear"])].dropna(subset="graph_us")
@@ -35,9 +38,21 @@ def compared(rows: DataFrame) -> DataFrame:
     dense = dense.drop_duplicates([*SHAPE, "product"], keep="last")
     rows = rows.merge(dense, on=[*SHAPE, "product"], how="left")
     rows["ratio"] = rows.dense_us / rows.graph_us
-    rows["share"] = rows.bound_us / rows.graph_us if "bound_us" in rows else float("nan")
-    rows["tflops"] = rows.flop / rows.graph_us / 1e6 if "flop" in rows else float("nan")
+    rows["tflops"] = rows.flop / rows.graph_us / 1e6
     return rows
+
+
+def bound_us(rows: DataFrame, limits: dict) -> list[float]:
+    """The roofline bound of `sparsekern.cost`, with the limits of the device that were measured in this run."""
+    here = "the device of these results"
+    devices.known(here).update(limits)
+
+    def one(row) -> float:
+        shape = [row[name] for name in ("block_size", "arithmetic", "out_features", "in_features", "tokens", "density")]
+        dds, sdd = (cost.sparse_seconds(product, *shape, here) * 1e6 for product in cost.PRODUCTS)
+        return {"dds": dds, "dds_back": dds, "sdd": sdd}.get(row["product"], 2 * dds + sdd)
+
+    return [one(row) for _, row in rows.iterrows()]
 
 
 def steps(rows: DataFrame) -> str:
@@ -50,10 +65,12 @@ def steps(rows: DataFrame) -> str:
 
 
 def products(rows: DataFrame) -> str:
+    """Our kernels: useful TFLOP/s, and the share of the roofline bound that they reach."""
+    limits = rows[rows.suite == "limits"].dropna(axis=1).to_dict("records")
     rows = compared(rows)
-    rows = rows[rows.contender == "kernels"]
-    columns = ["product", "graph_us", "dense_us", "ratio", "tflops", "share", "error"]
-    return markdown(rows[[*SHAPE, *(c for c in columns if c in rows)]])
+    rows = rows[(rows.contender == "kernels") & rows.graph_us.notna()].copy()
+    rows["of bound"] = bound_us(rows, limits[0] if limits else {}) / rows.graph_us
+    return markdown(rows[[*SHAPE, "product", "graph_us", "dense_us", "ratio", "tflops", "of bound", "error"]])
 
 
 def others(rows: DataFrame) -> str:
@@ -67,11 +84,13 @@ def others(rows: DataFrame) -> str:
 
 
 def failures(rows: DataFrame) -> str:
+    reached = set(rows.contender.dropna())
     rows = rows.dropna(subset="reason")
-    names = rows.contender.fillna(rows.suite) if "contender" in rows else rows.suite
-    product = rows["product"].fillna("all") if "product" in rows else "all"
-    rows = DataFrame({"what": names, "product": product, "block": rows.block_size, "reason": rows.reason})
-    return markdown(rows.drop_duplicates())
+    what, product = rows.contender.fillna(rows.suite), rows["product"].fillna("all")
+    rows = DataFrame({"what": what, "product": product, "block": rows.block_size, "reason": rows.reason})
+    missing = [name for name in contenders.OTHERS if name not in reached]
+    rows = [rows.drop_duplicates(), DataFrame({"what": missing, "reason": "its stage ended without a result: log.txt"})]
+    return markdown(pandas.concat(rows).fillna(""))
 
 
 def suite(*names: str):
