@@ -22,7 +22,6 @@ KEY = ("suite", "name", *KEYS)
 
 
 def environment() -> dict[str, str]:
-    git = ["git", "-C", str(FOLDER), "describe", "--always", "--dirty", "--exclude=*"]
     mkl = re.search(r"Math Kernel Library Version (\S+?)-", torch.__config__.show())
     info = cpuinfo.get_cpu_info()
     return {
@@ -32,7 +31,8 @@ def environment() -> dict[str, str]:
         "torch": torch.__version__,
         "sparsekern": sparsekern.__version__,
         "python": platform.python_version(),
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "commit": _git("rev-parse", "--short", "HEAD")
+        + ("+" if _git("status", "--porcelain", ":!bench/results") else ""),
         "date": datetime.date.today().isoformat(),
     }
 
@@ -64,6 +64,10 @@ def save(path: Path, records: list[dict], environment: dict) -> None:
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(text)
     unfinished.replace(path)
+
+
+def _git(*command: str) -> str:
+    return subprocess.run(["git", *command], capture_output=True, text=True, cwd=FOLDER.parent.parent).stdout.strip()
 
 
 def _key(record: dict) -> tuple:

@@ -61,11 +61,12 @@ def best_candidates(layout: Layout, count: int, score: Callable[[slice, Tensor],
         places = torch.arange(start, start + size, device=positions.device)
         scores = score(strip, places)
         keys = torch.where(scores < 0, -1, pack(scores, places))
-        # live blocks are no candidates; those outside this strip (and dead slots) write to a column that is cut off
-        keys = torch.cat((keys, keys.new_empty(groups, 1)), dim=1)
+        # live blocks are no candidates; those outside this strip (and dead slots) write to a column of their own
+        keys = torch.cat((keys, best, keys.new_full((groups, 1), -1)), dim=1)
+        width = keys.shape[1]
         inside = (position >= start) & (position < start + size) & (group < groups)
-        keys.view(-1).index_fill_(0, torch.where(inside, group * (size + 1) + position - start, size), -1)
-        best = torch.cat((best, keys[:, :size]), dim=1).topk(count, dim=1).values
+        keys.view(-1).index_fill_(0, torch.where(inside, group * width + position - start, width - 1), -1)
+        best = keys.topk(count, dim=1).values
     return best
 
 

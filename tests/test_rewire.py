@@ -12,7 +12,7 @@ from scipy.stats import chisquare
 
 from sparsekern import growth
 from sparsekern.rewire.rewire import places, random_candidates, weakest
-from sparsekern.rewire.scores import stream, uniform_hash
+from sparsekern.rewire.scores import sortable, stream, uniform_hash
 
 SCORES = st.sampled_from([0.0, 0.5, 0.5, 1.0, 2.0, float("inf"), float("nan")])
 
@@ -115,3 +115,10 @@ def test_keys_give_back_score_and_position(score):
 @pytest.mark.parametrize("score", [float("inf"), float("nan")])
 def test_scores_that_are_not_finite_are_no_candidates(score):
     assert growth.float_bits(torch.tensor([score])).item() == -1
+
+
+def test_sortable_integers_order_as_the_scores_do():
+    scores = torch.tensor([3.0, -2.0, torch.inf, 0.0, 1e-40, -torch.inf, -0.5, torch.nan])
+    order = torch.sort(sortable(scores), stable=True).indices
+    assert order.tolist() == [5, 7, 1, 6, 3, 4, 0, 2]
+    assert sortable(torch.tensor(-0.0)) == sortable(torch.tensor(0.0))

@@ -12,7 +12,7 @@ from sparsekern.rewire.optimizer_state import element_state
 from sparsekern.rewire.rewire import weakest
 from sparsekern.rewire.rule import Rule, distributed
 from sparsekern.rewire.schedule import cubic_density
-from sparsekern.rewire.scores import block_l1
+from sparsekern.rewire.scores import block_l1, sortable
 from sparsekern.topology import live_count
 
 
@@ -112,13 +112,13 @@ class GMP(Rule):
             self._note_nan(path, score)
             live = layer.topology.block_rows >= 0
             size = layer.block_size**2 // unit
-            scores.append(torch.where(live, torch.where(score.isnan(), -torch.inf, score), torch.inf))
+            scores.append(torch.where(live, score, torch.inf))
             sizes.append(live * size)
             total += size * layer.topology.num_blocks
             initial += size * sum(self._initial[path])
         sizes = torch.cat(sizes)
         target = round(cubic_density(progress, initial / total, self.final_density) * total)
-        order = torch.sort(torch.cat(scores), stable=True).indices
+        order = torch.sort(sortable(torch.cat(scores)), stable=True).indices
         dropped = sizes[order].cumsum(0) <= sizes.sum() - target
         dead = torch.empty_like(dropped).scatter_(0, order, dropped | (sizes[order] == 0))
         parts = dead.split([layer.topology.num_slots for layer in self.layers.values()])

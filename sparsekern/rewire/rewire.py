@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.growth import best_candidates, positions_of
-from sparsekern.rewire.scores import uniform_hash
+from sparsekern.rewire.scores import sortable, uniform_hash
 from sparsekern.topology import Layout
 
 
@@ -16,7 +16,7 @@ def weakest(scores: Tensor, layout: Layout, live: list[int], counts: list[int]) 
         live: live blocks of each group.
     """
     group = torch.where(layout.block_rows < 0, layout.groups, layout.block_rows // (layout.num_rows // layout.groups))
-    slots = torch.sort(torch.where(scores.isnan(), -torch.inf, scores), stable=True).indices
+    slots = torch.sort(sortable(scores), stable=True).indices
     slots = slots[torch.sort(group[slots], stable=True).indices]
     starts = [sum(live[:g]) for g in range(layout.groups)]
     return torch.cat([slots[start : start + count] for start, count in zip(starts, counts, strict=True)])

@@ -18,6 +18,12 @@ def block_l1(layer: SparseLayer, mean: bool = False) -> Tensor:
     return norms
 
 
+def sortable(scores: Tensor) -> Tensor:
+    """int32 that order as float32 scores do, NaN lowest: sorting integers takes a CPU a tenth of the time."""
+    bits = (torch.where(scores.isnan(), -torch.inf, scores) + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
 def stream(*keys: int) -> int:
     """One 64-bit starting point for a sequence of keys, such as (seed, layer, step)."""
     state = 0
@@ -28,10 +34,10 @@ def stream(*keys: int) -> int:
 
 def uniform_hash(start: int, positions: Tensor) -> Tensor:
     """31 random bits for each int64 position: high bits of splitmix64(start + position), the same on every device."""
-    z = positions * _signed(_GAMMA) + _signed(start)
-    z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
-    return _shift(z ^ _shift(z, 31), 33)
+    z = (positions * _signed(_GAMMA)).add_(_signed(start))  # in place from here on: a layer has many positions
+    z.bitwise_xor_(_shift(z, 30)).mul_(_signed(0xBF58476D1CE4E5B9))
+    z.bitwise_xor_(_shift(z, 27)).mul_(_signed(0x94D049BB133111EB))
+    return _shift(z.bitwise_xor_(_shift(z, 31)), 33)
 
 
 def _mix(z: int) -> int:
@@ -46,4 +52,4 @@ def _signed(value: int) -> int:
 
 def _shift(z: Tensor, bits: int) -> Tensor:
     """Logical right shift; torch's own is arithmetic."""
-    return (z >> bits) & (2 ** (64 - bits) - 1)
+    return (z >> bits).bitwise_and_(2 ** (64 - bits) - 1)
