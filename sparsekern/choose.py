@@ -79,9 +79,16 @@ def sparse_is_faster(layout: Layout, dtype: torch.dtype) -> bool:
 
     On a GPU, where slots count and not live blocks, a full store is left by a compaction only.
     """
-    if cpu.unavailable() or layout.block_rows.device.type != "cpu":
-        return False
-    return _is_sparser(layout, break_even(layout.block_size, dtype))
+    return _has_kernels(layout, dtype) and _is_sparser(layout, break_even(layout.block_size, dtype))
+
+
+def full_store_is_faster(layout: Layout, dtype: torch.dtype) -> bool:
+    """Whether a full store, which the vendor's GEMM takes without a copy, is still faster than what is sparse."""
+    return layout.full and _has_kernels(layout, dtype) and not sparse_is_faster(layout, dtype)
+
+
+def _has_kernels(layout: Layout, dtype: torch.dtype) -> bool:
+    return layout.block_rows.device.type == "cpu" and dtype in CPU_DTYPES and not cpu.unavailable()
 
 
 @torch.compiler.assume_constant_result

@@ -160,9 +160,11 @@ class GMP(Rule):
             self._arrived.synchronize()
         for (path, layer), live in zip(self.layers.items(), self._counts.tolist(), strict=True):
             topology = layer.topology
-            if self.compact and live < topology.num_slots and (2 * live <= topology.num_slots or self._done):
+            state = topology.layout, layer.weight.dtype
+            half_empty = 2 * live <= topology.num_slots and not choose.full_store_is_faster(*state)
+            if self.compact and live < topology.num_slots and (half_empty or self._done):
                 self._compact(path, max(live, 1))
-            elif topology.full and choose.sparse_is_faster(topology.layout, layer.weight.dtype):
+            elif topology.full and choose.sparse_is_faster(*state):
                 for copy in self._copies(path):
                     copy.topology.leave_full_store()
         self._counts = self._arrived = None
