@@ -242,7 +242,7 @@ def orderings(cells: list[Cell]) -> list[str]:
     fewest = min(len(cell.runs) for cell in cells)
     if lines and fewest < 10:
         lines.append(
-            f"With {fewest} seeds in some cells, against the paper's 30, none of this proves anything by itself."
+            f"Some cells have {fewest} seed{'s' * (fewest > 1)}, the paper 30: none of this proves anything by itself."
         )
     return lines
 

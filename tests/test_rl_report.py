@@ -83,7 +83,7 @@ def test_report_compares_finished_runs_of_one_protocol_only(tmp_path, capsys):
     assert line.startswith(
         "mt5 mtppo: set - dense = +0.100, paper +0.15: the paper's order appears (2 and 2 seeds, intervals overlap)"
     )
-    assert "1 seeds" in warning and "none of this proves anything" in warning
+    assert "Some cells have 1 seed," in warning and "none of this proves anything" in warning
 
     for protocol, of_table in tables.items():
         show(protocol, of_table)
