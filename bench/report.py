@@ -97,13 +97,12 @@ def rl(rows: DataFrame) -> str:
 
 
 def topology(rows: DataFrame) -> str:
-    """Time on a random topology relative to another one's, and how unequally both fill rows and columns."""
     rows = rows.sort_values(["name", "tokens", "block_size"])
+    times = "{:.2g} x mean".format
     return markdown(
         {"topology": rows["name"], "tokens": rows.tokens, "block": rows.block_size}
-        | {"fullest row or column": rows.fullest.map("{:.2g} x mean".format)}
-        | {"of random": rows.fullest_random.map("{:.2g} x mean".format)}
-        | {"step ms": ms(rows.time_us), "random's ms": ms(rows.partner_us), "random / it": faster(rows)}
+        | {"fullest row": rows.fullest_row.map(times), "fullest column": rows.fullest_column.map(times)}
+        | {"step ms": ms(rows.time_us), "random's step ms": ms(rows.partner_us), "faster than random": faster(rows)}
     )
 
 
@@ -204,7 +203,8 @@ def section(name: str, path: Path, rows: DataFrame) -> str:
     if name == "conditions":
         return f"* `{path.name}`: {conditions(rows)}."
     suites, write = SECTIONS[name]
-    return write(rows[rows.suite.isin(suites)])
+    shown = rows[rows.suite.isin(suites)]
+    return write(shown) if len(shown) else f"`{path.stem}` was not measured."
 
 
 def written(text: str, measured: dict[Path, DataFrame]) -> str:
