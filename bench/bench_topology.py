@@ -27,7 +27,7 @@ def row_balanced(case: Case) -> Topology:
 
 
 def trained(case: Case) -> Topology:
-    """What SET leaves in a first layer whose later inputs are ever rarer, half of them zero: as at an image's border."""
+    """Left by SET in a first layer whose later inputs are ever rarer, half of them zero, as at an image's border."""
     layer = sk.SparseLinear(case.in_features, case.out_features, density=case.density, block_size=case.block_size)
     network = nn.Sequential(layer, nn.ReLU(), nn.Linear(case.out_features, 8))
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2, fused=True)
