@@ -7,7 +7,7 @@ import pytest
 
 from bench.case import SQUARE, TINY, grid
 from bench.training import sparse_training, work
-from sparsekern import choose
+from sparsekern import choose, vendor
 from sparsekern.backends import cpu
 
 CASES = {
@@ -30,8 +30,8 @@ def bench_step(timer, record, case, instruction_set, monkeypatch):
     ours = sparse_training(case)
 
     def step(path):
-        monkeypatch.setattr(choose, "backend_for", lambda x, layout: path)
+        monkeypatch.setattr(choose, "backend_for", lambda *_: path)
         ours.step()
 
-    found = timer(lambda: step(cpu), lambda: step(choose._vendor))
+    found = timer(lambda: step(cpu), lambda: step(vendor))
     record(f"step {instruction_set}", partner="vendor path", **found, **work(case, products=3))

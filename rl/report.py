@@ -237,7 +237,7 @@ def orderings(cells: list[Cell]) -> list[str]:
         verdict = "the paper's order appears" if ours * theirs > 0 else "the paper's order does not appear"
         lines.append(
             f"{cell.config.suite} {cell.config.agent}: {cell.name} - dense = {ours:+.3f}, paper {theirs:+.2f}: "
-            f"{verdict} ({len(cell.runs)} and {len(base.runs)} seeds)"
+            f"{verdict} ({len(cell.runs)} and {len(base.runs)} seeds{apart(cell, base)})"
         )
     fewest = min(len(cell.runs) for cell in cells)
     if lines and fewest < 10:
@@ -245,6 +245,14 @@ def orderings(cells: list[Cell]) -> list[str]:
             f"With {fewest} seeds in some cells, against the paper's 30, none of this proves anything by itself."
         )
     return lines
+
+
+def apart(one: Cell, other: Cell) -> str:
+    """Whether the intervals of two cells overlap, in words; nothing where a single run has no interval."""
+    if min(len(one.runs), len(other.runs)) == 1:
+        return ""
+    (low1, high1), (low2, high2) = (interval(cell.scores.mean(1, keepdims=True)) for cell in (one, other))
+    return ", intervals overlap" if low1 <= high2 and low2 <= high1 else ", intervals are apart"
 
 
 def draw(protocol: Config, cells: list[Cell], folder: Path, number: int) -> list[Path]:

@@ -1,5 +1,10 @@
-"""Choose which backend answers a product, and when the vendor's dense GEMM is the faster one."""
+"""Choose which backend answers a product, and when the vendor's dense GEMM is the faster one.
 
+On a CPU by the number of live blocks, which costs nothing to read there; on a GPU by the number of slots, which no host
+has to wait for, and by `cost`.
+"""
+
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch import Tensor
 
+from sparsekern import cost, vendor
 from sparsekern.backends import cpu, reference, triton
 from sparsekern.topology import Layout
 
@@ -17,12 +23,13 @@ BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "triton":
 # training step of 1024 x 1024 broke even, one thread, 256 or 2048 tokens, whichever came first (bench/bench_paths.py).
 # Measured on an AMD EPYC of 2024, where MKL's GEMM uses AVX2.
 BREAK_EVEN = {
-    "avx512": {1: 0.5, 2: 0.85, 4: 1.0, 8: 1.0, 16: 1.0, 32: 1.0, 64: 1.0, 128: 1.0},
+    "avx512": {1: 0.42, 2: 0.85, 4: 1.0, 8: 1.0, 16: 1.0, 32: 1.0, 64: 1.0, 128: 1.0},
     "avx2": {1: 0.4, 2: 0.6, 4: 0.8, 8: 1.0, 16: 1.0, 32: 1.0, 64: 1.0, 128: 1.0},
     "plain": {1: 0.2, 2: 0.3, 4: 0.4, 8: 0.5, 16: 0.5, 32: 0.5, 64: 0.5, 128: 0.5},  # half of AVX2: not measured
 }
 # For bfloat16 where the CPU multiplies it in hardware: the vendor's GEMM does, the C++ kernels do not.
 BREAK_EVEN_BFLOAT16 = {1: 0.12, 2: 0.2, 4: 0.3, 8: 0.35, 16: 0.35, 32: 0.4, 64: 0.4, 128: 0.4}
+CPU_DTYPES = (torch.float32, torch.bfloat16)
 # Copying blocks into a dense matrix and back takes about as long as the GEMM of this many tokens.
 COPY_TOKENS = 32
 
@@ -43,29 +50,35 @@ def use(backend: str) -> Iterator[None]:
         _forced = before
 
 
-def backend_for(x: Tensor, layout: Layout) -> ModuleType | SimpleNamespace:
+def backend_for(x: Tensor, layout: Layout, token_offsets: Tensor | None = None) -> ModuleType | SimpleNamespace:
     """What is to answer a product of x: something with the functions `dds` and `sdd` of a backend."""
-    takes = x.dtype in (torch.float32, torch.bfloat16) and x.device.type == "cpu"
     if _forced is not None:
-        if _forced is cpu and not takes:
-            raise RuntimeError(f"backend 'cpu' takes float32 and bfloat16 on a CPU, got {x.dtype} on {x.device}")
-        if _forced is triton and not triton.takes(x, layout):
-            got = f"{x.dtype} on {x.device} in blocks of {layout.block_size}"
-            raise RuntimeError(f"backend 'triton' takes {triton.TAKES}, got {got}")
-        return _forced
+        return _checked(_forced, x, layout)
     if x.device.type == "cuda":
-        # A measured table per device belongs here: density and shape say when densify and the vendor's GEMM are faster.
-        return triton if not layout.full and triton.takes(x, layout) and not triton.unavailable() else reference
-    if not takes or cpu.unavailable():
+        return _on_gpu(x, layout, token_offsets is not None)
+    if x.device.type != "cpu" or x.dtype not in CPU_DTYPES or cpu.unavailable():
         return reference
     density = break_even(layout.block_size, x.dtype)
     if layout.full:  # GMP asks at its events whether to leave it; counting live blocks here would cost every product
-        return cpu if density >= 1 else _vendor
-    return cpu if _is_sparser(layout, density * (1 + COPY_TOKENS / max(1, len(x)))) else _vendor
+        return cpu if density >= 1 else vendor
+    return cpu if _is_sparser(layout, density * (1 + COPY_TOKENS / max(1, len(x)))) else vendor
+
+
+def _checked(backend: ModuleType, x: Tensor, layout: Layout) -> ModuleType:
+    """A forced backend, unless it cannot answer."""
+    if backend is cpu and (x.device.type != "cpu" or x.dtype not in CPU_DTYPES):
+        raise RuntimeError(f"backend 'cpu' takes float32 and bfloat16 on a CPU, got {x.dtype} on {x.device}")
+    if backend is triton and not triton.takes(x, layout):
+        got = f"{x.dtype} on {x.device} in blocks of {layout.block_size}"
+        raise RuntimeError(f"backend 'triton' takes {triton.TAKES}, got {got}")
+    return backend
 
 
 def sparse_is_faster(layout: Layout, dtype: torch.dtype) -> bool:
-    """Whether the C++ kernels beat the vendor's GEMM at the present density; reads a CPU tensor, and no other."""
+    """Whether the C++ kernels beat the vendor's GEMM at the present density; reads a CPU tensor, and no other.
+
+    On a GPU, where slots count and not live blocks, a full store is left by a compaction only.
+    """
     if cpu.unavailable() or layout.block_rows.device.type != "cpu":
         return False
     return _is_sparser(layout, break_even(layout.block_size, dtype))
@@ -91,16 +104,29 @@ def _is_sparser(layout: Layout, density: float) -> bool:
     return bool(layout.num_slots - dead <= limit)
 
 
-def _vendor_dds(x, weight, layout, bias=None, transpose=False, token_offsets=None):
-    return reference.multiply(x, cpu.densify(weight, layout), bias, transpose, token_offsets)
+def _on_gpu(x: Tensor, layout: Layout, ragged: bool) -> ModuleType | SimpleNamespace:
+    # rounded, so that a batch of varying length does not ask the model anew every time
+    tokens = 1 << (x.shape[0] | 1).bit_length() - 1
+    kind = cost.arithmetic(x.dtype)
+    return _fastest_on_gpu(x.device, x.dtype, kind, tokens, ragged, layout.num_slots, *layout[3:])
 
 
-def _vendor_sdd(dy, x, layout, token_offsets=None):
-    return cpu.gather(reference.outer(dy, x, layout.groups, token_offsets), layout)
+@functools.lru_cache(maxsize=4096)
+def _fastest_on_gpu(device, dtype, arithmetic, tokens, ragged, num_slots, num_rows, num_cols, groups, block_size, full):
+    if full or dtype not in triton.DTYPES or block_size not in triton.BLOCK_SIZES or triton.unavailable():
+        return vendor
+    if ragged:  # without its host's knowledge, the vendor's GEMM would multiply every token by every group
+        return triton
+    out, into = num_rows * block_size, num_cols // groups * block_size
+    density = num_slots * block_size**2 / (out * into)
+    key = block_size, arithmetic, out, into, tokens, _device_name(device)
+    paths = {product: triton if density <= cost.break_even(product, *key) else vendor for product in cost.PRODUCTS}
+    if paths["dds"] is paths["sdd"]:
+        return paths["dds"]
+    return SimpleNamespace(dds=paths["dds"].dds, sdd=paths["sdd"].sdd)
 
 
-# The vendor's GEMM on a CPU: the reference's products, with the C++ copies between blocks and dense matrices.
-_vendor = SimpleNamespace(dds=_vendor_dds, sdd=_vendor_sdd)
+_device_name = torch.cuda.get_device_name
 
 
 def _find(backend: str) -> ModuleType:

@@ -60,7 +60,7 @@ def dds(
     ):
         y = _Dds.apply(rows, weight, bias, token_offsets, layout, transpose)
     else:
-        y = choose.backend_for(rows, layout).dds(rows, weight, layout, bias, transpose, token_offsets)
+        y = choose.backend_for(rows, layout, token_offsets).dds(rows, weight, layout, bias, transpose, token_offsets)
     if growth is not None and y.requires_grad:
         y = growth.watch(y, rows, token_offsets, layout)
     y = _crop(y, topology, int(not transpose), groups)
@@ -101,7 +101,7 @@ class _Dds(torch.autograd.Function):
     def forward(ctx, x, weight, bias, token_offsets, layout, transpose):
         ctx.save_for_backward(x, weight, token_offsets)
         ctx.layout, ctx.transpose = layout, transpose
-        return choose.backend_for(x, layout).dds(x, weight, layout, bias, transpose, token_offsets)
+        return choose.backend_for(x, layout, token_offsets).dds(x, weight, layout, bias, transpose, token_offsets)
 
     @staticmethod
     def backward(ctx, dy):
@@ -119,7 +119,7 @@ class _Sdd(torch.autograd.Function):
     def forward(ctx, dy, x, token_offsets, layout):
         ctx.save_for_backward(dy, x, token_offsets)
         ctx.layout = layout
-        return choose.backend_for(x, layout).sdd(dy, x, layout, token_offsets)
+        return choose.backend_for(x, layout, token_offsets).sdd(dy, x, layout, token_offsets)
 
     @staticmethod
     def backward(ctx, grad):
@@ -133,13 +133,13 @@ class _Sdd(torch.autograd.Function):
 def _dds(x: Tensor, weight: Tensor, token_offsets: Tensor | None, layout: Layout, transpose: bool) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):  # a backward with create_graph=True
         return _Dds.apply(x, weight, None, token_offsets, layout, transpose)
-    return choose.backend_for(x, layout).dds(x, weight, layout, None, transpose, token_offsets)
+    return choose.backend_for(x, layout, token_offsets).dds(x, weight, layout, None, transpose, token_offsets)
 
 
 def _sdd(dy: Tensor, x: Tensor, token_offsets: Tensor | None, layout: Layout) -> Tensor:
     if torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad):
         return _Sdd.apply(dy, x, token_offsets, layout)
-    return choose.backend_for(x, layout).sdd(dy, x, layout, token_offsets)
+    return choose.backend_for(x, layout, token_offsets).sdd(dy, x, layout, token_offsets)
 
 
 def _bias_gradient(dy: Tensor, token_offsets: Tensor | None) -> Tensor:
@@ -165,12 +165,14 @@ library.define(f"sdd(Tensor dy, Tensor x, Tensor? token_offsets, {LAYOUT_SCHEMA}
 def _dds_op(x, weight, bias, token_offsets, *args):
     layout, transpose = Layout(*args[:-1]), args[-1]
     x = _row_major(x)
-    return choose.backend_for(x, layout).dds(x, weight.contiguous(), layout, bias, transpose, token_offsets)
+    return choose.backend_for(x, layout, token_offsets).dds(
+        x, weight.contiguous(), layout, bias, transpose, token_offsets
+    )
 
 
 def _sdd_op(dy, x, token_offsets, *layout):
     layout = Layout(*layout)
-    return choose.backend_for(x, layout).sdd(_row_major(dy), _row_major(x), layout, token_offsets)
+    return choose.backend_for(x, layout, token_offsets).sdd(_row_major(dy), _row_major(x), layout, token_offsets)
 
 
 for _device in ("CPU", "CUDA"):

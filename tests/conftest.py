@@ -11,9 +11,6 @@ from sparsekern import choose
 hypothesis.settings.register_profile("sparsekern", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("sparsekern")
 
-# The problems are small: on a busy machine, threads that wait for one another take ten times as long as one thread.
-torch.set_num_threads(1)
-
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
@@ -44,10 +41,7 @@ def backend(request):
         yield request.param
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def one_thread():
-    """Run a test on one thread of torch, and leave the number of threads as it was."""
-    before = torch.get_num_threads()
+    """The problems are small: on a busy machine, threads that wait for one another take ten times as long as one."""
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

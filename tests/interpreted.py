@@ -12,7 +12,8 @@ import torch
 from oracle import BOUND, random_topology
 
 import sparsekern as sk
-from sparsekern.backends.triton import DTYPES, launch
+from sparsekern.backends import reference
+from sparsekern.backends.triton import DTYPES, copies, launch
 
 interpreter.repair()
 
@@ -187,6 +188,18 @@ def test_offsets_beyond_two_to_the_31_elements_do_not_overflow():
         y = launch.dds(x, weight, topology.layout, None, transpose)
         assert torch.equal(y, launch.dds(x.clone(), weight[[0, far]].clone(), near.layout, None, transpose))
     assert torch.equal(launch.sdd(x, x, near.layout), launch.sdd(x.clone(), x.clone(), near.layout))
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("small", [1, 8, 16, 128])
+def test_copies_between_blocks_and_dense_matrices_are_exact(small, groups):
+    for live, dead in ((0.4, 2), (1.0, 0)):
+        topology = random_topology((3, 4), small, groups, live=live, dead=dead)
+        weight = torch.randn(topology.num_slots, small, small).to(torch.bfloat16)
+        weight[topology.block_rows < 0] = 0
+        dense = copies.densify(interpreter.guarded(weight), topology.layout)
+        assert torch.equal(dense, reference.densify(weight, topology.layout))
+        assert torch.equal(copies.gather(interpreter.guarded(dense), topology.layout), weight)
 
 
 @pytest.mark.parametrize("kind", ["plain", "groups", "ragged"])

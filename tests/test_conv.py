@@ -47,15 +47,6 @@ def path(request, monkeypatch):
     monkeypatch.setattr(sk.SparseConv2d, "_im2col_pays", lambda self, x: request.param == "im2col")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The pictures are tiny: on a busy machine threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @given(
     convolutions(), st.sampled_from(BLOCK_SIZES[:6]), st.sampled_from([0.1, 0.5, 1.0]), st.sampled_from([*TOLERANCE])

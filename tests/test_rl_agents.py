@@ -8,8 +8,6 @@ from rl.agents import AGENTS
 from rl.agents.encoder import Encoder
 from rl.agents.moore import orthonormalise
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def observations(samples):
     return torch.randint(10, (samples, 7, 7, 3), dtype=torch.uint8)

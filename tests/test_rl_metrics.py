@@ -15,8 +15,6 @@ from rl.metrics import describe_network, effective_rank, fisher_trace
 from rl.neurons import activity
 from rl.treatments import TREATMENTS
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TASKS = 3  # and two experts
 
 

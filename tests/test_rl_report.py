@@ -80,7 +80,9 @@ def test_report_compares_finished_runs_of_one_protocol_only(tmp_path, capsys):
     assert reference(dense) == paper.TABLE["mtppo", "mt5", "dense"] and reference(blocks) is None
     np.testing.assert_allclose(sets.scores, [[0.7] * 5, [0.9] * 5])
     (line, warning) = orderings(cells)
-    assert line.startswith("mt5 mtppo: set - dense = +0.100, paper +0.15: the paper's order appears (2 and 2 seeds)")
+    assert line.startswith(
+        "mt5 mtppo: set - dense = +0.100, paper +0.15: the paper's order appears (2 and 2 seeds, intervals overlap)"
+    )
     assert "1 seeds" in warning and "none of this proves anything" in warning
 
     for protocol, of_table in tables.items():

@@ -1,7 +1,6 @@
 """rl/rollout.py: what a rollout says happened, against the networks and environments themselves."""
 
 import numpy as np
-import pytest
 import torch
 
 from rl.agents import MTPPO
@@ -10,9 +9,6 @@ from rl.envs.pool import EnvPool
 from rl.rollout import Policy, collect, episode_returns
 
 TASKS = SUITES["mt3"]
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_rollout_keeps_what_was_seen_and_how_the_actor_answered():

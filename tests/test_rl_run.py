@@ -18,7 +18,7 @@ from rl.run import new_folder
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread", "small_sample")
+pytestmark = pytest.mark.usefixtures("small_sample")
 
 
 @pytest.fixture

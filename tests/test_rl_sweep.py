@@ -44,7 +44,7 @@ class Pool:
         return next(self.results)
 
 
-def test_sweep_resumes_interrupted_runs_and_does_not_repeat_finished_ones(tmp_path, monkeypatch, one_thread):
+def test_sweep_resumes_interrupted_runs_and_does_not_repeat_finished_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "make_pool", lambda address, workers: Pool())
     monkeypatch.setattr(run, "environment", lambda: "")  # it takes seconds
     trained, train = [], train_ppo.train

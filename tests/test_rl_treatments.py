@@ -20,8 +20,6 @@ from rl.treatments import TREATMENTS
 from rl.treatments.pcgrad import project
 from rl.treatments.redo import matrices, recycle
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def learner(config, role, out_features, buffer=None):
     return Learner(config, role, out_features, buffer or PlasticityBuffer())

@@ -88,9 +88,13 @@ def gather(dense: Tensor, layout: Layout) -> Tensor:
     """
     if layout.full and layout.block_size == 1:
         weight = dense.reshape(-1, 1, 1)
-    else:
-        dense = dense.contiguous()
-        weight = dense.new_empty(layout.block_rows.shape[0], layout.block_size, layout.block_size)
+        # dead rows are -1, so this is 0 for dead and all ones for live slots; a branch for each would take ten times as
+        # long where half of them are dead
+        kept = ~layout.block_rows.clamp(max=0)[:, None, None]
+        weight.view(torch.int32 if dense.element_size() == 4 else torch.int16).bitwise_and_(kept)
+        return weight
+    dense = dense.contiguous()
+    weight = dense.new_empty(layout.block_rows.shape[0], layout.block_size, layout.block_size)
     _C.gather(_native(layout), dense.data_ptr(), weight.data_ptr(), dense.element_size(), torch.get_num_threads())
     return weight
 

@@ -1,7 +1,7 @@
 """The products on an NVIDIA GPU, by Triton kernels: block sizes 16 to 128; bfloat16, float16 and float32.
 
-`kernels` holds the kernels, `launch` the tile table and the launchers. Both are imported at the first product, since
-sparsekern must import where there is no Triton.
+`kernels` holds the kernels, `launch` the tile table and the launchers, `copies` the copies of the dense path. They are
+imported at the first product, since sparsekern must import where there is no Triton.
 """
 
 import functools
@@ -47,9 +47,10 @@ def takes(x: Tensor, layout: Layout) -> bool:
 
 def __getattr__(name: str):
     """Import the launchers when one is first asked for."""
-    if name not in ("dds", "sdd", "add_block_norms"):
+    if name not in ("dds", "sdd", "add_block_norms", "densify", "gather"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from sparsekern.backends.triton import launch
+    from sparsekern.backends.triton import copies, launch
 
     globals().update(dds=launch.dds, sdd=launch.sdd, add_block_norms=launch.add_block_norms)
+    globals().update(densify=copies.densify, gather=copies.gather)
     return globals()[name]

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsekern.backends.triton import kernels
+from sparsekern import devices
+from sparsekern.backends.triton import kernels, relaunch
 from sparsekern.topology import Layout, build_index
 
 
@@ -65,6 +66,11 @@ for _block_size in (16, 32, 64, 128):  # the tile of a dense product, whatever b
     TILES["norms", _block_size, "half"] = (Tile(128, 64, 8, 3),)
     TILES["norms", _block_size, "tf32"] = TILES["norms", _block_size, "ieee"] = (Tile(128, 32, 8, 3),)
 
+if torch.cuda.is_available():  # what `python -m bench.tune` found to be faster on this device
+    for _key, _tiles in devices.known(torch.cuda.get_device_name())["tiles"].items():
+        _product, _block_size, _arithmetic = _key.split()
+        TILES[_product, int(_block_size), _arithmetic] = tuple(Tile(*tile) for tile in _tiles)
+
 PROGRAMS_PER_SM = 2
 # An sdd with fewer than this many programs per multiprocessor is split over tokens, while every part has SPLIT_TOKENS.
 SPLITS_PER_SM = 4
@@ -100,12 +106,12 @@ def dds(
             break
     if num_tokens:
         with _on_device(x):
-            kernels.dds_kernel[(programs,)](
-                x, weight, bias, y, layout.index, token_offsets,
-                num_tokens, groups, out_blocks, in_blocks, *_walk(layout, transpose), x.stride(0), y.stride(0),
+            relaunch.launch(
+                kernels.dds_kernel, (programs, 1, 1), tile.warps, tile.stages,
+                (x, weight, bias, y, layout.index, token_offsets),
+                (num_tokens, groups, out_blocks, in_blocks, *_walk(layout, transpose)), (x.stride(0), y.stride(0)),
                 B=b, BLOCK_T=tile.m, BLOCK_K=tile.k, K_MAJOR=k_major,
                 GROUPS=1 << (groups - 1).bit_length(), PRECISION="tf32" if arithmetic == "tf32" else "ieee",
-                num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
     return y
 
@@ -120,12 +126,12 @@ def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = No
     grad = x.new_empty(num_slots, b, b)
     parts = grad if splits == 1 else x.new_empty(splits, num_slots, b, b, dtype=torch.float32)
     with _on_device(x):
-        kernels.sdd_kernel[(num_slots // blocks + layout.num_rows + 1, splits)](
-            dy, x, parts, layout.index, token_offsets,
-            x.shape[0], 1 if token_offsets is None else layout.groups, layout.num_rows, layout.num_cols, num_slots,
-            dy.stride(0), x.stride(0),
+        groups = 1 if token_offsets is None else layout.groups
+        relaunch.launch(
+            kernels.sdd_kernel, (num_slots // blocks + layout.num_rows + 1, splits, 1), tile.warps, tile.stages,
+            (dy, x, parts, layout.index, token_offsets),
+            (x.shape[0], groups, layout.num_rows, layout.num_cols, num_slots), (dy.stride(0), x.stride(0)),
             B=b, BLOCKS=blocks, BLOCK_T=tile.k, SPLITS=splits, PRECISION=_outer_precision(arithmetic),
-            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         if splits > 1:
             kernels.sum_splits_kernel[(-(-grad.numel() // 1024),)](parts, grad, grad.numel(), SPLITS=splits, BLOCK=1024)

@@ -1,0 +1,60 @@
+"""Copies between the blocks of a layer and dense matrices, on a GPU, for any block size and dtype.
+
+The dense path of the chooser stands or falls with them: in torch operations they are ten launches and three passes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsekern.topology import Layout
+
+BLOCK = 2048  # elements of a program
+
+
+@triton.jit(do_not_specialize=["num_elements", "group_cols"])
+def copy_kernel(
+    blocks_ptr, dense_ptr, rows_ptr, cols_ptr,  # [num_slots, B, B], [groups, rows, cols], int [num_slots] twice
+    num_elements, group_cols,  # of all blocks; block columns of one group
+    B: tl.constexpr, TO_BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Copy all live blocks into the dense matrices, or out of them; what goes into dead slots is zero."""
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = e < num_elements
+    row = tl.load(rows_ptr + e // (B * B), mask=inside, other=-1).to(tl.int64)
+    col = tl.load(cols_ptr + e // (B * B), mask=inside, other=0).to(tl.int64) % group_cols
+    # groups stand below each other, and block rows are counted through them
+    place = (row * B + e // B % B) * (group_cols * B) + col * B + e % B
+    if TO_BLOCKS:
+        tl.store(blocks_ptr + e, tl.load(dense_ptr + place, mask=row >= 0, other=0), mask=inside)
+    else:
+        tl.store(dense_ptr + place, tl.load(blocks_ptr + e, mask=row >= 0), mask=row >= 0)
+
+
+def densify(weight: Tensor, layout: Layout) -> Tensor:
+    """As `reference.densify`."""
+    g, b = layout.groups, layout.block_size
+    shape = g, layout.num_rows // g * b, layout.num_cols // g * b
+    if layout.full and b == 1:
+        return weight.view(shape)
+    dense = weight.new_zeros(shape)
+    _copy(weight, dense, layout, to_blocks=False)
+    return dense
+
+
+def gather(dense: Tensor, layout: Layout) -> Tensor:
+    """As `reference.gather`."""
+    if layout.full and layout.block_size == 1:
+        return dense.reshape(-1, 1, 1).masked_fill_((layout.block_rows < 0)[:, None, None], 0)
+    weight = dense.new_empty(layout.num_slots, layout.block_size, layout.block_size)
+    _copy(weight, dense.contiguous(), layout, to_blocks=True)
+    return weight
+
+
+def _copy(weight: Tensor, dense: Tensor, layout: Layout, to_blocks: bool) -> None:
+    with torch.cuda.device_of(weight):
+        copy_kernel[(triton.cdiv(weight.numel(), BLOCK),)](
+            weight, dense, layout.block_rows, layout.block_cols, weight.numel(), layout.num_cols // layout.groups,
+            B=layout.block_size, TO_BLOCKS=to_blocks, BLOCK=BLOCK,
+        )  # fmt: skip

@@ -1,0 +1,115 @@
+"""The chooser's model of a GPU, and the dense path: what it decides, without a GPU."""
+
+import json
+
+import pytest
+import torch
+from oracle import random_topology
+
+import sparsekern as sk
+from sparsekern import choose, cost, devices, vendor
+from sparsekern.backends import reference, triton
+
+GPU = "a GPU that nobody measured"
+
+
+class OnGpu:
+    """What the chooser looks at of a tensor."""
+
+    def __init__(self, *shape, dtype=torch.bfloat16):
+        self.shape, self.dtype, self.device = shape, dtype, torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU, for the chooser."""
+    monkeypatch.setattr(triton, "unavailable", lambda: None)
+    monkeypatch.setattr(triton, "dds", "dds by Triton", raising=False)
+    monkeypatch.setattr(triton, "sdd", "sdd by Triton", raising=False)
+    monkeypatch.setattr(choose, "_device_name", lambda device: GPU)
+    choose._fastest_on_gpu.cache_clear()
+    cost.break_even.cache_clear()
+    yield
+    choose._fastest_on_gpu.cache_clear()
+    cost.break_even.cache_clear()
+
+
+def layout(density, block_size, size=4096, **options):
+    return sk.Topology.random((size, size), density, block_size, **options).layout
+
+
+@pytest.mark.parametrize("arithmetic", ["half", "tf32", "ieee"])
+@pytest.mark.parametrize("product", cost.PRODUCTS)
+def test_larger_blocks_break_even_at_higher_densities_when_there_are_many_tokens(product, arithmetic):
+    limits = [cost.break_even(product, b, arithmetic, 4096, 4096, 16384, GPU) for b in (16, 32, 64, 128)]
+    assert limits == sorted(limits) and 0.03 < limits[0] and limits[-1] < 0.9
+
+
+def test_the_model_knows_the_dense_times_that_an_h100_is_expected_to_take():
+    for tokens, microseconds in ((256, 18), (4096, 180), (16384, 712)):
+        assert cost.gemm_seconds("half", tokens, 4096, 4096, GPU) * 1e6 == pytest.approx(microseconds, rel=0.05)
+
+
+def test_on_a_gpu_sparse_layers_take_the_kernels_and_dense_ones_the_vendor(gpu):
+    x = OnGpu(16384, 4096)
+    assert choose.backend_for(x, layout(0.02, 64)) is triton
+    assert choose.backend_for(x, layout(0.9, 64)) is vendor
+    assert choose.backend_for(x, layout(1.0, 64)) is vendor
+    assert choose.backend_for(OnGpu(0, 4096), layout(0.02, 64)) is triton
+
+
+def test_on_a_gpu_small_blocks_and_other_dtypes_take_the_vendor_at_any_density(gpu):
+    assert choose.backend_for(OnGpu(16384, 4096), layout(0.02, 8)) is vendor
+    assert choose.backend_for(OnGpu(16384, 4096, dtype=torch.float64), layout(0.02, 64)) is vendor
+
+
+def test_on_a_gpu_slots_count_whether_live_or_dead(gpu):
+    topology = sk.Topology.random((4096, 4096), 0.9, 64)
+    topology.block_rows[10:], topology.block_cols[10:] = -1, -1
+    assert choose.backend_for(OnGpu(16384, 4096), topology.layout) is vendor
+
+
+def test_a_measured_break_even_takes_the_models_place_and_moves_with_the_shape(monkeypatch, tmp_path):
+    sizes = (4096, 4096, 16384)
+    before = cost.break_even("dds", 32, "half", *sizes, "Measured GPU")
+    twice = cost.break_even("dds", 32, "half", 4096, 4096, 256, "Measured GPU")
+    row = dict(zip(("out_features", "in_features", "tokens"), sizes, strict=True))
+    row |= {"product": "dds", "block_size": 32, "arithmetic": "half", "density": before / 2}
+    (tmp_path / "measured-gpu.json").write_text(json.dumps({"break_even": [row]}))
+    (tmp_path / "default.json").write_text((devices.FOLDER / "default.json").read_text())
+    monkeypatch.setattr(devices, "FOLDER", tmp_path)
+    devices.known.cache_clear()
+    cost.break_even.cache_clear()
+    try:
+        assert cost.break_even("dds", 32, "half", *sizes, "Measured GPU") == before / 2
+        assert cost.break_even("dds", 32, "half", 4096, 4096, 256, "Measured GPU") == pytest.approx(twice / 2)
+        assert cost.break_even("sdd", 32, "half", *sizes, "Measured GPU") > 0
+    finally:
+        devices.known.cache_clear()
+        cost.break_even.cache_clear()
+
+
+@pytest.mark.parametrize("path", sorted(devices.FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_every_field_of_a_device_is_documented(path):
+    page = (devices.FOLDER / "README.md").read_text()
+    assert all(f"`{field}`" in page for field in json.loads(path.read_text()))
+
+
+@pytest.mark.parametrize("block_size", [1, 8, 16])
+def test_the_vendors_path_for_ragged_groups_needs_no_host(block_size, monkeypatch):
+    """On a GPU; here the device is only named "cuda", and the copies are the reference's."""
+    topology = random_topology((2, 3), block_size, groups=3, dead=1)
+    x, dy = torch.randn(9, 3 * block_size), torch.randn(9, 2 * block_size)
+    weight, bias = torch.randn(topology.num_slots, block_size, block_size), torch.randn(6 * block_size)
+    weight[topology.block_rows < 0] = 0
+    offsets = torch.tensor([0, 2, 2, 9])
+    monkeypatch.setattr(vendor, "_copies", lambda x: reference)
+    monkeypatch.setattr(vendor, "_host_knows", lambda x, token_offsets: False)
+    monkeypatch.setattr(reference, "_spans", None)
+    found = [vendor.dds(x, weight, topology.layout, bias, True, offsets)]
+    found += [vendor.dds(dy, weight, topology.layout, None, False, offsets)]
+    found += [vendor.sdd(dy, x, topology.layout, offsets)]
+    monkeypatch.undo()
+    torch.testing.assert_close(found[0], reference.dds(x, weight, topology.layout, bias, True, offsets))
+    torch.testing.assert_close(found[1], reference.dds(dy, weight, topology.layout, None, False, offsets))
+    torch.testing.assert_close(found[2], reference.sdd(dy, x, topology.layout, offsets))
