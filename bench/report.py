@@ -173,7 +173,7 @@ def shape(rows: DataFrame) -> Series:
 
 
 def ms(microseconds: Series) -> Series:
-    return (microseconds / 1000).map("{:.3g}".format)
+    return (microseconds / 1000).map(lambda t: f"{t:.3g}" if t < 1000 else f"{t:,.0f}")
 
 
 def faster(rows: DataFrame, suffix: str = "") -> Series:
