@@ -15,7 +15,7 @@ def path_for(results: Path) -> Path:
 
 
 def draw(rows: DataFrame, conditions: str, path: Path) -> None:
-    rows = rows[(rows.suite == "layer") & (rows["name"] == "step") & (rows.threads == 1) & (rows.out_features == 1024)]
+    rows = rows[(rows["name"] == "step") & (rows.threads == 1) & (rows.out_features == 1024)]
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.6), sharey=True, layout="constrained")
     for axis, (tokens, panel) in zip(axes, rows.groupby("tokens"), strict=True):
         lines = panel.pivot_table(index="density", columns="block_size", values="ratio")
@@ -36,7 +36,7 @@ def draw(rows: DataFrame, conditions: str, path: Path) -> None:
         axis.legend(title="block size", ncols=2, fontsize=8, loc="upper left")
     axes[0].set_ylabel("speed-up over nn.Linear")
     figure.suptitle("Training step (forward + backward + Adam) of a 1024 x 1024 layer, one thread")
-    figure.supxlabel(f"Diamonds: as fast as dense. Medians of paired ratios. {conditions}", size=7)
+    figure.supxlabel(f"Diamonds: as fast as dense. Medians of paired ratios.\n{conditions}", size=7)
     figure.savefig(path, dpi=130, metadata={"Software": None})
     pyplot.close(figure)
 

@@ -97,13 +97,12 @@ def rl(rows: DataFrame) -> str:
 
 
 def topology(rows: DataFrame) -> str:
-    """Time on a random topology relative to another one's, and how unequally both fill rows and columns."""
     rows = rows.sort_values(["name", "tokens", "block_size"])
+    times = "{:.2g} x mean".format
     return markdown(
         {"topology": rows["name"], "tokens": rows.tokens, "block": rows.block_size}
-        | {"fullest row or column": rows.fullest.map("{:.2g} x mean".format)}
-        | {"of random": rows.fullest_random.map("{:.2g} x mean".format)}
-        | {"step ms": ms(rows.time_us), "random's ms": ms(rows.partner_us), "random / it": faster(rows)}
+        | {"fullest row": rows.fullest_row.map(times), "fullest column": rows.fullest_column.map(times)}
+        | {"step ms": ms(rows.time_us), "random's step ms": ms(rows.partner_us), "faster than random": faster(rows)}
     )
 
 
@@ -174,7 +173,7 @@ def shape(rows: DataFrame) -> Series:
 
 
 def ms(microseconds: Series) -> Series:
-    return (microseconds / 1000).map("{:.3g}".format)
+    return (microseconds / 1000).map(lambda t: f"{t:.3g}" if t < 1000 else f"{t:,.0f}")
 
 
 def faster(rows: DataFrame, suffix: str = "") -> Series:
@@ -204,8 +203,8 @@ def section(name: str, path: Path, rows: DataFrame) -> str:
     if name == "conditions":
         return f"* `{path.name}`: {conditions(rows)}."
     suites, write = SECTIONS[name]
-    rows = rows[rows.suite.isin(suites)]
-    return write(rows) if len(rows) else "Not measured yet."
+    shown = rows[rows.suite.isin(suites)]
+    return write(shown) if len(shown) else f"`{path.stem}` was not measured."
 
 
 def written(text: str, measured: dict[Path, DataFrame]) -> str:
@@ -225,5 +224,6 @@ def committed() -> dict[Path, DataFrame]:
 if __name__ == "__main__":
     found = committed()
     for path, rows in found.items():
-        plot.draw(rows, conditions(rows), plot.path_for(path))
+        layer = rows[rows.suite == "layer"]
+        plot.draw(layer, conditions(layer), plot.path_for(path))
     README.write_text(written(README.read_text(), found))
