@@ -1,7 +1,7 @@
 """The update step of reinforcement learning (forward, backward, Adam on one minibatch): SET at 0.05 against dense.
 
-MTPPO, MoE and MOORE are rl's actors of MT3, and SAC is the MT10 network: an actor and two critics; each also with all
-its hidden layers, convolutions included, three and eight times as wide.
+MTPPO, MoE and MOORE are rl's actors of MT3, SAC is rl's MTSAC, an actor and a pair of critics; each also with all its
+hidden layers, convolutions included, three and eight times as wide.
 """
 
 from copy import deepcopy
@@ -14,8 +14,8 @@ import sparsekern as sk
 from bench.case import Case
 from bench.networks import check_close
 from rl.agents import AGENTS
-from rl.agents.encoder import FEATURES, Encoder
-from rl.agents.heads import TaskHeads
+from rl.agents.encoder import Encoder, ImageEncoder, StateEncoder
+from rl.agents.mtsac import MTSACActor, MTSACCritics
 
 TASKS, ACTIONS = 3, 7  # MT3's
 MINIBATCH = 256 * TASKS
@@ -34,7 +34,7 @@ def cases(networks, widths, block_sizes=(1, 16)) -> list[NetworkCase]:
     return [
         NetworkCase(400 * width, 400 * width, SAC_MINIBATCH, 0.05, block_size, 1, network, width)
         if network == "sac"
-        else NetworkCase(128 * width, FEATURES * width, MINIBATCH, 0.05, block_size, 1, network, width)
+        else NetworkCase(128 * width, 1024 * width, MINIBATCH, 0.05, block_size, 1, network, width)
         for width in widths
         for network in networks
         for block_size in block_sizes
@@ -45,60 +45,33 @@ NETWORKS = (*AGENTS, "sac")
 CASES = {"smoke": cases(NETWORKS, [1], [16]), "quick": cases(NETWORKS, [1]), "full": cases(NETWORKS, [1, 3, 8])}
 
 
-class WideEncoder(Encoder):
-    def __init__(self, experts: int, width: int):
-        channels = [experts * width * count for count in (16, 32, 64)]
-        nn.Sequential.__init__(
-            self,
-            nn.Conv2d(3, channels[0], kernel_size=2),
-            nn.ReLU(),
-            nn.Conv2d(channels[0], channels[1], kernel_size=2, groups=experts),
-            nn.ReLU(),
-            nn.Conv2d(channels[1], channels[2], kernel_size=2, groups=experts),
-            nn.Flatten(),
-            nn.Unflatten(1, (experts, width * FEATURES)),
-        )
+def wide(encoder: type[Encoder], width: int) -> type[Encoder]:
+    class Wide(encoder):
+        neurons = tuple(width * neurons for neurons in encoder.neurons)
+        head_hidden = encoder.head_hidden and width * encoder.head_hidden
 
-
-class PerTask(nn.Module):
-    """A torso that all tasks share, and of its outputs those of each row's task."""
-
-    def __init__(self, in_features: int, hidden: int, out_features: int):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(in_features, hidden), nn.ReLU())
-        for _ in range(2):
-            self.layers += nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU())
-        self.heads = nn.Linear(hidden, SAC_TASKS * out_features)
-
-    def forward(self, x: Tensor, task: Tensor) -> Tensor:
-        y = self.heads(self.layers(x)).unflatten(1, (SAC_TASKS, -1))
-        return y.take_along_dim(task[:, None, None], dim=1).squeeze(1)
+    return Wide
 
 
 def networks(case: NetworkCase, block_size: int = 1) -> list[nn.Module]:
-    """Dense. rl's heads are SparseLinear at density 1: in blocks of 1, as in rl's dense runs, the vendor's GEMM."""
+    """Dense. rl's grouped layers are SparseLinear at density 1: in blocks of 1, as in its dense runs, vendor GEMM."""
     if case.network == "sac":
-        hidden = 400 * case.width
-        return [PerTask(49, hidden, 8), PerTask(53, hidden, 1), PerTask(53, hidden, 1)]
-    network = AGENTS[case.network](TASKS, ACTIONS, block_size)
-    if case.width > 1:
-        network.encoder = WideEncoder(1 if case.network == "mtppo" else (TASKS + 1) // 2, case.width)
-        network.heads = TaskHeads(TASKS, FEATURES * case.width, ACTIONS, block_size, 128 * case.width)
-    return [network]
+        encoder = wide(StateEncoder, case.width)
+        return [MTSACActor(SAC_TASKS, 49, 4, block_size, encoder), MTSACCritics(SAC_TASKS, 53, block_size, encoder)]
+    return [AGENTS[case.network](TASKS, ACTIONS, block_size, wide(ImageEncoder, case.width))]
 
 
-def minibatch(case: NetworkCase) -> list[tuple[Tensor, Tensor]]:
+def minibatch(case: NetworkCase) -> list[tuple[Tensor, Tensor | None]]:
     """Observations and tasks, for each network."""
     if case.network == "sac":
-        task = torch.arange(SAC_TASKS).repeat(SAC_MINIBATCH // SAC_TASKS)
-        return [(torch.randn(SAC_MINIBATCH, features), task) for features in (49, 53, 53)]
+        return [(torch.randn(SAC_MINIBATCH, features), None) for features in (49, 53)]  # task by task
     return [(torch.randint(11, (MINIBATCH, 7, 7, 3), dtype=torch.uint8), torch.arange(TASKS).repeat(256))]
 
 
 class Update:
     """One step of each network's Adam."""
 
-    def __init__(self, networks: list[nn.Module], batch: list[tuple[Tensor, Tensor]]):
+    def __init__(self, networks: list[nn.Module], batch: list[tuple[Tensor, Tensor | None]]):
         self.networks, self.batch = networks, batch
         self.gradients = [torch.randn_like(net(*rows)) for net, rows in zip(networks, batch, strict=True)]
         self.optimizers = [torch.optim.Adam(network.parameters(), lr=1e-3, fused=True) for network in networks]
@@ -121,7 +94,7 @@ def sparse(network: nn.Module, case: NetworkCase) -> nn.Module:
     return sk.sparsify(network, case.density, case.block_size, "erk", stay, keep="fresh")
 
 
-def check(network: nn.Module, rows: tuple[Tensor, Tensor]) -> None:
+def check(network: nn.Module, rows: tuple[Tensor, Tensor | None]) -> None:
     """Compare outputs and gradients with those on the reference backend."""
     found = []
     for backend in (None, "reference"):

@@ -27,16 +27,20 @@ class Hidden(NamedTuple):
 def hidden_layers(network: nn.Module) -> list[Hidden]:
     """All layers of hidden neurons of an agent's network."""
     encoder, heads = network.encoder, network.heads
-    conv1, relu1, conv2, relu2, conv3, _, by_expert = encoder
-    experts, tasks = by_expert.unflattened_size[0], heads.output.groups
+    computing = [encoder[0], encoder[2], encoder[4]]
     mixed = hasattr(network, "task_encoder")
-    shown, read_by = (by_expert, None) if mixed else (network.activation, heads.hidden)
-    return [
-        Hidden("conv1", conv1, relu1, conv2, experts, 16, False),
-        Hidden("conv2", conv2, relu2, conv3, experts, 32, False),
-        Hidden("conv3", conv3, shown, read_by, experts, 64, False),
-        Hidden("head", heads.hidden, heads.activation, heads.output, tasks, heads.output.in_features // tasks, True),
+    shown = [encoder[1], encoder[3], encoder if mixed else network.activation]
+    first_of_heads = heads.output if heads.hidden is None else heads.hidden
+    read_by = [*computing[1:], None if mixed else first_of_heads]
+    layers = [
+        Hidden(f"encoder{i}", *layer, encoder.experts, neurons, False)
+        for i, (*layer, neurons) in enumerate(zip(computing, shown, read_by, encoder.neurons, strict=True), 1)
     ]
+    if heads.hidden is not None:
+        tasks = heads.output.groups
+        size = heads.output.in_features // tasks
+        layers.append(Hidden("head", heads.hidden, heads.activation, heads.output, tasks, size, True))
+    return layers
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from rl.agents import AGENTS
-from rl.agents.encoder import Encoder
+from rl.agents.encoder import ImageEncoder
 from rl.agents.moore import orthonormalise
 
 
@@ -25,11 +25,11 @@ def test_networks_have_the_papers_numbers_of_parameters(agent, num_tasks, actor,
 
 
 def test_grouped_experts_and_their_gradients_equal_separate_convolutions():
-    together, x = Encoder(experts=3), observations(4)
+    together, x = ImageEncoder(experts=3), observations(4)
     features = together(x)
     features.square().sum().backward()
     for expert, of_expert in enumerate(features.unbind(1)):
-        alone = Encoder()
+        alone = ImageEncoder()
         for own, grouped in zip(alone.parameters(), together.parameters(), strict=True):
             own.data = grouped.detach().chunk(3)[expert].clone()
         y = alone(x)

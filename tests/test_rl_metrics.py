@@ -75,8 +75,8 @@ def test_dormancy_of_every_layer_matches_activations_computed_by_hand(agent):
         made.heads.hidden.bias[128:130] = 0
     observations, tasks = batch(200)
     measured = {neurons.layer.name: neurons for neurons in activity(made, observations, tasks)}
-    assert measured["conv1"].dormant(0.001).nonzero()[:, 1].tolist() == [13, 14, 15]
-    assert measured["conv2"].dormant(0.001).nonzero()[:, 1].tolist() == [27, 28, 29]
+    assert measured["encoder1"].dormant(0.001).nonzero()[:, 1].tolist() == [13, 14, 15]
+    assert measured["encoder2"].dormant(0.001).nonzero()[:, 1].tolist() == [27, 28, 29]
     assert measured["head"].dormant(0.001).nonzero().tolist() == [[1, 0], [1, 1]]
     neurons = sum(m.counted.numel() for m in measured.values())
     assert describe_network("actor", made, observations, tasks)["dormant/actor"] == pytest.approx(8 / neurons)
@@ -86,11 +86,11 @@ def test_dormancy_of_every_layer_matches_activations_computed_by_hand(agent):
         x = made.encoder[1](made.encoder[0](x)).unflatten(1, (-1, 16))
         shown = made.encoder(observations)  # of experts, before they are mixed
     last = x[:, -1].abs().mean(dim=(0, 2, 3))
-    torch.testing.assert_close(measured["conv1"].score[-1], last / last.mean())
+    torch.testing.assert_close(measured["encoder1"].score[-1], last / last.mean())
     if agent == "mtppo":
         shown = shown.tanh()
     last = shown[:, -1].reshape(200, 64, 16).abs().mean(dim=(0, 2))
-    torch.testing.assert_close(measured["conv3"].score[-1], last / last.mean())
+    torch.testing.assert_close(measured["encoder3"].score[-1], last / last.mean())
     if agent == "mtppo":
         own = nn.functional.linear(
             shown[tasks == 2, 0],

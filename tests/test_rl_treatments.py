@@ -136,7 +136,7 @@ def test_redo_leaves_outputs_unchanged_and_clears_exactly_the_moments_of_what_it
     for p in network.parameters():
         adam.state[p] = {"exp_avg": torch.ones_like(p), "exp_avg_sq": torch.ones_like(p)}
     dormant = {n.layer.name: n.dormant(0.0) for n in activity(network, buffer.observations, buffer.tasks)}
-    assert dormant["conv1"][-1, -2:].all() and dormant["conv2"][-1, -3:].all() and dormant["head"][1, 5]
+    assert dormant["encoder1"][-1, -2:].all() and dormant["encoder2"][-1, -3:].all() and dormant["head"][1, 5]
     before, outputs = copy.deepcopy(network.state_dict()), network(buffer.observations, buffer.tasks)
 
     actor.rewire(9)
@@ -156,7 +156,7 @@ def test_redo_leaves_outputs_unchanged_and_clears_exactly_the_moments_of_what_it
             out = cleared[outgoing.weight].view(layer.groups, -1, layer.neurons, taps)
             out[group, :, neuron] = True
             # a recycled neuron of the next layer has read fresh weights of this one
-            readers = ~dormant["conv2"][group] if layer is first else slice(None)
+            readers = ~dormant["encoder2"][group] if layer is first else slice(None)
             assert not matrices(outgoing, layer.groups).view_as(out)[group, readers, neuron].any()
     for p, mask in cleared.items():
         for name in ("exp_avg", "exp_avg_sq"):

@@ -1,19 +1,32 @@
-"""One head per task, all in two layers: a batch of mixed tasks is one launch per layer, not a loop over tasks."""
+"""One head per task, all in one launch per layer: a batch of mixed tasks is no loop over tasks."""
 
+import torch
 from torch import Tensor, nn
 
 import sparsekern as sk
 
 
 class TaskHeads(nn.Module):
-    """Per task Linear(in_features, hidden), Tanh, Linear(hidden, out_features).
+    """Per task Linear(in_features, hidden), Tanh, Linear(hidden, out_features), or without `hidden` the last alone.
 
     The layers start with every block live, which makes them the dense network; a treatment may make them sparse. A
     layer that blocks of block_size would pad by over 25% gets blocks of 1.
+
+    Args:
+        bound: the last layer's first weights are uniform within it and its biases zero; None: as in nn.Linear.
     """
 
-    def __init__(self, num_tasks: int, in_features: int, out_features: int, block_size: int, hidden: int = 128):
+    def __init__(
+        self,
+        num_tasks: int,
+        in_features: int,
+        out_features: int,
+        block_size: int,
+        hidden: int | None,
+        bound: float | None = None,
+    ):
         super().__init__()
+        self._bound = bound
 
         def per_task(features_in: int, features_out: int) -> sk.SparseLinear:
             return sk.SparseLinear(
@@ -24,10 +37,34 @@ class TaskHeads(nn.Module):
                 groups=num_tasks,
             )
 
-        self.hidden = per_task(in_features, hidden)
-        self.activation = nn.Tanh()
-        self.output = per_task(hidden, out_features)
+        self.hidden = per_task(in_features, hidden) if hidden else None
+        self.activation = nn.Tanh() if hidden else None
+        self.output = per_task(hidden or in_features, out_features)
+        self.initialise()
 
-    def forward(self, features: Tensor, task: Tensor) -> Tensor:
-        """Features [N, in_features] and task ids int64 [N], in any order and unequal numbers, to [N, out_features]."""
-        return self.output(self.activation(self.hidden(features, group=task)), group=task)
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Draw first values, where they are not those of SparseLinear."""
+        if self._bound is not None:
+            self.output.weight.uniform_(-self._bound, self._bound).mul_(self.output.lanes())  # padding stays zero
+            self.output.bias.zero_()
+
+    def reset_output(self) -> None:
+        """Draw the last layer anew."""
+        self.output.reset_parameters()
+        self.initialise()
+
+    def forward(self, features: Tensor, task: Tensor | None) -> Tensor:
+        """Features [N, in_features] to [N, out_features].
+
+        Args:
+            task: int64 [N], in any order and unequal numbers; None: the same number of rows for every task, in the
+                order of tasks, which needs no sorting.
+        """
+        if task is None:
+            tasks = self.output.groups
+            features = features.unflatten(0, (tasks, -1)).transpose(0, 1).flatten(1)  # a token is one row of every task
+        if self.hidden is not None:
+            features = self.activation(self.hidden(features, group=task))
+        outputs = self.output(features, group=task)
+        return outputs.unflatten(1, (tasks, -1)).transpose(0, 1).flatten(0, 1) if task is None else outputs

@@ -1,22 +1,32 @@
 """MTPPO: one encoder shared by all tasks, one head per task."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
-from rl.agents.encoder import FEATURES, Encoder
+from rl.agents.encoder import Encoder, ImageEncoder
 from rl.agents.heads import TaskHeads
 
 
 class MTPPO(nn.Module):
-    """Observations uint8 [N, 7, 7, 3] and task ids [N] to [N, out_features]: an actor's logits or a critic's value.
+    """Observations [N, ...] and task ids [N] to [N, out_features]: what an actor's policy or a critic's value needs.
 
     With one task this is the network of single-task PPO.
+
+    Args:
+        encoder: makes the encoder of so many experts.
+        task ids: None where every task has the same number of rows, in the order of tasks.
     """
 
-    def __init__(self, num_tasks: int, out_features: int, block_size: int):
+    def __init__(
+        self, num_tasks: int, out_features: int, block_size: int, encoder: Callable[[int], Encoder] = ImageEncoder
+    ):
         super().__init__()
-        self.encoder = Encoder()
+        self.encoder = encoder(1)
         self.activation = nn.Tanh()
-        self.heads = TaskHeads(num_tasks, FEATURES, out_features, block_size)
+        self.heads = TaskHeads(
+            num_tasks, self.encoder.features, out_features, block_size, hidden=self.encoder.head_hidden
+        )
 
-    def forward(self, observations: Tensor, task: Tensor) -> Tensor:
+    def forward(self, observations: Tensor, task: Tensor | None) -> Tensor:
         return self.heads(self.activation(self.encoder(observations).squeeze(1)), task)

@@ -12,11 +12,11 @@ from rl.config import Config
 
 def prepare(network: nn.Module, config: Config, role: str) -> None:
     encoder, heads = network.encoder, network.heads
-    experts = encoder[-1].unflattened_size[0]
-    for i, side in ((0, 6), (2, 5), (4, 4)):  # the convolutions, and the side of the images that they make
-        encoder[i] = Normalised(encoder[i], LayerNorm(experts, encoder[i].out_channels // experts * side**2))
-    tasks, hidden = heads.hidden.groups, heads.hidden.out_features
-    heads.hidden = Normalised(heads.hidden, LayerNorm(tasks, hidden // tasks))
+    for i, neurons, positions in zip((0, 2, 4), encoder.neurons, encoder.positions, strict=True):
+        encoder[i] = Normalised(encoder[i], LayerNorm(encoder.experts, neurons * positions))
+    if heads.hidden is not None:
+        tasks, hidden = heads.hidden.groups, heads.hidden.out_features
+        heads.hidden = Normalised(heads.hidden, LayerNorm(tasks, hidden // tasks))
 
 
 class LayerNorm(nn.Module):

@@ -43,9 +43,10 @@ def recycle(layer: Hidden, dormant: Tensor, optimizer: Optimizer, generator: tor
     weights.copy_(torch.where(rows, fresh, weights))
     layer.incoming.bias.masked_fill_(dormant.flatten(), 0)
 
-    weights = matrices(layer.outgoing, layer.outgoing.groups)
+    readers = getattr(layer.outgoing, "groups", 1)  # nn.Linear has no groups
+    weights = matrices(layer.outgoing, readers)
     columns = dormant.repeat_interleave(weights.shape[2] // layer.neurons, dim=1)  # a channel is read at many taps
-    columns = columns.unsqueeze(1).expand_as(weights)
+    columns = columns.repeat_interleave(readers // layer.groups, dim=0).unsqueeze(1).expand_as(weights)
     weights.masked_fill_(columns, 0)
 
     sk.reset_state(optimizer, layer.incoming, rows.reshape(layer.incoming.weight.shape))

@@ -11,16 +11,16 @@ from rl.treatments.periodic import Periodic
 
 
 def make_rule(network: nn.Module, optimizer: Optimizer, config: Config, seed: int, buffer: PlasticityBuffer) -> "Reset":
-    return Reset(network.heads.output, optimizer, config.reset.every, config.reset.times, seed)
+    return Reset(network.heads, optimizer, config.reset.every, config.reset.times, seed)
 
 
 class Reset(Periodic):
-    def __init__(self, layer: nn.Module, optimizer: Optimizer, every: int, times: int, seed: int):
+    def __init__(self, heads: nn.Module, optimizer: Optimizer, every: int, times: int, seed: int):
         super().__init__(every, times)
-        self.layer, self.optimizer, self.seed = layer, optimizer, seed
+        self.heads, self.optimizer, self.seed = heads, optimizer, seed
 
     def act(self, clock: int) -> None:
         with drawing_from(torch_generator(self.seed, Stream.TREATMENT, clock)):
-            self.layer.reset_parameters()
-        for parameter in self.layer.parameters():
+            self.heads.reset_output()
+        for parameter in self.heads.output.parameters():
             sk.reset_state(self.optimizer, parameter, parameter.new_ones((), dtype=bool))

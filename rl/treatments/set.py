@@ -22,6 +22,8 @@ def prepare(network: nn.Module, config: Config, role: str) -> None:
         exclude=stay_dense,
         keep="fresh",
     )
+    network.encoder.initialise()
+    network.heads.initialise()
 
 
 def make_rule(network: nn.Module, optimizer: Optimizer, config: Config, seed: int, buffer: PlasticityBuffer) -> sk.SET:
