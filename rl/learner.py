@@ -1,15 +1,14 @@
 """Learner: one network with its optimiser and what its treatment does to it."""
 
 from collections.abc import Callable
+from copy import deepcopy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import sparsekern as sk
-from rl.agents import AGENTS
 from rl.buffer import PlasticityBuffer
 from rl.config import Config
-from rl.envs import SUITES
 from rl.seeds import Stream, numpy_generator
 from rl.treatments import TREATMENTS
 
@@ -19,28 +18,45 @@ class Learner:
 
     Args:
         role: "actor" or "critic".
-        out_features: outputs per observation.
+        make_network: the dense network, its grouped layers in blocks of the size that it is called with.
         buffer: the plasticity buffer, for treatments that look at what the neurons do.
+        adam: arguments of Adam; a treatment may add its own.
+        max_gradient_norm: gradients of all parameters together are scaled down to this norm; None: they are not.
+        with_target: keep `target`, a copy of the network that follows its topology.
     """
 
-    def __init__(self, config: Config, role: str, out_features: int, buffer: PlasticityBuffer):
+    def __init__(
+        self,
+        config: Config,
+        role: str,
+        make_network: Callable[[int], nn.Module],
+        buffer: PlasticityBuffer,
+        adam: dict,
+        max_gradient_norm: float | None = None,
+        with_target: bool = False,
+        device: str = "cpu",
+    ):
         seeds = numpy_generator(config.seed, Stream[role.upper()])
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(int(seeds.integers(2**63)))
             self._parts = TREATMENTS[config.treatment] if config.networks in ("both", role) else ()
             # a dense layer in blocks of 1 is a matrix as it stands
-            block_size = config.block_size if self._parts and config.sparse else 1
-            self.network = AGENTS[config.agent](len(SUITES[config.suite]), out_features, block_size)
+            self.network = make_network(config.block_size if self._parts and config.sparse else 1)
             self.dense_parameters = self.live_parameters()
             for prepare in self._offered("prepare"):
                 prepare(self.network, config, role)
-        options = {"lr": config.ppo.learning_rate, "fused": True}
+        self.network.to(device)
+        self.target = deepcopy(self.network).requires_grad_(False) if with_target else None
+        options = {"fused": True} | adam
         for optimizer_options in self._offered("optimizer_options"):
             options |= optimizer_options(config)
         self.optimizer = torch.optim.Adam(self.network.parameters(), **options)
+        self._max_gradient_norm = max_gradient_norm
         seed = int(seeds.integers(2**31))  # another one per network, else actor and critic would grow alike
+        followers = [self.target] if with_target else []
         self.rules = [
-            make_rule(self.network, self.optimizer, config, seed, buffer) for make_rule in self._offered("make_rule")
+            make_rule(self.network, self.optimizer, config, seed, buffer, followers)
+            for make_rule in self._offered("make_rule")
         ]
         (self._backward,) = self._offered("backward") or [backward]
 
@@ -60,6 +76,8 @@ class Learner:
         """
         self.optimizer.zero_grad()
         self._backward(self.network, loss, rows, tasks, generator)
+        if self._max_gradient_norm is not None:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self._max_gradient_norm)
         self.optimizer.step()
 
     def rewire(self, clock: int) -> None:
@@ -72,10 +90,13 @@ class Learner:
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rules": [rule.state_dict() for rule in self.rules],
+            "target": self.target and self.target.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.network.load_state_dict(state["network"])
+        if self.target:
+            self.target.load_state_dict(state["target"])
         self.optimizer.load_state_dict(state["optimizer"])
         for rule, rule_state in zip(self.rules, state["rules"], strict=True):
             rule.load_state_dict(rule_state)
@@ -87,8 +108,13 @@ class Learner:
         return stored - sum(m.weight.numel() - int(m.lanes().expand_as(m.weight).sum()) for m in sparse)
 
     def nbytes(self) -> int:
-        """Bytes of weights, gradients, optimiser state and, of sparse layers, coordinates and index."""
-        return sk.summary(self.network, self.optimizer).total.total
+        """Bytes of weights, gradients, optimiser state, target and, of sparse layers, coordinates and index."""
+        target = sk.summary(self.target).total.total if self.target else 0
+        return sk.summary(self.network, self.optimizer).total.total + target
+
+    def dense_nbytes(self) -> int:
+        """The same of the dense network, in float32: weight, gradient, Adam's two moments, target."""
+        return (20 if self.target else 16) * self.dense_parameters
 
 
 def backward(network, loss, rows, tasks, generator) -> None:
@@ -105,5 +131,5 @@ def sizes(*learners: Learner) -> dict[str, float]:
         "sparse/dense_parameters": dense,
         "sparse/density": live / dense,
         "sparse/bytes": sum(learner.nbytes() for learner in learners),
-        "sparse/dense_bytes": 16 * dense,  # float32: weight, gradient and Adam's two moments
+        "sparse/dense_bytes": sum(learner.dense_nbytes() for learner in learners),
     }

@@ -2,9 +2,12 @@
 
 dormant/<network>          share of hidden neurons with E|h_i| <= .001 mean_k E|h_k| in their layer; ...@0.025, ...@0.1
 rank/<network>             effective rank of the features that all heads share, at most 1024
+                           (a pair of critics: the mean of both)
 rank/<network>_experts     the same of each expert's output before mixing, averaged over experts
 fisher/actor               E |grad log pi(a|s)|^2 over states s and actions a ~ pi, of live weights and biases
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +23,18 @@ TAUS = (0.001, 0.025, 0.1)
 DELTA = 0.01
 
 
+# Draws an action for each row of an actor's outputs [N, ...]; returns their log-probabilities [N], with gradients.
+LogProbs = Callable[[Tensor, torch.Generator], Tensor]
+
+
 def plasticity(
     actor: nn.Module, critic: nn.Module, buffer: PlasticityBuffer, seed: int, clock: int
 ) -> dict[str, float]:
-    """All metrics of both networks."""
+    """All metrics of a PPO agent's networks."""
     generator = torch_generator(seed, Stream.METRICS, clock)
     sample = buffer.sample(generator)
     metrics = describe_network("actor", actor, *sample) | describe_network("critic", critic, *sample)
-    return metrics | {"fisher/actor": fisher_trace(actor, *sample, generator)}
+    return metrics | {"fisher/actor": fisher_trace(actor, *sample, categorical, generator)}
 
 
 def describe_network(name: str, network: nn.Module, observations: Tensor, tasks: Tensor) -> dict[str, float]:
@@ -40,9 +47,11 @@ def describe_network(name: str, network: nn.Module, observations: Tensor, tasks:
         metrics[f"dormant/{name}{suffix}"] = sum(int(layer.dormant(tau).sum()) for layer in measured) / neurons
     with torch.no_grad(), watching(network.encoder, network.activation) as calls:
         network(observations, tasks)
-    metrics[f"rank/{name}"] = effective_rank(calls[network.activation][2])
+    shared = calls[network.activation][2]
+    towers = shared.unbind(1) if shared.dim() == 3 else (shared,)
+    metrics[f"rank/{name}"] = sum(map(effective_rank, towers)) / len(towers)
     experts = calls[network.encoder][2].unbind(1)
-    if len(experts) > 1:
+    if len(experts) > len(towers):
         metrics[f"rank/{name}_experts"] = sum(map(effective_rank, experts)) / len(experts)
     return metrics
 
@@ -53,7 +62,15 @@ def effective_rank(features: Tensor, delta: float = DELTA) -> int:
     return int((shares < (1 - delta) * shares[-1]).sum()) + 1
 
 
-def fisher_trace(actor: nn.Module, observations: Tensor, tasks: Tensor, generator: torch.Generator) -> float:
+def categorical(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """The LogProbs of a choice between actions."""
+    log_probs = logits.log_softmax(-1)
+    return log_probs.gather(1, torch.multinomial(log_probs.detach().exp(), 1, generator=generator)).squeeze(1)
+
+
+def fisher_trace(
+    actor: nn.Module, observations: Tensor, tasks: Tensor, log_probs: LogProbs, generator: torch.Generator
+) -> float:
     """E |grad log pi(a|s)|^2, per sample, with one action drawn per state.
 
     No sample's gradient reaches into another's, so one backward pass gives all dlogpi/dy of a layer's outputs y; with
@@ -61,9 +78,7 @@ def fisher_trace(actor: nn.Module, observations: Tensor, tasks: Tensor, generato
     """
     layers = [module for module in actor.modules() if module._parameters]
     with torch.enable_grad(), watching(*layers) as calls:
-        log_probs = actor(observations, tasks).log_softmax(-1)
-        actions = torch.multinomial(log_probs.detach().exp(), 1, generator=generator)
-        log_prob = log_probs.gather(1, actions).sum()
+        log_prob = log_probs(actor(observations, tasks), generator).sum()
     outputs = [calls[layer][2] for layer in layers]
     gradients = torch.autograd.grad(log_prob, outputs)
     total = 0.0

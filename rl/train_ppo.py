@@ -1,6 +1,7 @@
 """Multi-task PPO: rollouts of all tasks in lock-step, one fit after each, evaluations and checkpoints between fits."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rl import checkpoint
+from rl.agents import AGENTS
 from rl.buffer import PlasticityBuffer
 from rl.config import Config, PPOConfig
 from rl.envs import SUITES
@@ -28,8 +30,8 @@ def train(config: Config, folder: Path, quiet: bool = False) -> None:
     # rollouts share the evaluation's first environments: both begin with fresh episodes, so neither disturbs the other
     pool = EnvPool(tasks * config.episodes)
     buffer = PlasticityBuffer()
-    actor = Learner(config, "actor", int(pool.action_space.n), buffer)
-    critic = Learner(config, "critic", 1, buffer)
+    actor = learner(config, "actor", int(pool.action_space.n), buffer)
+    critic = learner(config, "critic", 1, buffer)
     parts = {"actor": actor, "critic": critic, "buffer": buffer}
     state = checkpoint.load(folder) or {"clock": 0, "csv_bytes": 0}
     if state["clock"]:
@@ -66,6 +68,12 @@ def train(config: Config, folder: Path, quiet: bool = False) -> None:
                 whole = {name: part.state_dict() for name, part in parts.items()}
                 checkpoint.save(folder, {"clock": clock, "csv_bytes": logger.flush(), **whole})
             progress.update(steps)
+
+
+def learner(config: Config, role: str, out_features: int, buffer: PlasticityBuffer) -> Learner:
+    """Actor or critic, of so many outputs per observation."""
+    make_network = partial(AGENTS[config.agent], len(SUITES[config.suite]), out_features)
+    return Learner(config, role, make_network, buffer, {"lr": config.ppo.learning_rate})
 
 
 def fit(actor: Learner, critic: Learner, rollout: Rollout, ppo: PPOConfig, seed: int, clock: int) -> dict[str, float]:

@@ -11,7 +11,7 @@ import sparsekern as sk
 from rl.agents import AGENTS
 from rl.buffer import CAPACITY, PlasticityBuffer
 from rl.config import Config
-from rl.metrics import describe_network, effective_rank, fisher_trace
+from rl.metrics import categorical, describe_network, effective_rank, fisher_trace
 from rl.neurons import activity
 from rl.treatments import TREATMENTS
 
@@ -26,7 +26,7 @@ def network(agent, treatment="dense", block_size=1):
         part.prepare(made, config, "actor")
         if treatment == "gmp":
             optimizer = torch.optim.Adam(made.parameters())
-            part.make_rule(made, optimizer, config, 0, PlasticityBuffer()).step(clock=1000)
+            part.make_rule(made, optimizer, config, 0, PlasticityBuffer(), []).step(clock=1000)
     return made
 
 
@@ -42,7 +42,7 @@ def batch(samples):
 def test_fisher_trace_is_the_mean_squared_norm_of_each_samples_gradient(agent, treatment, block_size):
     actor = network(agent, treatment, block_size)
     observations, tasks = batch(12)
-    fast = fisher_trace(actor, observations, tasks, torch.Generator().manual_seed(3))
+    fast = fisher_trace(actor, observations, tasks, categorical, torch.Generator().manual_seed(3))
 
     with torch.no_grad():
         logits = actor(observations, tasks)
@@ -134,12 +134,12 @@ def test_metrics_leave_the_network_and_its_gradients_as_they_were():
     made, (observations, tasks) = network("moe"), batch(10)
     before = copy.deepcopy(made.state_dict())
     describe_network("actor", made, observations, tasks)
-    fisher_trace(made, observations, tasks, torch.Generator().manual_seed(0))
+    fisher_trace(made, observations, tasks, categorical, torch.Generator().manual_seed(0))
     assert all(p.grad is None for p in made.parameters())
     assert not any(module._forward_hooks for module in made.modules())
     after = made.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before if isinstance(before[name], torch.Tensor))
-    assert math.isfinite(fisher_trace(made, observations, tasks, torch.Generator().manual_seed(0)))
+    assert math.isfinite(fisher_trace(made, observations, tasks, categorical, torch.Generator().manual_seed(0)))
 
 
 def test_buffer_keeps_the_latest_observations_and_samples_without_repetition():

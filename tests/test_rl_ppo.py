@@ -9,9 +9,8 @@ from rl.buffer import PlasticityBuffer
 from rl.config import Config, PPOConfig
 from rl.envs import SUITES
 from rl.envs.pool import EnvPool
-from rl.learner import Learner
 from rl.rollout import collect
-from rl.train_ppo import fit, gae, policy_loss
+from rl.train_ppo import fit, gae, learner, policy_loss
 
 
 def test_gae_matches_a_trajectory_computed_by_hand():
@@ -52,8 +51,8 @@ def test_policy_loss_and_its_gradient_match_the_definition_transition_by_transit
 @pytest.mark.parametrize(("suite", "critic_steps"), [("mt3", 1), ("LavaGapS7", 4)])
 def test_critic_takes_one_step_on_everything_but_minibatches_of_a_single_task(suite, critic_steps):
     config = Config(suite=suite, treatment="dense", ppo=PPOConfig(epochs=2, minibatch=10))
-    actor, critic = (Learner(config, role, out, PlasticityBuffer()) for role, out in (("actor", 7), ("critic", 1)))
+    actor, critic = (learner(config, role, out, PlasticityBuffer()) for role, out in (("actor", 7), ("critic", 1)))
     rollout = collect(EnvPool(SUITES[suite]), actor.network, len(SUITES[suite]), steps=40, seed=0, clock=0)
     fit(actor, critic, rollout, config.ppo, seed=0, clock=0)
-    for learner, steps in ((critic, critic_steps), (actor, 8)):
-        assert {int(state["step"]) for state in learner.optimizer.state.values()} == {steps}
+    for trained, steps in ((critic, critic_steps), (actor, 8)):
+        assert {int(state["step"]) for state in trained.optimizer.state.values()} == {steps}

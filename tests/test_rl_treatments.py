@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 import sparsekern as sk
-from rl import checkpoint
+from rl import checkpoint, train_ppo
 from rl.agents import AGENTS
 from rl.buffer import PlasticityBuffer
 from rl.config import Config, ReDoConfig
 from rl.envs import SUITES
-from rl.learner import Learner
 from rl.neurons import activity, hidden_layers
 from rl.treatments import TREATMENTS
 from rl.treatments.pcgrad import project
@@ -22,7 +21,7 @@ from rl.treatments.redo import matrices, recycle
 
 
 def learner(config, role, out_features, buffer=None):
-    return Learner(config, role, out_features, buffer or PlasticityBuffer())
+    return train_ppo.learner(config, role, out_features, buffer or PlasticityBuffer())
 
 
 def batch(num_tasks=3, samples=20):

@@ -6,8 +6,9 @@ A treatment is a tuple of parts, done in this order; a part is a module with som
     optimizer_options(config): arguments for Adam;
     backward(network, loss, rows, tasks, generator): fill the gradients in place of loss(rows).backward(); tasks are
         those of the rows;
-    make_rule(network, optimizer, config, seed, buffer): an object that is told the time after every fit by
-        step(clock=...) and has state_dict and load_state_dict; buffer is the plasticity buffer.
+    make_rule(network, optimizer, config, seed, buffer, followers): an object that is told the time after every fit by
+        step(clock=...) and has state_dict and load_state_dict; buffer is the plasticity buffer, followers are target
+        networks.
 """
 
 from rl.treatments import gmp, layer_norm, lottery, pcgrad, redo, reset, set, weight_decay

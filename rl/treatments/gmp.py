@@ -12,7 +12,14 @@ def prepare(network: nn.Module, config: Config, role: str) -> None:
     sk.sparsify(network, density=1.0, block_size=config.block_size, modules=(nn.Conv2d, nn.Linear))
 
 
-def make_rule(network: nn.Module, optimizer: Optimizer, config: Config, seed: int, buffer: PlasticityBuffer) -> sk.GMP:
+def make_rule(
+    network: nn.Module,
+    optimizer: Optimizer,
+    config: Config,
+    seed: int,
+    buffer: PlasticityBuffer,
+    followers: list[nn.Module],
+) -> sk.GMP:
     return sk.GMP(
         network,
         optimizer,
@@ -20,5 +27,6 @@ def make_rule(network: nn.Module, optimizer: Optimizer, config: Config, seed: in
         start_step=round(config.gmp.start * config.timesteps),
         end_step=round(config.gmp.end * config.timesteps),
         update_every=config.gmp.update_every,
+        followers=followers,
         scope="global",  # a threshold per layer would empty the small ones
     )

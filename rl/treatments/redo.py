@@ -17,7 +17,14 @@ from rl.seeds import Stream, torch_generator
 from rl.treatments.periodic import Periodic
 
 
-def make_rule(network: nn.Module, optimizer: Optimizer, config: Config, seed: int, buffer: PlasticityBuffer) -> "ReDo":
+def make_rule(
+    network: nn.Module,
+    optimizer: Optimizer,
+    config: Config,
+    seed: int,
+    buffer: PlasticityBuffer,
+    followers: list[nn.Module],
+) -> "ReDo":
     return ReDo(network, optimizer, config.redo.every, config.redo.tau, seed, buffer)
 
 

@@ -10,7 +10,14 @@ from rl.seeds import Stream, drawing_from, torch_generator
 from rl.treatments.periodic import Periodic
 
 
-def make_rule(network: nn.Module, optimizer: Optimizer, config: Config, seed: int, buffer: PlasticityBuffer) -> "Reset":
+def make_rule(
+    network: nn.Module,
+    optimizer: Optimizer,
+    config: Config,
+    seed: int,
+    buffer: PlasticityBuffer,
+    followers: list[nn.Module],
+) -> "Reset":
     return Reset(network.heads, optimizer, config.reset.every, config.reset.times, seed)
 
 

@@ -26,11 +26,19 @@ def prepare(network: nn.Module, config: Config, role: str) -> None:
     network.heads.initialise()
 
 
-def make_rule(network: nn.Module, optimizer: Optimizer, config: Config, seed: int, buffer: PlasticityBuffer) -> sk.SET:
+def make_rule(
+    network: nn.Module,
+    optimizer: Optimizer,
+    config: Config,
+    seed: int,
+    buffer: PlasticityBuffer,
+    followers: list[nn.Module],
+) -> sk.SET:
     return sk.SET(
         network,
         optimizer,
         drop_fraction=config.set.drop_fraction,
         update_every=config.set.update_every,
         seed=seed,
+        followers=followers,
     )
