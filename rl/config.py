@@ -1,7 +1,8 @@
 """The settings of a run: one frozen dataclass, which is the command line, and config.json in the run folder.
 
-Defaults are the paper's (arXiv 2508.06871), except for `timesteps`: the paper trains for 400,000. A timestep is one
-lock-step round in which every task's environment steps once.
+Defaults are the paper's (arXiv 2508.06871), except for `timesteps`: the paper trains for 400,000 on MiniGrid and for
+2,000,000 on MT10. A timestep is one lock-step round in which every task's environment steps once: on MT10, ten
+environment steps.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ Suite = Literal[
     "mt3",
     "mt5",
     "mt7",
+    "mt10",
     "LavaGapS7",
     "RedBlueDoors-6x6",
     "MemoryS11",
@@ -26,7 +28,7 @@ Suite = Literal[
     "SimpleCrossingS9N2",
     "MultiRoom-N2-S4",
 ]
-Agent = Literal["mtppo", "moe", "moore"]
+Agent = Literal["mtppo", "moe", "moore", "mtsac"]
 Treatment = Literal[
     "dense",
     "gmp",
@@ -65,6 +67,30 @@ class PPOConfig:
 
 
 @dataclass(frozen=True)
+class SACConfig:
+    batch: int = 128
+    """Transitions per task in an update; there is one update per timestep."""
+    warmup: int = 4000
+    """Timesteps of random actions before the first update."""
+    capacity: int = 100_000
+    """Transitions per task that the replay buffer holds; 416 bytes each."""
+    learning_rate: float = 3e-4
+    """Adam's, for actor, critics and temperatures."""
+    gamma: float = 0.99
+    """Discount per timestep."""
+    tau: float = 0.005
+    """Share of the critics that the target critics take over at every update."""
+    clip: float | None = 5000.0
+    """Values and their targets are clipped to +- clip, as in the code of the paper's time; None: they are not."""
+    time_out_ends: bool = True
+    """Store a time-out as the end of all rewards, as in the code of the paper's time; else it bootstraps."""
+    max_gradient_norm: float = 1.0
+    """Of actor and of both critics together; the temperatures' is not bounded."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where networks and replay buffer live; auto: a GPU if there is one."""
+
+
+@dataclass(frozen=True)
 class SETConfig:
     drop_fraction: float = 0.3
     """Share of a layer's live blocks that moves at a rewire."""
@@ -98,7 +124,14 @@ class ResetConfig:
     """Resets in a run, at most."""
 
 
-PARTS = {"ppo": PPOConfig, "set": SETConfig, "gmp": GMPConfig, "redo": ReDoConfig, "reset": ResetConfig}
+PARTS = {
+    "ppo": PPOConfig,
+    "sac": SACConfig,
+    "set": SETConfig,
+    "gmp": GMPConfig,
+    "redo": ReDoConfig,
+    "reset": ResetConfig,
+}
 
 
 @dataclass(frozen=True)
@@ -109,10 +142,12 @@ class Config:
     """
 
     suite: Suite = "mt3"
-    """Tasks: 3, 5 or 7 of MiniGrid, or one of them, for the single-task reference (with agent mtppo)."""
+    """Tasks: 3, 5 or 7 of MiniGrid, or one of them, for the single-task reference (with agent mtppo); mt10 is
+    Meta-World's."""
     agent: Agent = "mtppo"
     """mtppo: PPO, one convolutional encoder for all tasks, one head per task. moe: several encoders, mixed by weights
-    that each task learns. moore: the same, after making the encoders' outputs orthonormal."""
+    that each task learns. moore: the same, after making the encoders' outputs orthonormal. mtsac: soft actor-critic, one network with one
+    head per task; of mt10."""
     treatment: Treatment = "set"
     """dense: nothing. gmp: prune gradually by magnitude. set: sparse throughout, small weights move at random. redo:
     dormant neurons start anew. reset: the last layers start anew. lottery: train what gmp kept from its first values.
@@ -126,13 +161,16 @@ class Config:
     seed: int = 0
     """The same command with the same seed writes the same metrics.csv, but for its time/ rows."""
     timesteps: int = 100_000
-    """Length of the run; the paper's is 400,000."""
-    evaluate_every: int = 10_000
-    """Timesteps between evaluations (at the next end of a rollout), each followed by a checkpoint."""
-    episodes: int = 25
-    """Episodes per task in an evaluation."""
+    """Length of the run; the paper's is 400,000, on mt10 2,000,000."""
+    evaluate_every: int | None = None
+    """Timesteps between evaluations (at the next end of a rollout), each followed by a checkpoint; if not given, the
+    paper's 10,000, on mt10 20,000."""
+    episodes: int | None = None
+    """Episodes per task in an evaluation; if not given, the paper's 25, on mt10 50."""
     threads: int = 1
     """Threads of PyTorch. More than one gains little on networks of this size; cores are better used by other runs."""
+    workers: int = 1
+    """Processes that step the environments of mt10; MiniGrid's are stepped by the learner itself."""
     runs: Path = Path("runs")
     """Run folders are made here: <runs>/<suite>-<agent>-<treatment>.../<seed>-<time>/."""
     ticket: Path | None = None
@@ -140,19 +178,27 @@ class Config:
     weight_decay: float = 1e-6
     """Of treatments with weight decay: Adam's L2 factor."""
     ppo: PPOConfig = PPOConfig()
+    sac: SACConfig = SACConfig()
     set: SETConfig = SETConfig()
     gmp: GMPConfig = GMPConfig()
     redo: ReDoConfig = ReDoConfig()
     reset: ResetConfig = ResetConfig()
 
     def __post_init__(self):
+        mt10 = self.suite == "mt10"
+        papers = {"evaluate_every": 20_000 if mt10 else 10_000, "episodes": 50 if mt10 else 25}
+        for name, value in papers.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # frozen from here on
         if not 0 < self.density <= 1:
             raise ValueError(f"density must be in (0, 1], got {self.density}")
-        for name in ("timesteps", "evaluate_every", "episodes", "threads"):
+        for name in ("timesteps", "evaluate_every", "episodes", "threads", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
+        if self.agent == "mtsac" and self.suite != "mt10":
+            raise ValueError(f"agent mtsac belongs to suite mt10, got {self.suite}")
         if (self.treatment == "lottery") != (self.ticket is not None):
             raise ValueError(f"ticket belongs to treatment lottery, got {self.treatment} with ticket {self.ticket}")
 
@@ -181,6 +227,6 @@ class Config:
         if not (folder / CONFIG).exists():
             raise ValueError(f"--resume: {folder} is no run folder, it has no {CONFIG}")
         values = json.loads((folder / CONFIG).read_text())
-        values |= {name: part(**values[name]) for name, part in PARTS.items()}
+        values |= {name: part(**values.get(name, {})) for name, part in PARTS.items()}
         values |= {name: Path(values[name]) for name in ("runs", "ticket") if values[name]}
         return cls(**values)

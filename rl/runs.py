@@ -14,7 +14,14 @@ from rl.logger import CSV
 
 def identity(config: Config) -> Config:
     """The settings that decide what a run does; where, on how many threads and options of other treatments do not."""
-    same = replace(config, runs=Path(), threads=1, ticket=config.ticket and Path())
+    same = replace(
+        config,
+        runs=Path(),
+        threads=1,
+        workers=1,
+        sac=replace(config.sac, device="auto"),
+        ticket=config.ticket and Path(),
+    )
     if not config.sparse:
         same = replace(same, density=Config.density, block_size=Config.block_size)
     return replace(same, networks=Config.networks) if config.treatment == "dense" else same

@@ -26,8 +26,8 @@ def numpy_generator(seed: int, stream: Stream, clock: int = 0) -> np.random.Gene
     return np.random.default_rng((seed, stream, clock))
 
 
-def torch_generator(seed: int, stream: Stream, clock: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(int(numpy_generator(seed, stream, clock).integers(2**63)))
+def torch_generator(seed: int, stream: Stream, clock: int = 0, device: str = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(int(numpy_generator(seed, stream, clock).integers(2**63)))
 
 
 @contextmanager

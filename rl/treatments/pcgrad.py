@@ -31,7 +31,7 @@ def project(gradients: Tensor, generator: torch.Generator) -> Tensor:
     """Take out of each of n gradients [n, D], in random order, what points against another one as it was."""
     projected = gradients.clone()
     for i, gradient in enumerate(projected):
-        for j in torch.randperm(len(gradients), generator=generator).tolist():
+        for j in torch.randperm(len(gradients), generator=generator, device=generator.device).tolist():
             other = gradients[j]
             if j != i:
                 gradient -= (gradient @ other).clamp(max=0) / (other @ other + 1e-12) * other

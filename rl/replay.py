@@ -1,0 +1,89 @@
+"""Replay: the latest transitions of every task, drawn uniformly per task."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rl.buffer import BATCH, CAPACITY
+
+
+class Batch(NamedTuple):
+    """M transitions per task, task by task: N = num_tasks * M rows."""
+
+    observations: Tensor  # float32 [N, features]
+    actions: Tensor  # float32 [N, actions]
+    rewards: Tensor  # float32 [N]
+    next_observations: Tensor  # float32 [N, features]
+    ended: Tensor  # float32 [N]: 1 where nothing follows, else 0
+
+
+class Replay:
+    """One transition per task and timestep, first in, first out; on the learner's device.
+
+    What belongs to a transition lies side by side: adding a timestep writes one row, a batch is gathered in one call.
+    """
+
+    def __init__(self, capacity: int, num_tasks: int, features: int, actions: int, device: str = "cpu"):
+        self.num_tasks = num_tasks
+        self.widths = (features, actions, 1, features, 1)
+        # empty: memory is taken as it is filled
+        self.storage = torch.empty(capacity, num_tasks, sum(self.widths), device=device)
+        self._tasks = torch.arange(num_tasks, device=device)
+        self.added = 0
+        """Timesteps since the start; the last `capacity` of them are here."""
+
+    def __len__(self) -> int:
+        """Timesteps here."""
+        return min(self.added, len(self.storage))
+
+    def add(self, *transition: Tensor) -> None:
+        """Add one timestep: the fields of Batch, with one row per task."""
+        parts = [part.view(self.num_tasks, -1) for part in transition]
+        self.storage[self.added % len(self.storage)] = torch.cat(parts, dim=1)
+        self.added += 1
+
+    def draw(self, per_task: int, generator: torch.Generator) -> Tensor:
+        """Draw timesteps, each task's on its own, uniformly and with repetition: int64 [num_tasks, per_task]."""
+        size = (self.num_tasks, per_task)
+        return torch.randint(len(self), size, generator=generator, device=self.storage.device)
+
+    def batch(self, timesteps: Tensor) -> Batch:
+        """The transitions of each task, row by row of [num_tasks, M], at these timesteps."""
+        transitions = self.storage[timesteps, self._tasks.unsqueeze(1)].flatten(0, 1)
+        observations, actions, rewards, following, ended = transitions.split(self.widths, dim=1)
+        return Batch(observations, actions, rewards.squeeze(1), following, ended.squeeze(1))
+
+    def state_dict(self) -> dict:
+        """The storage itself, whole: a checkpoint writes it to disk without copying it in memory."""
+        return {"storage": self.storage, "added": self.added}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state["storage"].shape != self.storage.shape:
+            raise ValueError(
+                f"Replay: the checkpoint's storage must be {list(self.storage.shape)}, got "
+                f"{list(state['storage'].shape)}"
+            )
+        self.added = state["added"]
+        self.storage[: len(self)] = state["storage"][: len(self)]
+
+
+class Recent:
+    """The plasticity buffer of off-policy agents: the latest 100,000 transitions of all tasks, out of the replay.
+
+    Args:
+        with_actions: what is looked at is what critics see, observations with actions; else observations.
+    """
+
+    def __init__(self, replay: Replay, with_actions: bool):
+        self._replay, self._with_actions = replay, with_actions
+
+    def sample(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Up to 1024 different entries: what the networks see, float32, and tasks; generator: on the CPU."""
+        replay = self._replay
+        latest = min(len(replay), CAPACITY // replay.num_tasks)
+        entries = torch.randperm(latest * replay.num_tasks, generator=generator)[:BATCH].to(replay.storage.device)
+        timesteps = (replay.added - 1 - entries // replay.num_tasks) % len(replay.storage)
+        tasks = entries % replay.num_tasks
+        features, actions, *_ = replay.widths
+        return replay.storage[timesteps, tasks, : features + actions * self._with_actions], tasks
