@@ -20,6 +20,7 @@ class Stream(IntEnum):
     EVALUATION = 4
     METRICS = 5
     TREATMENT = 6  # drawn from a treatment's own seed, which differs between actor and critic
+    GOALS = 7  # between which Meta-World's environments choose
 
 
 def numpy_generator(seed: int, stream: Stream, clock: int = 0) -> np.random.Generator:
