@@ -145,9 +145,9 @@ class Config:
     """Tasks: 3, 5 or 7 of MiniGrid, or one of them, for the single-task reference (with agent mtppo); mt10 is
     Meta-World's."""
     agent: Agent = "mtppo"
-    """mtppo: PPO, one convolutional encoder for all tasks, one head per task. moe: several encoders, mixed by weights
-    that each task learns. moore: the same, after making the encoders' outputs orthonormal. mtsac: soft actor-critic, one network with one
-    head per task; of mt10."""
+    """mtppo: PPO, one encoder for all tasks, one head per task. moe: several encoders, mixed by weights that each task
+    learns. moore: the same, after making the encoders' outputs orthonormal. mtsac: soft actor-critic, one encoder, one
+    head per task; for mt10."""
     treatment: Treatment = "set"
     """dense: nothing. gmp: prune gradually by magnitude. set: sparse throughout, small weights move at random. redo:
     dormant neurons start anew. reset: the last layers start anew. lottery: train what gmp kept from its first values.

@@ -52,6 +52,7 @@ class Learner:
             options |= optimizer_options(config)
         self.optimizer = torch.optim.Adam(self.network.parameters(), **options)
         self._max_gradient_norm = max_gradient_norm
+        self.buffer = buffer
         seed = int(seeds.integers(2**31))  # another one per network, else actor and critic would grow alike
         followers = [self.target] if with_target else []
         self.rules = [

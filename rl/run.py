@@ -21,6 +21,7 @@ if not __package__:
 from rl.config import ENVIRONMENT, Config
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+SIMULATORS = ("gymnasium", "minigrid", "metaworld", "mujoco")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +38,20 @@ def main() -> None:
         sys.exit(f"rl/run.py: {error}")
     print(folder, flush=True)
 
-    from rl.train_ppo import train
-
     try:
         train(config, folder)
     except KeyboardInterrupt:
         sys.exit(f"stopped; python rl/run.py --resume {folder} goes on from the last evaluation")
     show(folder)
+
+
+def train(config: Config, folder: Path, quiet: bool = False) -> None:
+    """Train in this run folder, from its last checkpoint where it has one; quiet: without a progress bar."""
+    if config.agent == "mtsac":
+        from rl.train_sac import train
+    else:
+        from rl.train_ppo import train
+    train(config, folder, quiet)
 
 
 def chosen_run() -> tuple[Path, Config]:
@@ -76,7 +84,7 @@ def environment() -> str:
         f"command: {' '.join(sys.argv)}",
         f"commit: {commit or 'unknown'}",
         f"system: {platform.platform()}",
-        *(f"{name} {metadata.version(name)}" for name in ("gymnasium", "minigrid")),
+        *(f"{package.name} {package.version}" for package in metadata.distributions() if package.name in SIMULATORS),
         output(sys.executable, "-m", "sparsekern"),
     ]
     return "\n".join(lines) + "\n"

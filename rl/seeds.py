@@ -21,6 +21,7 @@ class Stream(IntEnum):
     METRICS = 5
     TREATMENT = 6  # drawn from a treatment's own seed, which differs between actor and critic
     GOALS = 7  # between which Meta-World's environments choose
+    RESET = 8  # what they choose from then on
 
 
 def numpy_generator(seed: int, stream: Stream, clock: int = 0) -> np.random.Generator:

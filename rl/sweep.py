@@ -21,6 +21,7 @@ if not __package__:
 from rl import checkpoint
 from rl.config import Agent, BlockSize, Config, Networks, Suite, Treatment
 from rl.run import CHECKOUT, new_folder
+from rl.run import train as train_one
 from rl.runs import Run, find, identity
 
 POLL = 10  # seconds between two looks at how far the runs are
@@ -125,12 +126,10 @@ def run_all(cells: list[Config], sweep: Sweep) -> int:
 
 def train(job: tuple[Config, Path | None]) -> tuple[Path, str]:
     """Train one run, in a new folder if it has none; returns the folder and, if the run failed, why."""
-    from rl import train_ppo
-
     config, folder = job
     folder = folder or new_folder(config)
     try:
-        train_ppo.train(config, folder, quiet=True)
+        train_one(config, folder, quiet=True)
     except Exception:  # one run's error must not end the others
         return folder, traceback.format_exc()
     return folder, ""
