@@ -74,9 +74,7 @@ class Workers(VectorEnv):
             seed = range(seed, seed + self.num_envs)
         seeds = [None] * self.num_envs if seed is None else [int(s) for s in seed]
         if len(seeds) != self.num_envs:
-            raise ValueError(
-                f"Workers.reset: needs one seed for each of {self.num_envs} environments, got {len(seeds)}"
-            )
+            raise ValueError(f"Workers.reset: {self.num_envs} environments need one seed each, got {len(seeds)}")
         self._run("reset", seeds, options)
         return self._shared["observations"].copy(), {}
 
