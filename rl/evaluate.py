@@ -74,7 +74,9 @@ def evaluate_mt10(
 
 
 def judge_mt10(names: Sequence[str], returns: np.ndarray, solved: np.ndarray) -> dict[str, float]:
-    """What `evaluate_mt10` returned as metrics: mean return and success of each task, and mean success."""
+    """What `evaluate_mt10` returned as metrics: mean return and success of each task; the score is the success."""
     metrics = {f"return/{name}": of_task.mean() for name, of_task in zip(names, returns, strict=True)}
-    metrics |= {f"success/{name}": of_task.mean() for name, of_task in zip(names, solved, strict=True)}
-    return metrics | {"success/mean": solved.mean()}
+    for kind in ("score", "success"):
+        metrics |= {f"{kind}/{name}": of_task.mean() for name, of_task in zip(names, solved, strict=True)}
+        metrics[f"{kind}/mean"] = solved.mean()
+    return metrics

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -95,14 +96,14 @@ class SAC:
         return None if len(rows) == len(self._tasks) else self._tasks[rows]
 
     @torch.no_grad()
-    def act(self, observations: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Actions for one observation of every task [num_tasks, ...], in the device's memory.
+    def act(self, observations: Tensor, noise: Tensor) -> Tensor:
+        """Draw an action for one observation of every task [num_tasks, ...], from normal noise [num_tasks, actions]."""
+        return squashed(self.actor.network(observations), noise)[0]
 
-        Args:
-            noise: normal [num_tasks, actions], to draw an action; None: the action of the mean.
-        """
-        outputs = self.actor.network(observations)
-        return outputs.chunk(2, dim=-1)[0].tanh() if noise is None else squashed(outputs, noise)[0]
+    @torch.no_grad()
+    def best(self, observations: np.ndarray) -> np.ndarray:
+        """The action of the mean, for one observation of every task."""
+        return gaussian(self.actor.network(torch.from_numpy(observations).to(self.device)))[0].tanh().cpu().numpy()
 
     def rewire(self, clock: int) -> None:
         """Tell the treatment that `clock` timesteps have passed."""

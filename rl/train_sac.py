@@ -16,7 +16,7 @@ from rl import checkpoint
 from rl.config import Config
 from rl.envs.metaworld import MT10, STEPS, make_mt10
 from rl.envs.workers import Workers
-from rl.evaluate import evaluate_success
+from rl.evaluate import evaluate_mt10, judge_mt10
 from rl.learner import sizes
 from rl.logger import Logger, timed
 from rl.metrics import describe_network, fisher_trace
@@ -55,7 +55,8 @@ def train(config: Config, folder: Path, quiet: bool = False) -> None:
                 metrics |= sizes(agent.actor, agent.critic)
                 if evaluating or finished:  # before rewiring: this is the policy that was learned
                     with timed(metrics, "time/evaluate_ms"):
-                        metrics |= judge(config, envs, agent, clock)
+                        found = evaluate_mt10(envs, agent.best, config.episodes, config.seed, clock)
+                    metrics |= judge_mt10([task.name for task in MT10], *found)
                     with timed(metrics, "time/metrics_ms"):
                         metrics |= plasticity(agent, config.seed, clock)
                     observations = None
@@ -107,16 +108,6 @@ def episode(
         metrics |= {f"rollout/{task.name}": returns[i], f"rollout_success/{task.name}": solved[i]}
     metrics |= {f"time/{name}_ms": 1e3 * seconds[name] / steps for name in seconds}
     return observations, metrics | {"time/steps_per_second": steps * len(MT10) / (time.perf_counter() - start)}
-
-
-def judge(config: Config, envs: Workers, agent: SAC, clock: int) -> dict[str, float]:
-    """Evaluate the actions of the mean, by the official rule; what the paper scores is success."""
-
-    def best(observations: np.ndarray) -> np.ndarray:
-        return agent.act(torch.from_numpy(observations).to(agent.device)).cpu().numpy()
-
-    metrics = evaluate_success(envs, best, config.episodes, config.seed, clock)
-    return metrics | {name.replace("success/", "score/"): v for name, v in metrics.items() if "success/" in name}
 
 
 def plasticity(agent: SAC, seed: int, clock: int) -> dict[str, float]:
