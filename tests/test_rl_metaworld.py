@@ -116,6 +116,20 @@ def test_every_environment_has_its_own_stream_and_every_run_its_own_goals(envs):
 
 
 @pytest.mark.filterwarnings("ignore:Constant")
+@pytest.mark.parametrize("name", ["push", "pick-place"])
+def test_contacts_looked_at_at_once_are_meta_world_s(here, scripted, name):
+    index = [task.name for task in MT10].index(name)
+    env, raw = here.envs[index], here.envs[index].unwrapped
+    observation, _ = env.reset(seed=0)
+    target, answers = raw._get_id_main_object(), []
+    for _ in range(90):
+        observation, *_ = env.step(scripted([observation] * 10)[index])
+        answers.append(raw.touching_object(target))
+        assert answers[-1] == type(raw).touching_object(raw, target)
+    assert 0 < sum(answers) < 90
+
+
+@pytest.mark.filterwarnings("ignore:Constant")
 def test_evaluation_is_meta_world_s(envs, here, scripted):
     from metaworld.evaluation import evaluation
 
