@@ -46,20 +46,21 @@ class Task:
                 reward_function_version="v2",
                 terminate_on_success=False,
             )
+        look_at_contacts_at_once(env.unwrapped)
         return Seeded(env)
 
 
 MT10 = (
-    Task("reach", 356),
-    Task("push", 782),
-    Task("pick-place", 482),
-    Task("door-open", 207),
-    Task("drawer-open", 157),
-    Task("drawer-close", 163),
-    Task("button-press-topdown", 149),
-    Task("peg-insert-side", 318),
-    Task("window-open", 151),
-    Task("window-close", 154),
+    Task("reach", 207),
+    Task("push", 262),
+    Task("pick-place", 277),
+    Task("door-open", 200),
+    Task("drawer-open", 158),
+    Task("drawer-close", 148),
+    Task("button-press-topdown", 133),
+    Task("peg-insert-side", 261),
+    Task("window-open", 143),
+    Task("window-close", 149),
 )  # in Meta-World's order, which is that of the one-hot
 
 
@@ -78,6 +79,25 @@ class Seeded(gym.Wrapper):
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         observation, *rest = self.env.step(action)
         return observation.astype(np.float32), *rest
+
+
+def look_at_contacts_at_once(env: gym.Env) -> None:
+    """Have this environment ask for all contacts in one call whether the gripper touches something.
+
+    Half of a step of push and pick-place goes into Meta-World's loops over them: 540 microseconds, with this 270.
+    """
+    data = env.data
+
+    def touching_object(object_geom_id: int) -> bool:
+        pairs, addresses = data.contact.geom, data.contact.efc_address
+        of_object = (pairs == object_geom_id).any(1)
+
+        def force(pad: str) -> float:
+            return sum(data.efc_force[addresses[of_object & (pairs == data.geom(pad).id).any(1)]])
+
+        return force("leftpad_geom") > 0 and force("rightpad_geom") > 0
+
+    env.touching_object = touching_object
 
 
 def make_mt10(seed: int, num_workers: int) -> Workers:
