@@ -19,5 +19,7 @@ def save(folder: Path, state: dict) -> None:
 
 
 def load(folder: Path) -> dict | None:
-    """The run's last checkpoint, or None where it has none yet."""
-    return torch.load(path(folder), weights_only=True) if path(folder).exists() else None
+    """The run's last checkpoint, or None where it has none yet; tensors are read from the file when they are used."""
+    if not path(folder).exists():
+        return None
+    return torch.load(path(folder), weights_only=True, map_location="cpu", mmap=True)

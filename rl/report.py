@@ -6,20 +6,21 @@ named and left out.
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import tyro
+from rich.table import Table
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # started as a script: the checkout is where `rl` is
 
-from rl.config import Config
+from rl.config import PARTS, Config
 from rl.envs import SUITES
 from rl.iqm import interval, iqm
-from rl.paper import TABLE, Score
+from rl.paper import TABLE, TABLE_MT10, Score
 from rl.runs import Run, find, identity
 
 CELL = (
@@ -31,7 +32,7 @@ CELL = (
     "block_size",
     "ticket",
 )  # what tells cells of a table apart
-PAPER = Config(timesteps=400_000)
+MINIGRID, MT10 = Config(timesteps=400_000), Config(suite="mt10", agent="mtsac", timesteps=2_000_000)  # the paper's
 CURVES = {
     "score/mean": "normalised score",
     "success/mean": "success",
@@ -65,16 +66,19 @@ class Cell:
 
     @property
     def scores(self) -> np.ndarray:
-        """Normalised scores of the final evaluation, [runs, tasks]."""
-        last = [run.evaluated.iloc[-1].filter(regex="^score/(?!mean$)").to_numpy() for run in self.runs]
-        return np.array(last)
+        """Scores of the final evaluation, [runs, tasks]: normalised return, on MT10 success."""
+        return np.array([run.evaluated.iloc[-1][[f"score/{task}" for task in self.tasks]] for run in self.runs], float)
+
+    @property
+    def tasks(self) -> list[str]:
+        return [task.name for task in SUITES[self.config.suite]]
 
     @property
     def name(self) -> str:
-        """The treatment, and its options that are not the paper's."""
-        options = [f"density {self.config.density:g}"] * (self.config.density != PAPER.density)
-        options += [f"block {self.config.block_size}"] * (self.config.block_size != PAPER.block_size)
-        options += [f"{self.config.networks} only"] * (self.config.networks != PAPER.networks)
+        """The treatment, and its options that are not the paper's defaults."""
+        options = [f"density {self.config.density:g}"] * (self.config.density != Config.density)
+        options += [f"block {self.config.block_size}"] * (self.config.block_size != Config.block_size)
+        options += [f"{self.config.networks} only"] * (self.config.networks != Config.networks)
         return ", ".join([self.config.treatment, *options])
 
     def typical(self, metric: str) -> float:
@@ -82,19 +86,18 @@ class Cell:
         return np.mean([run.evaluated[metric].median() for run in self.runs])
 
     def last(self, metric: str) -> float:
-        """Mean over runs, at the final evaluation."""
-        return np.mean([run.evaluated[metric].iloc[-1] for run in self.runs])
+        """Mean over runs, at the final evaluation; NaN where it is not taken."""
+        return np.mean([run.evaluated[metric].iloc[-1] if metric in run.evaluated else np.nan for run in self.runs])
 
     @property
     def core_minutes(self) -> float:
         """Time of one run, from what its parts typically took."""
-        ppo, num_tasks = self.config.ppo, self.scores.shape[1]
-        rollout = (
-            ppo.rollout_steps * num_tasks / self.typical("time/steps_per_second") + self.typical("time/update_ms") / 1e3
-        )
+        config, steps = self.config, self.config.timesteps * len(self.tasks)
         evaluation = (self.typical("time/evaluate_ms") + self.typical("time/metrics_ms")) / 1e3
-        rollouts, evaluations = self.config.timesteps / ppo.rollout_steps, len(self.runs[0].evaluated)
-        return (rollouts * rollout + evaluations * evaluation) / 60
+        seconds = steps / self.typical("time/steps_per_second") + len(self.runs[0].evaluated) * evaluation
+        if config.agent != "mtsac":  # whose steps per second count the updates in
+            seconds += config.timesteps / config.ppo.rollout_steps * self.typical("time/update_ms") / 1e3
+        return seconds / 60
 
 
 def main() -> None:
@@ -121,9 +124,14 @@ def by_protocol(runs: Iterable[Run]) -> dict[Config, list[Cell]]:
         cells[replace(config, seed=0)].append(found[config])
     tables = defaultdict(list)
     for config, of_cell in cells.items():
-        common = replace(config, **{name: getattr(PAPER, name) for name in CELL})
+        common = replace(config, **{name: getattr(of_paper(config), name) for name in CELL})
         tables[common].append(Cell(config, of_cell))
     return dict(tables)
+
+
+def of_paper(config: Config) -> Config:
+    """The paper's protocol for runs like this one."""
+    return MT10 if config.suite == "mt10" else MINIGRID
 
 
 def order(config: Config) -> tuple:
@@ -134,24 +142,35 @@ def order(config: Config) -> tuple:
 
 def describe(protocol: Config) -> str:
     """What the runs of a table have in common, as far as it is not the paper's."""
-    changed = [f"{f.name} {getattr(protocol, f.name)}" for f in fields(Config) if differs(f.name, protocol)]
-    return f"{protocol.timesteps:,} timesteps" + (
-        f"; not the paper's protocol: {', '.join(changed)}" if changed else ", the paper's protocol"
-    )
+    length = f"{protocol.timesteps:,} timesteps"
+    if of_paper(protocol) is MT10:
+        length += f" ({protocol.timesteps * len(SUITES['mt10']):,} environment steps)"
+    changed = settings(protocol).items() - settings(identity(of_paper(protocol))).items()
+    changes = ", ".join(f"{name} {value}" for name, value in sorted(changed) if name != "timesteps")
+    shorter = f"; not the paper's protocol{': ' if changes else ''}{changes}"
+    return length + (shorter if changed else ", the paper's protocol")
+
+
+def settings(config: Config) -> dict[str, object]:
+    """By name, as on the command line."""
+    values = asdict(config)
+    parts = {f"{name}.{option}": value for name in PARTS for option, value in values.pop(name).items()}
+    return values | parts
 
 
 def differs(name: str, protocol: Config) -> bool:
-    return getattr(protocol, name) != getattr(identity(PAPER), name)
+    return getattr(protocol, name) != getattr(identity(of_paper(protocol)), name)
 
 
 def show(protocol: Config, cells: list[Cell]) -> None:
     """Print scores beside the paper's, then what the networks were like and what a run cost."""
     from rich.console import Console
-    from rich.table import Table
 
     comparable = not any(differs(f.name, protocol) for f in fields(Config))
-    scores = Table("suite", "agent", "treatment", "seeds", "IQM of runs", "IQM of runs x tasks", "paper, 30 seeds")
-    scores.title = f"normalised score after {describe(protocol)}"
+    mt10 = of_paper(protocol) is MT10
+    scores = Table("suite", "agent", "treatment", "seeds", "IQM of runs", "IQM of runs x tasks")
+    scores.add_column(f"paper, {10 if mt10 else 30} seeds")
+    scores.title = f"{'success' if mt10 else 'normalised score'} after {describe(protocol)}"
     scores.caption = (
         "IQM [95% bootstrap interval]; of runs: of each run's mean over tasks, which the paper's numbers fit"
     )
@@ -160,7 +179,7 @@ def show(protocol: Config, cells: list[Cell]) -> None:
     costs = Table("suite", "agent", "treatment", "live / dense", "update ms", "acting ms", "steps/s", "core-minutes")
     costs.title, costs.caption = (
         "cost",
-        "medians over a run, means over seeds; update and acting of one rollout, on one core",
+        "medians over a run, means over seeds; update and acting of one rollout (mtsac: timestep)",
     )
     for cell in cells:
         config, by_task = cell.config, cell.scores
@@ -173,8 +192,8 @@ def show(protocol: Config, cells: list[Cell]) -> None:
             with_interval(by_task),
             f"{paper.iqm:.2f} [{paper.low:.2f}, {paper.high:.2f}]" if paper else "",
         )
-        dormant = [f"{cell.last(f'dormant/{network}'):.1%}" for network in ("actor", "critic")]
-        ranks = [f"{cell.last(f'rank/{network}'):.0f}" for network in ("actor", "critic")]
+        dormant = [f"{cell.last(f'dormant/{network}'):.1%}".replace("nan%", "") for network in ("actor", "critic")]
+        ranks = [f"{cell.last(f'rank/{network}'):.0f}".replace("nan", "") for network in ("actor", "critic")]
         metrics.add_row(*head, *dormant, *ranks, f"{cell.last('fisher/actor'):.3g}")
         times = [f"{cell.typical(f'time/{name}'):,.0f}" for name in ("update_ms", "acting_ms", "steps_per_second")]
         costs.add_row(*head, f"{cell.last('sparse/density'):.3f}", *times, f"{cell.core_minutes:.1f}")
@@ -188,11 +207,36 @@ def show(protocol: Config, cells: list[Cell]) -> None:
             with_interval(alone),
         )
     console = Console(width=None if sys.stdout.isatty() else 130)
-    for table in (scores, metrics, costs):
+    for table in (scores, *task_tables(cells), metrics, costs):
         console.print(table)
-    if comparable:
-        for line in orderings(cells):
-            console.print(line)
+    for line in orderings(cells) if comparable else paper_elsewhere(protocol):
+        console.print(line)
+
+
+def task_tables(cells: list[Cell]) -> Iterator[Table]:
+    """What each task of a suite earned, in a table per suite and agent."""
+    for (suite, agent), of_group in groups(cells).items():
+        table = Table(
+            "task", *(cell.name for cell in of_group), title=f"{suite}, {agent}: score by task, mean of seeds"
+        )
+        for number, task in enumerate(of_group[0].tasks):
+            table.add_row(task, *(f"{cell.scores[:, number].mean():.2f}" for cell in of_group))
+        yield table
+
+
+def groups(cells: list[Cell]) -> dict[tuple[str, str], list[Cell]]:
+    """Cells by suite and agent."""
+    found = defaultdict(list)
+    for cell in cells:
+        found[cell.config.suite, cell.config.agent].append(cell)
+    return found
+
+
+def paper_elsewhere(protocol: Config) -> Iterator[str]:
+    """The paper's table of MT10 in words, for runs that follow another protocol and are not comparable with it."""
+    if of_paper(protocol) is MT10:
+        scores = (f"{name} {score.iqm:.2f} [{score.low:.2f}, {score.high:.2f}]" for name, score in TABLE_MT10.items())
+        yield f"Not comparable, for scale: the paper's mtsac after {MT10.timesteps:,} timesteps: {', '.join(scores)}"
 
 
 def single_task(cells: list[Cell]) -> dict[str, np.ndarray]:
@@ -219,9 +263,15 @@ def with_interval(scores: np.ndarray) -> str:
 def reference(cell: Cell) -> Score | None:
     """The paper's score of this cell, if it has one."""
     config = cell.config
-    standard = replace(PAPER, suite=config.suite, agent=config.agent, treatment=config.treatment, ticket=config.ticket)
-    as_paper = identity(standard) == config
-    return TABLE.get((config.agent, config.suite, config.treatment)) if as_paper else None
+    if config.agent == "mtsac":
+        names, score = ("treatment", "networks"), TABLE_MT10.get(cell.name)
+    else:
+        names, score = (
+            ("suite", "agent", "treatment", "ticket"),
+            TABLE.get((config.agent, config.suite, config.treatment)),
+        )
+    standard = replace(of_paper(config), **{name: getattr(config, name) for name in names})
+    return score if identity(standard) == config else None
 
 
 def orderings(cells: list[Cell]) -> list[str]:
@@ -266,14 +316,13 @@ def draw(protocol: Config, cells: list[Cell], folder: Path, number: int) -> list
     from matplotlib import pyplot
 
     folder.mkdir(parents=True, exist_ok=True)
-    groups = defaultdict(list)
-    for cell in cells:
-        groups[cell.config.suite, cell.config.agent].append(cell)
     written = []
-    for (suite, agent), of_group in groups.items():
+    for (suite, agent), of_group in groups(cells).items():
         figure, axes = pyplot.subplots(2, 4, figsize=(20, 8), sharex=True, layout="constrained")
         for axis, (metric, label) in zip(axes.flat, CURVES.items(), strict=True):
             for cell in of_group:
+                if metric not in cell.runs[0].evaluated:
+                    continue
                 curves = np.array([run.evaluated[metric].to_numpy() for run in cell.runs])
                 steps = cell.runs[0].evaluated.index / 1000
                 seeds = f"{len(cell.runs)} seed{'s' * (len(cell.runs) > 1)}"

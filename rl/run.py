@@ -116,9 +116,13 @@ def show(folder: Path) -> None:
         dense = last[f"sparse/dense_{name}"]
         cost.add_row(label, f"{own:,.0f}", f"{dense:,.0f}", f"{own / dense:.3f}")
     cost.add_section()
-    cost.add_row("update on one rollout, milliseconds", f"{typical['time/update_ms']:,.0f}")
-    cost.add_row("acting in one rollout, milliseconds", f"{typical['time/acting_ms']:,.0f}")
-    cost.add_row("environment steps per second, with acting", f"{typical['time/steps_per_second']:,.0f}")
+    off_policy = "time/waiting_ms" in last
+    unit, counted = ("timestep", "acting and updates") if off_policy else ("rollout", "acting")
+    cost.add_row(f"update on one {unit}, milliseconds", f"{typical['time/update_ms']:,.1f}")
+    cost.add_row(f"acting in one {unit}, milliseconds", f"{typical['time/acting_ms']:,.1f}")
+    if off_policy:
+        cost.add_row("waiting for environments in one timestep, milliseconds", f"{typical['time/waiting_ms']:,.1f}")
+    cost.add_row(f"environment steps per second, with {counted}", f"{typical['time/steps_per_second']:,.0f}")
     for table in (earned, cost):
         for column in table.columns[1:]:
             column.justify = "right"

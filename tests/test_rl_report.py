@@ -90,7 +90,7 @@ def test_report_compares_finished_runs_of_one_protocol_only(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "0.700 [0.600, 0.800]" in printed and "0.65 [0.61, 0.71]" in printed and "0, 1" in printed
     assert printed.count("0.65 [0.61, 0.71]") == 1  # beside the paper's protocol only
-    assert "not the paper's protocol: timesteps 40000" in printed
+    assert "40,000 timesteps; not the paper's protocol" in printed
     (picture,) = draw(next(iter(tables)), cells, tmp_path / "plots", number=1)
     assert picture.name == "1-mt5-mtppo.png" and picture.stat().st_size > 10_000
 
