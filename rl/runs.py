@@ -51,12 +51,12 @@ class Run:
         """Copy into `results` what is worth committing: settings, machine, and the metrics at evaluations."""
         folder = results / self.config.experiment / f"{self.config.seed}-{self.config.timesteps}"
         folder.mkdir(parents=True, exist_ok=True)
-        replace(self.config, runs=Config.runs, ticket=self.config.ticket and Path()).save(folder)
         about = (self.folder / ENVIRONMENT).read_text()
         (folder / ENVIRONMENT).write_text(re.sub(r"^command: .*\n| at /.*$", "", about, flags=re.MULTILINE))
         steps = {str(step) for step in self.evaluated.index}
         header, *rows = (self.folder / CSV).read_text().splitlines(keepends=True)
         (folder / CSV).write_text(header + "".join(row for row in rows if row.partition(",")[0] in steps))
+        replace(self.config, runs=Config.runs, ticket=self.config.ticket and Path()).save(folder)
 
     @property
     def evaluated(self) -> pandas.DataFrame:
