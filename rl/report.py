@@ -89,9 +89,8 @@ class Cell:
     def core_minutes(self) -> float:
         """Time of one run, from what its parts typically took."""
         ppo, num_tasks = self.config.ppo, self.scores.shape[1]
-        rollout = (
-            ppo.rollout_steps * num_tasks / self.typical("time/steps_per_second") + self.typical("time/update_ms") / 1e3
-        )
+        update = (self.typical("time/update_ms") + self.typical("time/rewire_ms")) / 1e3
+        rollout = ppo.rollout_steps * num_tasks / self.typical("time/steps_per_second") + update
         evaluation = (self.typical("time/evaluate_ms") + self.typical("time/metrics_ms")) / 1e3
         rollouts, evaluations = self.config.timesteps / ppo.rollout_steps, len(self.runs[0].evaluated)
         return (rollouts * rollout + evaluations * evaluation) / 60
@@ -183,7 +182,7 @@ def show(protocol: Config, cells: list[Cell]) -> None:
             suite,
             "single-task",
             "dense",
-            str(len(alone)),
+            f"{len(alone)} of each",
             with_interval(alone.mean(1, keepdims=True)),
             with_interval(alone),
         )
@@ -234,7 +233,10 @@ def orderings(cells: list[Cell]) -> list[str]:
             continue
         ours = iqm(cell.scores.mean(1)) - iqm(base.scores.mean(1))
         theirs = paper.iqm - reference(base).iqm
-        verdict = "the paper's order appears" if ours * theirs > 0 else "the paper's order does not appear"
+        if theirs == 0:
+            verdict = "the paper sees no difference"
+        else:
+            verdict = "the paper's order appears" if ours * theirs > 0 else "the paper's order does not appear"
         lines.append(
             f"{cell.config.suite} {cell.config.agent}: {cell.name} - dense = {ours:+.3f}, paper {theirs:+.2f}: "
             f"{verdict} ({len(cell.runs)} and {len(base.runs)} seeds{apart(cell, base)})"

@@ -15,9 +15,12 @@ from rl.logger import CSV
 def identity(config: Config) -> Config:
     """The settings that decide what a run does; where, on how many threads and options of other treatments do not."""
     same = replace(config, runs=Path(), threads=1, ticket=config.ticket and Path())
-    if not config.sparse:
-        same = replace(same, density=Config.density, block_size=Config.block_size)
-    return replace(same, networks=Config.networks) if config.treatment == "dense" else same
+    parts = config.treatment.split("+")
+    unused = [name for name in ("set", "gmp", "redo", "reset") if name not in parts]
+    unused += ["weight_decay"] * ("weight-decay" not in parts)
+    unused += ["density", "block_size"] * (not config.sparse)
+    unused += ["networks"] * (config.treatment == "dense")
+    return replace(same, **{name: getattr(Config, name) for name in unused})
 
 
 @dataclass(frozen=True)
