@@ -218,14 +218,16 @@ class Config:
         return "-".join(parts)
 
     def save(self, folder: Path) -> None:
-        text = json.dumps(dataclasses.asdict(self), indent=2, default=str)
-        (folder / CONFIG).write_text(text + "\n")
+        """Write the settings into this folder, which makes it a run folder."""
+        writing = folder / f"{CONFIG}.writing"
+        writing.write_text(json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n")
+        writing.replace(folder / CONFIG)  # whole at once: a sweep reads the folders of its runs at any time
 
     @classmethod
     def load(cls, folder: Path) -> "Config":
         """Read the settings of the run in this folder."""
         if not (folder / CONFIG).exists():
-            raise ValueError(f"--resume: {folder} is no run folder, it has no {CONFIG}")
+            raise ValueError(f"{folder} is no run folder, it has no {CONFIG}")
         values = json.loads((folder / CONFIG).read_text())
         values |= {name: part(**values.get(name, {})) for name, part in PARTS.items()}
         values |= {name: Path(values[name]) for name in ("runs", "ticket") if values[name]}

@@ -96,7 +96,8 @@ class Cell:
         evaluation = (self.typical("time/evaluate_ms") + self.typical("time/metrics_ms")) / 1e3
         seconds = steps / self.typical("time/steps_per_second") + len(self.runs[0].evaluated) * evaluation
         if config.agent != "mtsac":  # whose steps per second count the updates in
-            seconds += config.timesteps / config.ppo.rollout_steps * self.typical("time/update_ms") / 1e3
+            fit = (self.typical("time/update_ms") + self.typical("time/rewire_ms")) / 1e3
+            seconds += config.timesteps / config.ppo.rollout_steps * fit
         return seconds / 60
 
 
@@ -202,7 +203,7 @@ def show(protocol: Config, cells: list[Cell]) -> None:
             suite,
             "single-task",
             "dense",
-            str(len(alone)),
+            f"{len(alone)} of each",
             with_interval(alone.mean(1, keepdims=True)),
             with_interval(alone),
         )
@@ -284,7 +285,10 @@ def orderings(cells: list[Cell]) -> list[str]:
             continue
         ours = iqm(cell.scores.mean(1)) - iqm(base.scores.mean(1))
         theirs = paper.iqm - reference(base).iqm
-        verdict = "the paper's order appears" if ours * theirs > 0 else "the paper's order does not appear"
+        if theirs == 0:
+            verdict = "the paper sees no difference"
+        else:
+            verdict = "the paper's order appears" if ours * theirs > 0 else "the paper's order does not appear"
         lines.append(
             f"{cell.config.suite} {cell.config.agent}: {cell.name} - dense = {ours:+.3f}, paper {theirs:+.2f}: "
             f"{verdict} ({len(cell.runs)} and {len(base.runs)} seeds{apart(cell, base)})"

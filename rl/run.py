@@ -3,8 +3,11 @@
 Imports of torch and the environments wait inside the functions, so that --help answers at once.
 """
 
+import contextlib
 import dataclasses
+import io
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
@@ -68,24 +71,23 @@ def new_folder(config: Config) -> Path:
     """Make the folder of a new run, with its settings and a description of the machine."""
     folder = config.runs / config.experiment / f"{config.seed}-{datetime.now():%Y%m%d-%H%M%S}"
     folder.mkdir(parents=True)
-    config.save(folder)
     (folder / ENVIRONMENT).write_text(environment())
+    config.save(folder)  # last: from now on the run can be resumed
     return folder
 
 
 def environment() -> str:
     """What a run depends on besides its settings: commit, packages, machine."""
-
-    def output(*command: str) -> str:
-        return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True).stdout.strip()
-
-    commit = output("git", "describe", "--always", "--dirty") if shutil.which("git") else ""
+    with contextlib.redirect_stdout(io.StringIO()) as report:
+        runpy.run_module("sparsekern", run_name="__main__")
+    git = ("git", "describe", "--always", "--dirty")
+    commit = shutil.which("git") and subprocess.run(git, cwd=CHECKOUT, capture_output=True, text=True).stdout.strip()
     lines = [
         f"command: {' '.join(sys.argv)}",
         f"commit: {commit or 'unknown'}",
         f"system: {platform.platform()}",
         *(f"{package.name} {package.version}" for package in metadata.distributions() if package.name in SIMULATORS),
-        output(sys.executable, "-m", "sparsekern"),
+        report.getvalue(),
     ]
     return "\n".join(lines) + "\n"
 

@@ -14,17 +14,15 @@ from rl.logger import CSV
 
 def identity(config: Config) -> Config:
     """The settings that decide what a run does; where, on how many threads and options of other treatments do not."""
-    same = replace(
-        config,
-        runs=Path(),
-        threads=1,
-        workers=1,
-        sac=replace(config.sac, device="auto"),
-        ticket=config.ticket and Path(),
-    )
-    if not config.sparse:
-        same = replace(same, density=Config.density, block_size=Config.block_size)
-    return replace(same, networks=Config.networks) if config.treatment == "dense" else same
+    same = replace(config, runs=Path(), threads=1, workers=1, ticket=config.ticket and Path())
+    same = replace(same, sac=replace(same.sac, device="auto"))
+    parts = config.treatment.split("+")
+    unused = [name for name in ("set", "gmp", "redo", "reset") if name not in parts]
+    unused += ["ppo" if config.agent == "mtsac" else "sac"]
+    unused += ["weight_decay"] * ("weight-decay" not in parts)
+    unused += ["density", "block_size"] * (not config.sparse)
+    unused += ["networks"] * (config.treatment == "dense")
+    return replace(same, **{name: getattr(Config, name) for name in unused})
 
 
 @dataclass(frozen=True)
@@ -58,12 +56,12 @@ class Run:
         """Copy into `results` what is worth committing: settings, machine, and the metrics at evaluations."""
         folder = results / self.config.experiment / f"{self.config.seed}-{self.config.timesteps}"
         folder.mkdir(parents=True, exist_ok=True)
-        replace(self.config, runs=Config.runs, ticket=self.config.ticket and Path()).save(folder)
         about = (self.folder / ENVIRONMENT).read_text()
         (folder / ENVIRONMENT).write_text(re.sub(r"^command: .*\n| at /.*$", "", about, flags=re.MULTILINE))
         steps = {str(step) for step in self.evaluated.index}
         header, *rows = (self.folder / CSV).read_text().splitlines(keepends=True)
         (folder / CSV).write_text(header + "".join(row for row in rows if row.partition(",")[0] in steps))
+        replace(self.config, runs=Config.runs, ticket=self.config.ticket and Path()).save(folder)
 
     @property
     def evaluated(self) -> pandas.DataFrame:

@@ -10,6 +10,9 @@ import multiprocessing
 import os
 import sys
 import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,7 +52,7 @@ class Sweep:
     """Finished runs are copied here, without checkpoint and TensorBoard files and at evaluations only: to be committed.
     A run that is here counts as done."""
     workers: int = os.cpu_count() or 1
-    """Runs at a time."""
+    """Runs at a time on this machine; a cluster runs as many as it has cores."""
     address: str | None = None
     """Of a Ray cluster (needs the extra `cluster`); "auto" is the one on this machine."""
 
@@ -63,7 +66,8 @@ class Sweep:
         for values in grid:
             settings = dict(zip(names, values, strict=True))
             ticket = Path() if settings["treatment"] == "lottery" else None  # with_ticket finds it
-            cell = Config(**settings, timesteps=self.timesteps, runs=self.runs, ticket=ticket)
+            # absolute: a process on a cluster starts in another folder
+            cell = Config(**settings, timesteps=self.timesteps, runs=self.runs.absolute(), ticket=ticket)
             cells.setdefault(identity(cell), cell)
         return list(cells.values())
 
@@ -71,8 +75,11 @@ class Sweep:
 def main() -> None:
     sweep = tyro.cli(Sweep, description=__doc__, prog="python rl/sweep.py")
     cells = sweep.cells()
-    failures = run_all([c for c in cells if c.treatment != "lottery"], sweep)
-    failures += run_all([c for c in cells if c.treatment == "lottery"], sweep)
+    try:
+        failures = run_all([c for c in cells if c.treatment != "lottery"], sweep)
+        failures += run_all([c for c in cells if c.treatment == "lottery"], sweep)
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from the runs' last evaluations")
     sys.exit(f"{failures} runs failed; the same command tries them again" if failures else 0)
 
 
@@ -97,31 +104,28 @@ def run_all(cells: list[Config], sweep: Sweep) -> int:
     print(f"{len(cells)} runs: {len(cells) - len(todo)} finished, {len(todo)} to do", flush=True)
     if not todo:
         return 0
-    jobs = [(with_ticket(cell), started.get(key)) for key, cell in todo.items()]
+    jobs = [((with_ticket(cell), started.get(key)), cell) for key, cell in todo.items()]
     failures = 0
     total = sum(cell.timesteps for cell in todo.values())
-    with (
-        make_pool(sweep.address, min(sweep.workers, len(jobs))) as pool,
-        tqdm(total=total, unit="timestep") as progress,
-    ):
-        finishing = pool.imap_unordered(train, jobs)
-        while True:
-            try:
-                folder, error = finishing.next(timeout=POLL)
-            except StopIteration:
-                return failures
-            except multiprocessing.TimeoutError:
-                pass
-            else:
-                run = Run(folder, Config.load(folder))
-                failures += bool(error)
+    with launching(sweep.address, sweep.workers) as launch, tqdm(total=total, unit="timestep") as progress:
+        running = {launch(job): cell for job, cell in jobs}
+        while running:
+            for ended in wait(running, timeout=POLL, return_when=FIRST_COMPLETED).done:
+                cell = running.pop(ended)
+                try:
+                    folder, error = ended.result()
+                except Exception as death:  # of the process: of memory, say
+                    folder, error = f"{cell.experiment}, seed {cell.seed}", str(death)
                 if error:
-                    progress.write(f"{folder} failed:\n{error}")
+                    failures += 1
+                    progress.write(f"{folder} failed:\n{error}", file=sys.stderr)
                 else:
+                    run = Run(folder, Config.load(folder))
                     run.publish(sweep.results)
                     progress.write(f"{folder}: normalised score {run.evaluated['score/mean'].iloc[-1]:.3f}")
             progress.n = sum(run.clock for run in find([sweep.runs]) if identity(run.config) in todo)
             progress.refresh()
+    return failures
 
 
 def train(job: tuple[Config, Path | None]) -> tuple[Path, str]:
@@ -135,17 +139,29 @@ def train(job: tuple[Config, Path | None]) -> tuple[Path, str]:
     return folder, ""
 
 
-def make_pool(address: str | None, workers: int):
-    """A multiprocessing.Pool on this machine, or the one that Ray makes of a cluster; one process per run."""
+@contextmanager
+def launching(address: str | None, workers: int) -> Iterator[Callable[[tuple], Future]]:
+    """Gives a function that has a job trained in a process of its own, on this machine or on a Ray cluster."""
     if address is None:
-        return multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1)
+        with ThreadPoolExecutor(workers) as threads:
+            try:
+                yield lambda job: threads.submit(in_own_process, train, job)
+            finally:  # interrupted: begin no other run
+                threads.shutdown(wait=False, cancel_futures=True)
+        return
     try:
         import ray
-        from ray.util.multiprocessing import Pool
     except ImportError:
         sys.exit("sweep.py: --address needs Ray: pip install 'sparsekern[cluster]'")
-    ray.init(address, runtime_env={"env_vars": {"PYTHONPATH": str(CHECKOUT)}})
-    return Pool(workers, maxtasksperchild=1)
+    with ray.init(address, runtime_env={"env_vars": {"PYTHONPATH": str(CHECKOUT)}}):
+        remote = ray.remote(num_cpus=1, max_calls=1, max_retries=0)(train)
+        yield lambda job: remote.remote(job).future()
+
+
+def in_own_process(function: Callable, *args):
+    """Call it in a fresh process; raises BrokenProcessPool if that is killed, where multiprocessing.Pool would wait."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *args).result()
 
 
 def with_ticket(cell: Config) -> Config:

@@ -115,6 +115,21 @@ def test_any_number_of_tokens(block, mode, tokens):
     check(topology, *operands(topology, mode, tokens, torch.float32), torch.float32)
 
 
+@pytest.mark.parametrize("counts", [(0, 0, 5), (5, 0, 0), (0, 300, 0), (3, 0, 400), (0, 2, 400), (0, 0, 0)], ids=str)
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("block", [1, 4])
+def test_any_groups_may_be_without_tokens(block, full, counts):
+    torch.manual_seed(0)
+    full_topology = Topology.random((3 * 16 * block, 3 * 20 * block), 1.0, block, 3)
+    topology = full_topology if full else random_topology(block, groups=3)
+    out_features, in_features = (size // 3 for size in topology.shape)
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    dy, x = torch.randn(sum(counts), out_features), torch.randn(sum(counts), in_features)
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        check(topology, dy, x, offsets, torch.float32, torch.randn(topology.shape[0]))
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 def test_one_live_block(block):
     topology = Topology(torch.tensor([2]), torch.tensor([1]), (3 * block, 4 * block), block)

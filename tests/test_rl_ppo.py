@@ -56,3 +56,66 @@ def test_critic_takes_one_step_on_everything_but_minibatches_of_a_single_task(su
     fit(actor, critic, rollout, config.ppo, seed=0, clock=0)
     for trained, steps in ((critic, critic_steps), (actor, 8)):
         assert {int(state["step"]) for state in trained.optimizer.state.values()} == {steps}
+
+
+def test_fit_minimises_the_losses_of_plain_ppo_first_of_the_critic_then_of_the_actor(monkeypatch):
+    config = Config(suite="mt3", treatment="dense", ppo=PPOConfig(epochs=2, minibatch=30))
+    actor, critic = (learner(config, role, out, PlasticityBuffer()) for role, out in (("actor", 7), ("critic", 1)))
+    steps, tasks = 90, 3
+    rollout = collect(EnvPool(SUITES["mt3"]), actor.network, tasks, steps, seed=0, clock=0)
+    assert rollout.terminated.any()
+
+    # transition by transition, from the networks as they are before the fit
+    advantages, targets, old = torch.zeros(3, steps, tasks)
+    with torch.no_grad():
+        for task in range(tasks):
+            seen = rollout.observations[rollout.seen[:, task]]
+            which = torch.full((steps,), task)
+            values, following = (
+                critic.network(o, which).squeeze(1) for o in (seen, rollout.next_observations[:, task])
+            )
+            old[:, task] = actor.network(seen, which).log_softmax(1)[range(steps), rollout.actions[:, task]]
+            for t in range(steps):
+                weight = 1.0
+                for k in range(t, steps):
+                    ended = bool(rollout.terminated[k, task])
+                    error = rollout.rewards[k, task] + (0 if ended else 0.99 * following[k]) - values[k]
+                    advantages[t, task] += weight * error
+                    weight *= 0.99 * 0.95
+                    if ended or rollout.cut[k, task]:
+                        break
+            targets[:, task] = values + advantages[:, task]
+            spread = advantages[:, task].pow(2).mean() - advantages[:, task].mean() ** 2
+            advantages[:, task] = (advantages[:, task] - advantages[:, task].mean()) / spread.sqrt()
+
+    def plain_critic(t, task):
+        values = critic.network(rollout.observations[rollout.seen[t, task]], task).squeeze(1)
+        return (values - targets[t, task]).pow(2).mean()
+
+    def plain_actor(t, task):
+        log_probs = actor.network(rollout.observations[rollout.seen[t, task]], task).log_softmax(1)
+        ratio = (log_probs[range(len(t)), rollout.actions[t, task]] - old[t, task]).exp()
+        gain = torch.minimum(ratio * advantages[t, task], ratio.clamp(0.8, 1.2) * advantages[t, task])
+        return -gain.mean() - 0.01 * torch.distributions.Categorical(logits=log_probs).entropy().mean()
+
+    steps_taken = []
+
+    def comparing(name, learner, plain):
+        minimise = learner.minimise
+
+        def minimise_both(loss, rows, of_task, generator):
+            t, task = rows // tasks, rows % tasks
+            assert torch.equal(of_task, task)
+            torch.testing.assert_close(loss(rows), plain(t, task), rtol=1e-4, atol=1e-5)
+            steps_taken.append((name, len(rows), sorted(rows.tolist())))
+            minimise(loss, rows, of_task, generator)
+
+        monkeypatch.setattr(learner, "minimise", minimise_both)
+
+    comparing("critic", critic, plain_critic)
+    comparing("actor", actor, plain_actor)
+    fit(actor, critic, rollout, config.ppo, seed=0, clock=0)
+    assert [step[:2] for step in steps_taken] == [("critic", 270)] + 6 * [("actor", 90)]
+    for first in (1, 4):  # every epoch is all transitions, shuffled anew
+        assert sorted(sum((rows for *_, rows in steps_taken[first : first + 3]), [])) == list(range(270))
+    assert steps_taken[1] != steps_taken[4]

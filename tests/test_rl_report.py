@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from rl import paper
-from rl.config import Config, PPOConfig
+from rl.config import Config, GMPConfig, PPOConfig, ReDoConfig, ResetConfig, SETConfig
 from rl.envs import SUITES
 from rl.iqm import interval, iqm
 from rl.report import by_protocol, describe, draw, orderings, reference, show, single_task
-from rl.runs import find
+from rl.runs import find, identity
 
-LOGGED = ("time/steps_per_second", "time/update_ms", "time/acting_ms", "time/evaluate_ms", "time/metrics_ms")
+LOGGED = ("time/steps_per_second", "time/update_ms", "time/acting_ms", "time/rewire_ms")
+LOGGED += ("time/evaluate_ms", "time/metrics_ms")
 LOGGED += ("dormant/actor", "dormant/critic", "rank/actor", "rank/critic", "fisher/actor", "sparse/density")
 
 
@@ -93,6 +94,35 @@ def test_report_compares_finished_runs_of_one_protocol_only(tmp_path, capsys):
     assert "40,000 timesteps; not the paper's protocol" in printed
     (picture,) = draw(next(iter(tables)), cells, tmp_path / "plots", number=1)
     assert picture.name == "1-mt5-mtppo.png" and picture.stat().st_size > 10_000
+
+
+def test_paper_without_a_difference_has_no_order(tmp_path):
+    for treatment, score in (("dense", 0.5), ("reset", 0.6)):
+        write(tmp_path / treatment, Config(treatment=treatment, timesteps=400_000), score)
+    (cells,) = by_protocol(find([tmp_path])).values()
+    line, _ = orderings(cells)
+    assert line.startswith(
+        "mt3 mtppo: reset - dense = +0.100, paper +0.00: the paper sees no difference (1 and 1 seeds"
+    )
+
+
+def test_run_costs_rollouts_updates_rewires_and_evaluations(tmp_path):
+    write(tmp_path / "run", Config(treatment="set", timesteps=400_000), 0.5)
+    ((cell,),) = by_protocol(find([tmp_path])).values()
+    # logged are 1 environment step per second, and 1 ms for all else
+    seconds = 200 * (2000 * 3 + 0.001 + 0.001) + 2 * (0.001 + 0.001)
+    assert cell.core_minutes == pytest.approx(seconds / 60, rel=1e-9)
+
+
+def test_options_of_other_treatments_do_not_tell_runs_apart(tmp_path):
+    plain = Config(treatment="dense")
+    odd = {"set": SETConfig(0.1), "gmp": GMPConfig(0.2), "redo": ReDoConfig(7), "reset": ResetConfig(7)}
+    assert identity(replace(plain, weight_decay=0.1, density=0.5, networks="actor", **odd)) == identity(plain)
+    for treatment in ("set", "gmp+weight-decay", "redo", "reset"):
+        own = {treatment.split("+")[0]: odd[treatment.split("+")[0]]}
+        assert identity(replace(plain, treatment=treatment, **own)) != identity(replace(plain, treatment=treatment))
+    decayed = replace(plain, treatment="gmp+weight-decay")
+    assert identity(replace(decayed, weight_decay=0.1)) != identity(decayed)
 
 
 def test_single_task_line_needs_all_tasks_of_the_suite(tmp_path):

@@ -9,11 +9,12 @@ import pandas
 import pytest
 import torch
 
-from rl import buffer, checkpoint, envs, train_ppo
+from rl import buffer, checkpoint, envs, run, train_ppo
 from rl.agents import AGENTS
 from rl.config import Config, PPOConfig, ReDoConfig, ResetConfig
 from rl.envs.minigrid import Task
 from rl.run import new_folder
+from rl.runs import find
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -113,7 +114,18 @@ def test_interrupted_checkpoint_write_leaves_the_previous_one(tmp_path, monkeypa
     assert checkpoint.load(tmp_path)["clock"] == 1
 
 
-def test_settings_survive_the_run_folder(tmp_path):
+def test_folder_is_a_run_only_when_it_has_all_that_a_run_needs(tmp_path, monkeypatch):
+    def die():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "environment", die)
+    with pytest.raises(KeyboardInterrupt):
+        new_folder(short(tmp_path))
+    assert find([tmp_path]) == []
+
+
+def test_settings_survive_the_run_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "environment", lambda: "")  # it takes seconds
     settings = short(tmp_path, treatment="lottery", density=0.2, networks="actor", ticket=tmp_path)
     folder = new_folder(settings)
     assert Config.load(folder) == settings

@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from killed import killed_of_seed_1
 
 from rl import checkpoint, run, sweep, train_ppo
 from rl.config import Config, PPOConfig
@@ -27,25 +30,20 @@ def test_grid_counts_options_of_sparse_treatments_for_these_only():
     assert len(Sweep(treatments=("dense", "redo"), networks=("actor", "critic"), seeds=(0,)).cells()) == 3
 
 
-class Pool:
-    """As multiprocessing's, in this process."""
+@contextmanager
+def in_this_process(address, workers):
+    """As sweep.launching."""
 
-    def __enter__(self):
-        return self
+    def launch(job):
+        launched = Future()
+        launched.set_result(sweep.train(job))
+        return launched
 
-    def __exit__(self, *_):
-        pass
-
-    def imap_unordered(self, function, jobs):
-        self.results = map(function, jobs)
-        return self
-
-    def next(self, timeout):
-        return next(self.results)
+    yield launch
 
 
 def test_sweep_resumes_interrupted_runs_and_does_not_repeat_finished_ones(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "make_pool", lambda address, workers: Pool())
+    monkeypatch.setattr(sweep, "launching", in_this_process)
     monkeypatch.setattr(run, "environment", lambda: "")  # it takes seconds
     trained, train = [], train_ppo.train
 
@@ -84,10 +82,29 @@ def test_sweep_resumes_interrupted_runs_and_does_not_repeat_finished_ones(tmp_pa
     assert [made.config.seed for made in find([tmp_path / "results"]) if made.finished] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("address", [None, "local"])
+def test_killed_process_fails_its_own_run_only(tmp_path, monkeypatch, capsys, address):
+    if address:
+        pytest.importorskip("ray", reason="Ray, of the extra `cluster`, is not installed")
+        monkeypatch.setenv("HOME", str(tmp_path))  # where Ray keeps the token of its own cluster
+        monkeypatch.setattr(sweep, "CHECKOUT", Path(__file__).parent)  # its processes must find what follows
+    monkeypatch.setattr(sweep, "train", killed_of_seed_1)
+    cells = Sweep(seeds=(1, 2), treatments=("dense",), runs=tmp_path / "runs").cells()
+    options = Sweep(workers=1, address=address, runs=tmp_path / "runs", results=tmp_path / "results")
+    assert run_all(cells, options) == 1
+    assert [made.config.seed for made in find([tmp_path / "results"])] == [2]
+    assert "mt5-mtppo-dense, seed 1 failed" in capsys.readouterr().err
+
+
+def test_run_folders_mean_the_same_to_a_process_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert {cell.runs for cell in Sweep(runs=Path("here")).cells()} == {tmp_path / "here"}
+
+
 def test_address_without_ray_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SystemExit, match=r"--address needs Ray: pip install 'sparsekern\[cluster\]'"):
-        sweep.make_pool("auto", workers=2)
+        sweep.launching("auto", workers=2).__enter__()
 
 
 def test_lottery_without_its_gmp_run_says_so(tmp_path):

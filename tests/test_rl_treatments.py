@@ -270,6 +270,8 @@ def test_lottery_ticket_is_the_pruned_networks_weights_at_their_first_values(tmp
     checkpoint.save(tmp_path, {"clock": 1000} | {role: w.state_dict() for role, w in winners.items()})
     with pytest.raises(ValueError, match="same seed, got 3 and 4"):
         learner(replace(config, seed=4), "actor", 7)
+    with pytest.raises(ValueError, match=r"same density, got 0\.05 and 0\.2"):
+        learner(replace(config, density=0.2), "actor", 7)
     ticket = learner(config, "actor", 7)
     assert ticket.live_parameters() == winners["actor"].live_parameters()
     for name, layer in ticket.network.named_modules():

@@ -40,7 +40,7 @@ void dds(const Dds& d, const Layout& layout, const TokenOffsets& token_offsets, 
     const int64_t y_stride = token_offsets.ragged() ? outputs : int64_t(outputs) * groups;
 
     static thread_local Scratch<float> weight_memory, bias_memory;
-    const Walk walk(layout, d.transpose, d.weight, type);
+    const Walk walk(layout, d.transpose, d.weight, type, token_offsets);
     const AsFloat weight(block > 1 ? d.weight : nullptr, layout.num_slots * block * block, type, weight_memory);
     const AsFloat bias(d.bias, int64_t(outputs) * groups, type, bias_memory);
     const Tiles tiles{walk, outputs / block, block < TILE_OUTPUTS ? TILE_OUTPUTS / block : 1, block};

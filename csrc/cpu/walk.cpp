@@ -1,6 +1,7 @@
 // Live blocks in index order, and panels of tokens: what both products prepare before their first multiplication.
 #include "walk.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace sparsekern {
@@ -25,8 +26,8 @@ void AsFloat::fill() const {
     for (int64_t i = share.begin; i < share.end; i++) copy[i] = to_float(from[i]);
 }
 
-Walk::Walk(const Layout& layout, bool by_rows, const void* weight, Type type)
-    : layout(layout), by_rows(by_rows), weight(weight), type(type) {
+Walk::Walk(const Layout& layout, bool by_rows, const void* weight, Type type, const TokenOffsets& token_offsets)
+    : layout(layout), by_rows(by_rows), weight(weight), type(type), token_offsets(token_offsets) {
     const int num_majors = by_rows ? layout.num_rows : layout.num_cols;
     if (!layout.full && layout.block > 1) {
         pairs = reinterpret_cast<const Pair*>(layout.index) + (by_rows ? 0 : layout.num_slots);
@@ -41,20 +42,32 @@ Walk::Walk(const Layout& layout, bool by_rows, const void* weight, Type type)
 
 void Walk::fill() const {
     if (!own_offsets) return;
-    const int num_majors = by_rows ? layout.num_rows : layout.num_cols;
+    const int majors = (by_rows ? layout.num_rows : layout.num_cols) / layout.groups;
+    bool closed = false;
+    for (int group = 0; group < layout.groups; group++) {
+        // A policy that acts asks few heads at a time: those without tokens would take most of the time.
+        const bool read = !token_offsets.ragged() || token_offsets[group] < token_offsets[group + 1];
+        if (read) fill(group * majors, (group + 1) * majors, closed);
+        closed = read;
+    }
+}
+
+void Walk::fill(int first, int last, bool closed) const {
     const int group_rows = layout.num_rows / layout.groups, group_cols = layout.num_cols / layout.groups;
     const int32_t* slots = layout.index + (by_rows ? 0 : layout.num_slots);  // block size 1
+    const int64_t begin = position(first), end = position(last);
     // Each thread sorts out a share of the positions; the extra last one closes the offsets.
-    Range share = my_share(layout.num_slots + 1);
-    int before = -1;
-    for (int64_t p = share.begin - (share.begin > 0); p < share.end; p++) {
-        int major = num_majors, minor = 0;
+    Range share = my_share(end - begin + 1);
+    share = {begin + share.begin, begin + share.end};
+    int before = closed ? first : first - 1;
+    for (int64_t p = share.begin - (share.begin > begin); p < share.end; p++) {
+        int major = last, minor;
         int64_t slot = p;
-        if (p < layout.num_slots) {
+        if (p < end) {
             if (!layout.full) {
                 slot = slots[p];
                 int row = layout.row(slot), col = layout.col(slot);
-                if (row >= 0) major = by_rows ? row : col, minor = by_rows ? col : row;
+                major = by_rows ? row : col, minor = by_rows ? col : row;
             } else if (by_rows) {
                 major = int(p / group_cols);
                 minor = int(p % group_cols) + major / group_rows * group_cols;
@@ -74,6 +87,15 @@ void Walk::fill() const {
             for (int m = before + 1; m <= major; m++) own_offsets[m] = int32_t(p);
         before = major;
     }
+}
+
+int64_t Walk::position(int major) const {
+    if (layout.full) return int64_t(major) * (by_rows ? layout.num_cols : layout.num_rows) / layout.groups;
+    const int32_t* slots = layout.index + (by_rows ? 0 : layout.num_slots);
+    const int32_t* place = std::partition_point(slots, slots + layout.num_slots, [&](int32_t slot) {
+        return layout.row(slot) >= 0 && (by_rows ? layout.row(slot) : layout.col(slot)) < major;  // dead slots are last
+    });
+    return place - slots;
 }
 
 int panel_vectors(int most, int lanes, int64_t features) {

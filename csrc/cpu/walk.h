@@ -31,10 +31,11 @@ private:
     float* copy = nullptr;
 };
 
-// The live blocks of every block row, or of every block column: pairs[offsets[major]:offsets[major + 1]].
+// The live blocks of every block row, or of every block column, of the groups that have tokens:
+// pairs[offsets[major]:offsets[major + 1]].
 class Walk {
 public:
-    Walk(const Layout&, bool by_rows, const void* weight, Type);
+    Walk(const Layout&, bool by_rows, const void* weight, Type, const TokenOffsets&);
     bool is_copy() const { return own_pairs; }
     void fill() const;  // called by every thread of the team
 
@@ -42,10 +43,14 @@ public:
     const int32_t* offsets;
 
 private:
+    void fill(int first, int last, bool closed) const;  // rows or columns of a group; `closed`: the previous is filled
+    int64_t position(int major) const;                  // of its first live block in index order
+
     const Layout& layout;
     const bool by_rows;
     const void* weight;
     const Type type;
+    const TokenOffsets& token_offsets;
     Pair* own_pairs = nullptr;  // null where the index holds them
     int32_t* own_offsets = nullptr;
 };

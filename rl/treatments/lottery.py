@@ -26,7 +26,7 @@ def checked(config: Config):
     if config.ticket is None:
         raise ValueError("treatment lottery needs --ticket, the run folder of a finished run of treatment gmp")
     ticket, saved = Config.load(config.ticket), checkpoint.load(config.ticket)
-    for name in ("suite", "agent", "seed", "networks", "block_size"):
+    for name in ("suite", "agent", "seed", "networks", "density", "block_size"):
         if getattr(ticket, name) != getattr(config, name):
             raise ValueError(
                 f"lottery: ticket and run must have the same {name}, got {getattr(ticket, name)!r} and "
