@@ -47,7 +47,7 @@ def measure(num_workers: int, seed: int = 0) -> dict[str, float]:
         times.append([timed(partial(*call, actions)) for call in ((alone, here), (together, there))])
     there.close()
     ours, theirs = (statistics.median(len(MT10) * STEPS / t[which] for t in times) for which in (1, 0))
-    low, ratio, high = statistics.quantiles([alone / together for alone, together in times], n=4)
+    low, ratio, high = statistics.quantiles([of_one / of_all for of_one, of_all in times], n=4)
     return {"steps_per_second": ours, "alone": theirs, "ratio": ratio, "ratio_q1": low, "ratio_q3": high}
 
 

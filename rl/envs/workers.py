@@ -70,7 +70,7 @@ class Workers(VectorEnv):
             seed: one per environment, from which all that happens in it then follows; an int stands for seed + index.
                 None: every environment goes on with its stream.
         """
-        if isinstance(seed, int):
+        if isinstance(seed, int | np.integer):
             seed = range(seed, seed + self.num_envs)
         seeds = [None] * self.num_envs if seed is None else [int(s) for s in seed]
         if len(seeds) != self.num_envs:
