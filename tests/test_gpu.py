@@ -8,6 +8,9 @@ from oracle import random_topology
 from torch import nn
 
 import sparsekern as sk
+from rl.config import Config, SACConfig, SETConfig
+from rl.replay import Replay
+from rl.sac import SAC
 from sparsekern import choose
 from sparsekern.backends import reference, triton
 
@@ -214,3 +217,31 @@ def test_torch_compile_takes_a_whole_model_and_follows_rewires(dtype):
                 torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-3)
             rule.step()
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("treatment", ["dense", "set", "gmp"])
+def test_a_captured_sac_update_equals_an_eager_one_through_rewires_and_compactions(treatment):
+    """The agents of rl in blocks of 16: the whole update of critics, actor, temperatures and targets as one graph."""
+    config = Config(
+        suite="mt10",
+        agent="mtsac",
+        treatment=treatment,
+        block_size=16,
+        density=0.1,
+        timesteps=100,
+        sac=SACConfig(batch=8, device=DEVICE),
+        set=SETConfig(update_every=10),
+    )
+    replay = Replay(50, 10, 49, 4, DEVICE)
+    for _ in range(50):
+        replay.add(*(torch.rand(10, size, device=DEVICE) for size in (49, 4, 1, 49, 1)))
+    agents = [SAC(config, replay, 10, 49, 4, DEVICE) for _ in range(2)]
+    agents[1]._captured = None
+    for clock in range(10, 101, 10):
+        stats = []
+        for agent in agents:
+            generator = torch.Generator(DEVICE).manual_seed(clock)
+            stats.append(torch.stack([agent.update(generator).clone() for _ in range(5)]))
+            agent.rewire(clock)
+        torch.testing.assert_close(*stats, rtol=1e-3, atol=1e-4)
+    assert agents[0]._captured._graph is not None
