@@ -26,7 +26,7 @@ SIMULATORS = ("gymnasium", "minigrid", "metaworld", "mujoco")
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    config: Annotated[Config, tyro.conf.arg(name="")] = Config()
+    config: Annotated[Config, tyro.conf.arg(name="")]  # without a default, which would settle what depends on the suite
     resume: Path | None = None
     """Go on with the run in this folder, with its settings, from its last checkpoint; no other option may be given."""
 

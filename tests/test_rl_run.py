@@ -9,7 +9,7 @@ import pandas
 import pytest
 import torch
 
-from rl import buffer, checkpoint, envs, train_ppo
+from rl import buffer, checkpoint, envs, run, train_ppo
 from rl.agents import AGENTS
 from rl.config import Config, PPOConfig, ReDoConfig, ResetConfig
 from rl.envs.minigrid import Task
@@ -136,6 +136,14 @@ def test_command_line_prints_the_folder_first_and_the_tables_last(tmp_path):
         assert (folder / name).exists()
     for words in ("RedBlueDoors-6x6", "normalised", "live parameters", "bytes: weights", "steps per second"):
         assert words in done.stdout
+
+
+@pytest.mark.parametrize(("suite", "evaluate_every", "episodes"), [("mt3", 10_000, 25), ("mt10", 20_000, 50)])
+def test_command_line_evaluates_as_the_paper_does_on_each_suite(tmp_path, monkeypatch, suite, evaluate_every, episodes):
+    monkeypatch.setattr(run, "environment", lambda: "")  # it takes seconds
+    monkeypatch.setattr(sys, "argv", ["rl/run.py", "--suite", suite, "--runs", str(tmp_path)])
+    _, config = run.chosen_run()
+    assert (config.suite, config.evaluate_every, config.episodes) == (suite, evaluate_every, episodes)
 
 
 @pytest.mark.parametrize(
