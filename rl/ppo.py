@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rl.config import PPOConfig
+from rl.config import MT10PPOConfig, PPOConfig
 from rl.learner import Learner
 
 
@@ -16,7 +16,7 @@ def improve(
     advantages: Tensor,
     tasks: Tensor,
     minibatch: int,
-    ppo: PPOConfig,
+    ppo: PPOConfig | MT10PPOConfig,
     generator: torch.Generator,
 ) -> dict[str, float]:
     """Take epochs of minibatches over N transitions; returns the loss and what else says how it went.

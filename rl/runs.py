@@ -24,7 +24,7 @@ def identity(config: Config) -> Config:
     )
     if not config.sparse:
         same = replace(same, density=Config.density, block_size=Config.block_size)
-    return replace(same, networks=Config.networks) if config.treatment == "dense" else same
+    return replace(same, networks=Config.networks) if config.treatment == "dense" or config.actor_alone else same
 
 
 @dataclass(frozen=True)
