@@ -8,10 +8,14 @@ BATCH = 1024
 
 
 class PlasticityBuffer:
-    """First in, first out; as tensors of one length: `observations` uint8 [n, 7, 7, 3] and `tasks` int64 [n]."""
+    """First in, first out; as tensors of one length: `observations` [n, *shape] and `tasks` int64 [n].
 
-    def __init__(self):
-        self.observations = torch.empty(0, 7, 7, 3, dtype=torch.uint8)
+    Args:
+        shape, dtype: of an observation; MiniGrid's, if not given.
+    """
+
+    def __init__(self, shape: tuple[int, ...] = (7, 7, 3), dtype: torch.dtype = torch.uint8):
+        self.observations = torch.empty(0, *shape, dtype=dtype)
         self.tasks = torch.empty(0, dtype=torch.int64)
 
     def add(self, observations: Tensor, tasks: Tensor) -> None:

@@ -48,6 +48,8 @@ BlockSize = Literal[1, 2, 4, 8, 16, 32, 64, 128]
 
 @dataclass(frozen=True)
 class PPOConfig:
+    """Of PPO on MiniGrid, as the paper has it; on mt10 --ppo-mt10 holds instead."""
+
     rollout_steps: int = 2000
     """Timesteps between two fits; every rollout starts fresh episodes."""
     epochs: int = 8
@@ -64,6 +66,30 @@ class PPOConfig:
     """The probability ratio earns nothing beyond 1 +- clip."""
     entropy: float = 0.01
     """Weight of the policy's entropy [nats] in the actor's loss."""
+
+
+@dataclass(frozen=True)
+class MT10PPOConfig:
+    """Of PPO on mt10, as metaworld-algorithms has it: a linear baseline, fitted to each rollout, is the critic."""
+
+    rollout_steps: int = 10_000
+    """Timesteps between two fits, 20 episodes of every task; every rollout starts fresh ones."""
+    epochs: int = 16
+    """Passes of the actor over a rollout."""
+    minibatches: int = 32
+    """Steps of the actor in a pass, each on as many transitions, drawn from the shuffled union of all tasks."""
+    learning_rate: float = 3e-4
+    """Adam's."""
+    gamma: float = 0.99
+    """Discount per timestep."""
+    gae_lambda: float = 0.97
+    """Decay per timestep of generalised advantage estimation."""
+    clip: float = 0.2
+    """The probability ratio earns nothing beyond 1 +- clip."""
+    entropy: float = 5e-3
+    """Weight of the policy's entropy [nats] in the actor's loss."""
+    max_gradient_norm: float = 1.0
+    """Gradients of all parameters together are scaled down to it."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +152,7 @@ class ResetConfig:
 
 PARTS = {
     "ppo": PPOConfig,
+    "ppo_mt10": MT10PPOConfig,
     "sac": SACConfig,
     "set": SETConfig,
     "gmp": GMPConfig,
@@ -146,14 +173,14 @@ class Config:
     Meta-World's."""
     agent: Agent = "mtppo"
     """mtppo: PPO, one encoder for all tasks, one head per task. moe: several encoders, mixed by weights that each task
-    learns. moore: the same, after making the encoders' outputs orthonormal. mtsac: soft actor-critic, one encoder, one
-    head per task; for mt10."""
+    learns. moore: the same, after making the encoders' outputs orthonormal. On mt10 a linear baseline stands in for
+    their critic. mtsac: soft actor-critic, one encoder, one head per task; for mt10."""
     treatment: Treatment = "set"
     """dense: nothing. gmp: prune gradually by magnitude. set: sparse throughout, small weights move at random. redo:
     dormant neurons start anew. reset: the last layers start anew. lottery: train what gmp kept from its first values.
     pcgrad: project tasks' conflicting gradients. weight-decay, layer-norm, gmp with one of them: as they say."""
     networks: Networks = "both"
-    """Which networks are treated; the others are dense."""
+    """Which networks are treated; the others are dense. On mt10 the actor is the only network of all but mtsac."""
     density: float = 0.05
     """Live blocks / all blocks, in (0, 1]: gmp ends with it, over all weights; set keeps it, over linear layers."""
     block_size: BlockSize = 1
@@ -178,6 +205,7 @@ class Config:
     weight_decay: float = 1e-6
     """Of treatments with weight decay: Adam's L2 factor."""
     ppo: PPOConfig = PPOConfig()
+    ppo_mt10: MT10PPOConfig = MT10PPOConfig()
     sac: SACConfig = SACConfig()
     set: SETConfig = SETConfig()
     gmp: GMPConfig = GMPConfig()
@@ -199,6 +227,8 @@ class Config:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
         if self.agent == "mtsac" and self.suite != "mt10":
             raise ValueError(f"agent mtsac belongs to suite mt10, got {self.suite}")
+        if self.actor_alone and self.networks == "critic":
+            raise ValueError(f"agent {self.agent} has no critic network on mt10, got networks {self.networks}")
         if (self.treatment == "lottery") != (self.ticket is not None):
             raise ValueError(f"ticket belongs to treatment lottery, got {self.treatment} with ticket {self.ticket}")
 
@@ -206,6 +236,18 @@ class Config:
     def sparse(self) -> bool:
         """Whether density and block size mean anything."""
         return self.treatment.split("+")[0] in ("gmp", "set", "lottery")
+
+    @property
+    def algorithm(self) -> Literal["ppo", "ppo_mt10", "sac"]:
+        """The part that holds its settings."""
+        if self.agent == "mtsac":
+            return "sac"
+        return "ppo_mt10" if self.suite == "mt10" else "ppo"
+
+    @property
+    def actor_alone(self) -> bool:
+        """Whether the actor is the only network."""
+        return self.algorithm == "ppo_mt10"
 
     @property
     def experiment(self) -> str:

@@ -3,9 +3,10 @@
 The names, each with the timestep at which its value was taken:
     return/<task>, score/<task>, success/<task>   evaluation: mean undiscounted return; the same as a share of an
                                                   optimal episode's; share of episodes solved. .../mean is over tasks
-    rollout/<task>                                mean return of the episodes that ended while collecting
-    loss/policy, loss/value                       of the fit, averaged over minibatches
-    ppo/entropy, ppo/approx_kl [nats], ppo/clip_fraction, ppo/explained_variance (of the critic before its step)
+    rollout/<task>, rollout_success/<task>        of the episodes that ended while collecting: mean return; on MT10,
+                                                  share in which the task was solved at any step
+    loss/policy, loss/value                       of the fit, averaged over minibatches; of a baseline, squared error
+    ppo/entropy, ppo/approx_kl [nats], ppo/clip_fraction, ppo/explained_variance (by the critic before its step)
     sparse/live_parameters, sparse/bytes           of all networks; bytes of weights, gradients, Adam and index
     sparse/dense_parameters, sparse/dense_bytes   of the dense networks; sparse/density is live / dense parameters
     dormant/..., rank/..., fisher/...              evaluation: plasticity, as rl/metrics.py says
@@ -43,6 +44,7 @@ class Logger:
         for name, value in values.items():
             self._csv.write(f"{step},{name},{float(value):.8g}\n")
             self._tensorboard.add_scalar(name, value, step)
+        self._csv.flush()  # whoever watches the run reads this file
 
     def flush(self) -> int:
         """Write out what is recorded so far; returns the length of metrics.csv in bytes, for the checkpoint."""

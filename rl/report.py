@@ -95,9 +95,9 @@ class Cell:
         config, steps = self.config, self.config.timesteps * len(self.tasks)
         evaluation = (self.typical("time/evaluate_ms") + self.typical("time/metrics_ms")) / 1e3
         seconds = steps / self.typical("time/steps_per_second") + len(self.runs[0].evaluated) * evaluation
-        if config.agent != "mtsac":  # whose steps per second count the updates in
+        if config.algorithm != "sac":  # whose steps per second count the updates in
             fit = (self.typical("time/update_ms") + self.typical("time/rewire_ms")) / 1e3
-            seconds += config.timesteps / config.ppo.rollout_steps * fit
+            seconds += config.timesteps / getattr(config, config.algorithm).rollout_steps * fit
         return seconds / 60
 
 

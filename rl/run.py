@@ -29,7 +29,7 @@ SIMULATORS = ("gymnasium", "minigrid", "metaworld", "mujoco")
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    config: Annotated[Config, tyro.conf.arg(name="")] = Config()
+    config: Annotated[Config, tyro.conf.arg(name="")]  # without a default, which would settle what depends on the suite
     resume: Path | None = None
     """Go on with the run in this folder, with its settings, from its last checkpoint; no other option may be given."""
 
@@ -50,8 +50,10 @@ def main() -> None:
 
 def train(config: Config, folder: Path, quiet: bool = False) -> None:
     """Train in this run folder, from its last checkpoint where it has one; quiet: without a progress bar."""
-    if config.agent == "mtsac":
+    if config.algorithm == "sac":
         from rl.train_sac import train
+    elif config.algorithm == "ppo_mt10":
+        from rl.train_ppo_mt10 import train
     else:
         from rl.train_ppo import train
     train(config, folder, quiet)
@@ -112,7 +114,7 @@ def show(folder: Path) -> None:
     earned.add_section()
     earned.add_row("mean", "", f"{last['score/mean']:.3f}", f"{last['success/mean']:.3f}")
 
-    cost = Table("actor and critic", "this run", "dense", "ratio", title="cost")
+    cost = Table("all networks", "this run", "dense", "ratio", title="cost")
     for label, name in (("live parameters", "parameters"), ("bytes: weights, gradients, Adam, index", "bytes")):
         own = last["sparse/live_parameters" if name == "parameters" else "sparse/bytes"]
         dense = last[f"sparse/dense_{name}"]

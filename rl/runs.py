@@ -18,10 +18,10 @@ def identity(config: Config) -> Config:
     same = replace(same, sac=replace(same.sac, device="auto"))
     parts = config.treatment.split("+")
     unused = [name for name in ("set", "gmp", "redo", "reset") if name not in parts]
-    unused += ["ppo" if config.agent == "mtsac" else "sac"]
+    unused += [name for name in ("ppo", "ppo_mt10", "sac") if name != config.algorithm]
     unused += ["weight_decay"] * ("weight-decay" not in parts)
     unused += ["density", "block_size"] * (not config.sparse)
-    unused += ["networks"] * (config.treatment == "dense")
+    unused += ["networks"] * (config.treatment == "dense" or config.actor_alone)
     return replace(same, **{name: getattr(Config, name) for name in unused})
 
 

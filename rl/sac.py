@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from rl.agents.mtsac import MTSACActor, MTSACCritics
 from rl.capture import Captured
 from rl.config import Config
+from rl.gaussian import gaussian
 from rl.learner import Learner
 from rl.replay import Recent, Replay
 
-LOG_STD = (-20, 2)  # what the actor's logarithm of a standard deviation is clamped to
 STATS = ("loss/policy", "loss/value", "sac/temperature", "sac/entropy", "sac/value")
 
 
@@ -141,12 +141,6 @@ def clipped(values: Tensor, bound: float | None) -> Tensor:
     return values if bound is None else values.clamp(-bound, bound)
 
 
-def gaussian(outputs: Tensor) -> tuple[Tensor, Tensor]:
-    """An actor's outputs [N, 2 * actions] as means and logarithms of standard deviations, before squashing."""
-    mean, log_std = outputs.chunk(2, dim=-1)
-    return mean, log_std.clamp(*LOG_STD)
-
-
 def squashed(outputs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Actions [N, actions] in (-1, 1), tanh of a Gaussian draw made of normal noise, and their log-densities [N]."""
     mean, log_std = gaussian(outputs)
@@ -154,14 +148,6 @@ def squashed(outputs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     # log(1 - tanh(u)^2), the stretch of the squashing, in a form that does not round to log(0)
     stretch = 2 * (math.log(2) - draw - F.softplus(-2 * draw))
     return draw.tanh(), (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi) - stretch).sum(-1)
-
-
-def log_probs_of_draws(outputs: Tensor, generator: torch.Generator) -> Tensor:
-    """The LogProbs (rl/metrics.py) of the squashed Gaussian, but for the stretch, which no parameter moves."""
-    mean, log_std = gaussian(outputs)
-    noise = torch.randn(mean.shape, generator=generator).to(mean.device)
-    draw = (mean + log_std.exp() * noise).detach()
-    return (-0.5 * ((draw - mean) / log_std.exp()).square() - log_std).sum(-1)
 
 
 def temperature_loss(log_temperatures: Tensor, tasks: Tensor, log_probs: Tensor, target_entropy: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Multi-task PPO: rollouts of all tasks in lock-step, one fit after each, evaluations and checkpoints between fits."""
+"""Multi-task PPO on MiniGrid: rollouts of all tasks in lock-step, and one fit of actor and critic after each."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -6,9 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from rl import checkpoint
 from rl.agents import AGENTS
 from rl.buffer import PlasticityBuffer
 from rl.config import Config, PPOConfig
@@ -17,8 +15,10 @@ from rl.envs.minigrid import Task
 from rl.envs.pool import EnvPool
 from rl.evaluate import evaluate, judge
 from rl.learner import Learner, sizes
-from rl.logger import Logger, timed
+from rl.logger import timed
+from rl.loop import loop
 from rl.metrics import plasticity
+from rl.ppo import explained_variance, gae, improve, minibatches, normalised
 from rl.rollout import Rollout, collect
 from rl.seeds import Stream, torch_generator
 
@@ -32,42 +32,27 @@ def train(config: Config, folder: Path, quiet: bool = False) -> None:
     buffer = PlasticityBuffer()
     actor = learner(config, "actor", int(pool.action_space.n), buffer)
     critic = learner(config, "critic", 1, buffer)
-    parts = {"actor": actor, "critic": critic, "buffer": buffer}
-    state = checkpoint.load(folder) or {"clock": 0, "csv_bytes": 0}
-    if state["clock"]:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-    clock = state["clock"]
-    progress = tqdm(total=config.timesteps, initial=clock, unit="timestep", disable=quiet or None)
-    with Logger(folder, clock, state["csv_bytes"]) as logger, progress:
-        while clock < config.timesteps:
-            steps = min(config.ppo.rollout_steps, config.timesteps - clock)
-            metrics: dict[str, float] = {}
-            rollout = collect(pool, actor.network, len(tasks), steps, config.seed, clock)
-            with timed(metrics, "time/update_ms"):
-                metrics |= fit(actor, critic, rollout, config.ppo, config.seed, clock)
-            metrics |= describe(tasks, rollout) | sizes(actor, critic)
-            buffer.add(rollout.observations[rollout.seen.flatten()], rollout.tasks[rollout.seen.flatten()])
 
-            evaluating = (clock + steps) // config.evaluate_every > clock // config.evaluate_every
-            clock += steps
-            finished = clock == config.timesteps
-            if evaluating or finished:  # before rewiring: this is the policy that the fit made
-                with timed(metrics, "time/evaluate_ms"):
-                    returns = evaluate(pool, actor.network, len(tasks), config.episodes, config.seed, clock)
-                metrics |= judge(tasks, returns)
-                with timed(metrics, "time/metrics_ms"):
-                    metrics |= plasticity(actor.network, critic.network, buffer, config.seed, clock)
-                progress.set_postfix(score=metrics["score/mean"], success=metrics["success/mean"])
-            if not finished:  # nobody would train what a last rewire grows
-                with timed(metrics, "time/rewire_ms"):
-                    actor.rewire(clock)
-                    critic.rewire(clock)
-            logger.record(clock, metrics)
-            if evaluating or finished:
-                whole = {name: part.state_dict() for name, part in parts.items()}
-                checkpoint.save(folder, {"clock": clock, "csv_bytes": logger.flush(), **whole})
-            progress.update(steps)
+    def learn(clock: int, steps: int) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        rollout = collect(pool, actor.network, len(tasks), steps, config.seed, clock)
+        with timed(metrics, "time/update_ms"):
+            metrics |= fit(actor, critic, rollout, config.ppo, config.seed, clock)
+        buffer.add(rollout.observations[rollout.seen.flatten()], rollout.tasks[rollout.seen.flatten()])
+        return metrics | describe(tasks, rollout) | sizes(actor, critic)
+
+    def judged(clock: int) -> dict[str, float]:
+        return judge(tasks, evaluate(pool, actor.network, len(tasks), config.episodes, config.seed, clock))
+
+    def described(clock: int) -> dict[str, float]:
+        return plasticity(actor.network, critic.network, buffer, config.seed, clock)
+
+    def rewire(clock: int) -> None:
+        actor.rewire(clock)
+        critic.rewire(clock)
+
+    parts = {"actor": actor, "critic": critic, "buffer": buffer}
+    loop(config, folder, quiet, parts, config.ppo.rollout_steps, learn, judged, described, rewire)
 
 
 def learner(config: Config, role: str, out_features: int, buffer: PlasticityBuffer) -> Learner:
@@ -87,17 +72,16 @@ def fit(actor: Learner, critic: Learner, rollout: Rollout, ppo: PPOConfig, seed:
         next_values[cut] = critic.network(rollout.next_observations[cut], cut_tasks).squeeze(-1)
     advantages = gae(rollout.rewards, values, next_values, rollout.terminated, cut, ppo.gamma, ppo.gae_lambda)
     targets = values + advantages
+    metrics = {"ppo/explained_variance": explained_variance(values.flatten(), targets.flatten())}
 
-    # each task's advantages by its own spread: rewards differ in scale between tasks
-    advantages = (advantages - advantages.mean(0)) / (advantages.std(0, correction=0) + 1e-8)
     log_probs = rollout.logits.log_softmax(-1)[seen, rollout.actions]
     # from here on one row per transition, of all tasks; what was seen several times goes through a network once
     seen, actions, log_probs, advantages, targets = (
-        t.flatten() for t in (seen, rollout.actions, log_probs, advantages, targets)
+        t.flatten() for t in (seen, rollout.actions, log_probs, normalised(advantages), targets)
     )
     tasks = rollout.tasks[seen]
     generator = torch_generator(seed, Stream.MINIBATCH, clock)
-    value_losses, history = [], []
+    value_losses = []
 
     def answers(network: nn.Module, rows: Tensor) -> Tensor:
         distinct, which = seen[rows].unique(return_inverse=True)
@@ -108,65 +92,21 @@ def fit(actor: Learner, critic: Learner, rollout: Rollout, ppo: PPOConfig, seed:
         value_losses.append(loss.detach())
         return loss
 
-    def surrogate_loss(rows: Tensor) -> Tensor:
-        logits = answers(actor.network, rows)
-        loss, stats = policy_loss(logits, actions[rows], log_probs[rows], advantages[rows], ppo.clip, ppo.entropy)
-        history.append(stats)
-        return loss
+    def judge_actions(rows: Tensor) -> tuple[Tensor, Tensor]:
+        return chosen(answers(actor.network, rows), actions[rows])
 
     # the paper's critic takes one step on everything; that of its single-task reference takes minibatches
     for batch in minibatches(len(seen), ppo.minibatch if num_tasks == 1 else len(seen), generator):
         critic.minimise(value_loss, batch, tasks[batch], generator)
-    for _ in range(ppo.epochs):
-        for batch in minibatches(len(seen), ppo.minibatch * num_tasks, generator):
-            actor.minimise(surrogate_loss, batch, tasks[batch], generator)
-    names = ("loss/policy", "ppo/entropy", "ppo/approx_kl", "ppo/clip_fraction")
-    return dict(zip(names, torch.stack(history).mean(0).tolist(), strict=True)) | {
-        "loss/value": torch.stack(value_losses).mean().item(),
-        "ppo/explained_variance": 1 - ((targets - values.flatten()).var() / targets.var()).item(),
-    }
+    minibatch = ppo.minibatch * num_tasks
+    improved = improve(actor, judge_actions, log_probs, advantages, tasks, minibatch, ppo, generator)
+    return improved | {"loss/value": torch.stack(value_losses).mean().item()} | metrics
 
 
-def minibatches(rows: int, size: int, generator: torch.Generator) -> Sequence[Tensor]:
-    """All rows in random order, in parts of this size; the last may be smaller."""
-    return torch.randperm(rows, generator=generator).split(size)
-
-
-def gae(
-    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, cut: Tensor, gamma: float, lam: float
-) -> Tensor:
-    """Generalised advantage estimates [T, n].
-
-    Args:
-        rewards, values, next_values: float [T, n]; next_values[t] is the value of what followed timestep t.
-        terminated: bool [T, n]: nothing followed, so next_values is not used.
-        cut: bool [T, n]: the episode went on unseen; next_values is used, but no later timestep.
-    """
-    errors = rewards + gamma * next_values.masked_fill(terminated, 0) - values
-    decay = gamma * lam * ~(terminated | cut)
-    advantages = torch.empty_like(errors)
-    following = torch.zeros_like(errors[0])
-    for t in reversed(range(len(errors))):
-        following = torch.addcmul(errors[t], decay[t], following, out=advantages[t])
-    return advantages
-
-
-def policy_loss(
-    logits: Tensor, actions: Tensor, old_log_probs: Tensor, advantages: Tensor, clip: float, entropy: float
-) -> tuple[Tensor, Tensor]:
-    """Clipped surrogate minus the entropy bonus, over N transitions.
-
-    Returns:
-        The loss, and detached [4]: loss, entropy in nats, approximate KL(old, new) in nats, share of clipped ratios.
-    """
+def chosen(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [N] of these actions, int64 [N], and entropies [N] in nats, of softmax(logits) [N, actions]."""
     log_probs = logits.log_softmax(-1)
-    log_ratio = log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1) - old_log_probs
-    ratio = log_ratio.exp()
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
-    mean_entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
-    loss = -surrogate - entropy * mean_entropy
-    clipped = ((ratio - 1).abs() > clip).float().mean()
-    return loss, torch.stack((loss, mean_entropy, (ratio - 1 - log_ratio).mean(), clipped)).detach()
+    return log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1), -(log_probs.exp() * log_probs).sum(-1)
 
 
 def describe(tasks: Sequence[Task], rollout: Rollout) -> dict[str, float]:

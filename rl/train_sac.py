@@ -10,18 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from rl import checkpoint
 from rl.config import Config
 from rl.envs.metaworld import MT10, STEPS, make_mt10
 from rl.envs.workers import Workers
 from rl.evaluate import evaluate_mt10, judge_mt10
+from rl.gaussian import log_probs_of_draws
 from rl.learner import sizes
-from rl.logger import Logger, timed
+from rl.loop import loop
 from rl.metrics import describe_network, fisher_trace
 from rl.replay import Replay
-from rl.sac import SAC, STATS, log_probs_of_draws
+from rl.sac import SAC, STATS
 from rl.seeds import Stream, numpy_generator, torch_generator
 
 
@@ -35,40 +34,27 @@ def train(config: Config, folder: Path, quiet: bool = False) -> None:
         features, actions = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
         replay = Replay(config.sac.capacity, len(MT10), features, actions, device)
         agent = SAC(config, replay, len(MT10), features, actions, device)
+        observations = None  # what the environments show; None: they must be reset
+
+        def learn(clock: int, steps: int) -> dict[str, float]:
+            nonlocal observations
+            if observations is None:  # a run starts or resumes, or an evaluation is over
+                seeds = numpy_generator(config.seed, Stream.RESET, clock).integers(2**31, size=len(MT10))
+                observations, _ = envs.reset(seed=seeds.tolist())
+            observations, metrics = episode(config, envs, agent, replay, observations, clock, steps)
+            return metrics | sizes(agent.actor, agent.critic)
+
+        def judged(clock: int) -> dict[str, float]:
+            nonlocal observations
+            observations = None
+            found = evaluate_mt10(envs, agent.best, config.episodes, config.seed, clock)
+            return judge_mt10([task.name for task in MT10], *found)
+
+        def described(clock: int) -> dict[str, float]:
+            return plasticity(agent, config.seed, clock)
+
         parts = {"agent": agent, "replay": replay}
-        state = checkpoint.load(folder) or {"clock": 0, "csv_bytes": 0}
-        if state["clock"]:
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-        clock, observations = state["clock"], None
-        progress = tqdm(total=config.timesteps, initial=clock, unit="timestep", disable=quiet or None)
-        with Logger(folder, clock, state["csv_bytes"]) as logger, progress:
-            while clock < config.timesteps:
-                if observations is None:  # a run starts or resumes, or an evaluation is over
-                    seeds = numpy_generator(config.seed, Stream.RESET, clock).integers(2**31, size=len(MT10))
-                    observations, _ = envs.reset(seed=seeds.tolist())
-                steps = min(STEPS, config.timesteps - clock)
-                observations, metrics = episode(config, envs, agent, replay, observations, clock, steps)
-                evaluating = (clock + steps) // config.evaluate_every > clock // config.evaluate_every
-                clock += steps
-                finished = clock == config.timesteps
-                metrics |= sizes(agent.actor, agent.critic)
-                if evaluating or finished:  # before rewiring: this is the policy that was learned
-                    with timed(metrics, "time/evaluate_ms"):
-                        found = evaluate_mt10(envs, agent.best, config.episodes, config.seed, clock)
-                    metrics |= judge_mt10([task.name for task in MT10], *found)
-                    with timed(metrics, "time/metrics_ms"):
-                        metrics |= plasticity(agent, config.seed, clock)
-                    observations = None
-                    progress.set_postfix(success=metrics["success/mean"])
-                if not finished:  # nobody would train what a last rewire grows
-                    with timed(metrics, "time/rewire_ms"):
-                        agent.rewire(clock)
-                logger.record(clock, metrics)
-                if evaluating or finished:
-                    whole = {name: part.state_dict() for name, part in parts.items()}
-                    checkpoint.save(folder, {"clock": clock, "csv_bytes": logger.flush(), **whole})
-                progress.update(steps)
+        loop(config, folder, quiet, parts, STEPS, learn, judged, described, agent.rewire)
 
 
 def episode(

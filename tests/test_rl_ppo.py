@@ -1,4 +1,4 @@
-"""rl/train_ppo.py: advantages by hand, and the policy's loss against its definition."""
+"""rl/ppo.py and rl/train_ppo.py: advantages by hand, and the policy's loss against its definition."""
 
 import math
 
@@ -9,8 +9,9 @@ from rl.buffer import PlasticityBuffer
 from rl.config import Config, PPOConfig
 from rl.envs import SUITES
 from rl.envs.pool import EnvPool
+from rl.ppo import gae, policy_loss
 from rl.rollout import collect
-from rl.train_ppo import fit, gae, learner, policy_loss
+from rl.train_ppo import chosen, fit, learner
 
 
 def test_gae_matches_a_trajectory_computed_by_hand():
@@ -32,7 +33,7 @@ def test_policy_loss_and_its_gradient_match_the_definition_transition_by_transit
     logits = torch.randn(40, 7, dtype=torch.float64, requires_grad=True)
     actions, advantages = torch.randint(7, (40,)), torch.randn(40, dtype=torch.float64)
     old = torch.distributions.Categorical(logits=logits.detach() + 0.5 * torch.randn(40, 7)).log_prob(actions)
-    loss, stats = policy_loss(logits, actions, old, advantages, clip=0.2, entropy=0.01)
+    loss, stats = policy_loss(*chosen(logits, actions), old, advantages, clip=0.2, entropy=0.01)
 
     plain, clipped = 0, 0
     for row, action, old_log_prob, advantage in zip(logits, actions, old, advantages, strict=True):

@@ -150,6 +150,14 @@ def test_command_line_prints_the_folder_first_and_the_tables_last(tmp_path):
         assert words in done.stdout
 
 
+@pytest.mark.parametrize(("suite", "evaluate_every", "episodes"), [("mt3", 10_000, 25), ("mt10", 20_000, 50)])
+def test_command_line_evaluates_as_the_paper_does_on_each_suite(tmp_path, monkeypatch, suite, evaluate_every, episodes):
+    monkeypatch.setattr(run, "environment", lambda: "")  # it takes seconds
+    monkeypatch.setattr(sys, "argv", ["rl/run.py", "--suite", suite, "--runs", str(tmp_path)])
+    _, config = run.chosen_run()
+    assert (config.suite, config.evaluate_every, config.episodes) == (suite, evaluate_every, episodes)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

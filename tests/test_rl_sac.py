@@ -14,8 +14,9 @@ import sparsekern as sk
 from rl import train_sac
 from rl.agents.mtsac import MTSACActor, MTSACCritics
 from rl.config import Config, SACConfig, SETConfig
+from rl.gaussian import log_probs_of_draws
 from rl.replay import Recent, Replay
-from rl.sac import SAC, STATS, log_probs_of_draws, squashed
+from rl.sac import SAC, STATS, squashed
 
 TASKS, FEATURES, ACTIONS, BATCH = 3, 7, 2, 5
 RATE = 0.01  # of gradient descent

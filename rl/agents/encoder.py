@@ -19,6 +19,8 @@ class Encoder(nn.Sequential):
     """At which each neuron of a layer is computed: pixels."""
     head_hidden: int | None
     """Hidden neurons of a task head that reads these features; None: it has no hidden layer."""
+    head_bound: float | None
+    """What the first weights of an actor's head are within; None: as in nn.Linear."""
 
     def __init__(self, experts: int, *layers: nn.Module):
         super().__init__(*layers, nn.Flatten(), nn.Unflatten(1, (experts, self.features)))
@@ -37,6 +39,7 @@ class ImageEncoder(Encoder):
     """Per expert three 2 x 2 convolutions, 7-6-5-4, on MiniGrid's view: uint8 [N, 7, 7, 3] to [N, experts, 1024]."""
 
     neurons, positions, head_hidden = (16, 32, 64), (6 * 6, 5 * 5, 4 * 4), 128
+    head_bound = None
 
     def __init__(self, experts: int = 1):
         first, second, third = (experts * channels for channels in self.neurons)
@@ -57,6 +60,7 @@ class StateEncoder(Encoder):
     """Per expert three layers of 400, on Meta-World's state: float32 [N, in_features] to [N, experts, 400]."""
 
     neurons, positions, head_hidden = (400, 400, 400), (1, 1, 1), None
+    head_bound = 1e-3
 
     def __init__(self, experts: int = 1, *, in_features: int, block_size: int = 1):
         first, second, third = (experts * neurons for neurons in self.neurons)

@@ -24,7 +24,12 @@ class MoE(nn.Module):
         self.task_encoder = nn.Linear(num_tasks, num_experts, bias=False)
         self.activation = nn.Tanh()
         self.heads = TaskHeads(
-            num_tasks, self.encoder.features, out_features, block_size, hidden=self.encoder.head_hidden
+            num_tasks,
+            self.encoder.features,
+            out_features,
+            block_size,
+            hidden=self.encoder.head_hidden,
+            bound=self.encoder.head_bound,
         )
 
     def experts(self, observations: Tensor) -> Tensor:

@@ -25,7 +25,12 @@ class MTPPO(nn.Module):
         self.encoder = encoder(1)
         self.activation = nn.Tanh()
         self.heads = TaskHeads(
-            num_tasks, self.encoder.features, out_features, block_size, hidden=self.encoder.head_hidden
+            num_tasks,
+            self.encoder.features,
+            out_features,
+            block_size,
+            hidden=self.encoder.head_hidden,
+            bound=self.encoder.head_bound,
         )
 
     def forward(self, observations: Tensor, task: Tensor | None) -> Tensor:

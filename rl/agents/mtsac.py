@@ -17,7 +17,9 @@ class MTSACActor(nn.Module):
         super().__init__()
         self.encoder = encoder(in_features=in_features)
         self.activation = nn.ReLU()
-        self.heads = TaskHeads(num_tasks, self.encoder.features, 2 * actions, block_size, hidden=None, bound=1e-3)
+        self.heads = TaskHeads(
+            num_tasks, self.encoder.features, 2 * actions, block_size, hidden=None, bound=self.encoder.head_bound
+        )
 
     def forward(self, observations: Tensor, task: Tensor | None = None) -> Tensor:
         return self.heads(self.activation(self.encoder(observations).squeeze(1)), task)
