@@ -342,7 +342,7 @@ def run_folder(tmp_path):
 SHORT = config(
     "set",
     SACConfig(batch=BATCH, warmup=20, capacity=60, device="cpu"),
-    timesteps=120,
+    timesteps=80,
     evaluate_every=40,
     episodes=1,
     workers=2,
@@ -362,18 +362,18 @@ def test_a_resumed_run_equals_a_straight_one_on_any_number_of_workers(run_folder
     train_sac.train(SHORT, straight, quiet=True)
     episode, episodes = train_sac.episode, []
 
-    def die_in_the_third(*arguments):
+    def die_in_the_second(*arguments):
         episodes.append(episode(*arguments))
-        if len(episodes) == 3:
+        if len(episodes) == 2:
             raise KeyboardInterrupt
         return episodes[-1]
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_sac, "episode", die_in_the_third)
+        patch.setattr(train_sac, "episode", die_in_the_second)
         train_sac.train(SHORT, killed, quiet=True)
     train_sac.train(replace(SHORT, workers=1), killed, quiet=True)
     assert measured(killed) == measured(straight)
-    assert any("success/mean" in line for line in measured(straight)) and len(measured(straight)) > 100
+    assert any("success/mean" in line for line in measured(straight)) and len(measured(straight)) > 60
 
 
 def test_a_worker_that_dies_ends_the_run_with_its_tasks_and_leaves_no_process(run_folder, monkeypatch):

@@ -100,7 +100,7 @@ def test_actor_and_critic_grow_at_different_places():
 
 def test_command_line_knows_every_suite_agent_and_treatment():
     fields = typing.get_type_hints(Config)
-    for name, known in (("suite", SUITES), ("agent", AGENTS), ("treatment", TREATMENTS)):
+    for name, known in (("suite", SUITES), ("agent", (*AGENTS, "mtsac")), ("treatment", TREATMENTS)):
         assert typing.get_args(fields[name]) == tuple(known)
 
 
