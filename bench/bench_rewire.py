@@ -9,7 +9,10 @@ from bench.training import Training, sparse_layer, sparse_training
 CASES = {
     "smoke": grid([TINY], [16], [0.5], [1, 16]),
     "quick": grid([SQUARE], [256], [0.1], [1, 16]),
-    "full": grid([SQUARE], [256, 2048], [0.1], [1, 4, 16, 64], THREADS),
+    "full": [
+        *grid([SQUARE], [256], [0.1], [1, 4, 16, 64]),
+        *grid([SQUARE], [2048], [0.1], [1, 4, 16, 64], THREADS),
+    ],
 }
 
 

@@ -52,13 +52,16 @@ def flops(threads: int) -> float:
 
 @lru_cache
 def bytes_per_second(threads: int) -> float:
-    """Of a += b, which reads two arrays and writes one: the fastest way through memory on the CPUs that were tried."""
+    """Of a += b, which reads two arrays and writes one: the fastest way through memory on the CPUs that were tried.
+
+    Not less than one thread's, as it may be where others use the machine.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     a, b = torch.zeros(STREAMED // 4), torch.zeros(STREAMED // 4)
-    found = 3 * STREAMED / least_seconds(lambda: a.add_(b), times=10)
+    found = 3 * STREAMED / least_seconds(lambda: a.add_(b), times=40)
     torch.set_num_threads(before)
-    return found
+    return found if threads == 1 else max(found, bytes_per_second(1))
 
 
 def roofline(case: Case, time_us: float, flop: float, bytes: float) -> dict[str, float]:

@@ -69,7 +69,7 @@ def memory(axis: Axes, layers: DataFrame) -> None:
     axis.set_title(f"Memory in training, {WIDE} tokens")
     if not measured(axis, layers, "ours_peak_bytes"):
         return
-    for kind, key, style in (("most in a step", "_peak_bytes", "-"), ("kept between steps", "_bytes", "--")):
+    for kind, key, style in (("peak of a step", "_peak_bytes", "-"), ("between steps", "_bytes", "--")):
         axis.axhline(layers[f"dense{key}"].median() / 1e6, color="black", ls=style, lw=1, label=f"nn.Linear, {kind}")
         for density, color in ((0.1, "tab:blue"), (0.05, "tab:orange")):
             own = layers[layers.density == density].sort_values("block_size")

@@ -78,7 +78,8 @@ def by_density(rows: DataFrame, names: dict[str, str]) -> str:
 def torch_sparse(rows: DataFrame) -> str:
     """The fastest call of each format, and why others cannot be used."""
     rows = rows.join(rows["name"].str.extract(r"(?P<product>.*): (?P<format>\w+) (?P<call>.*)"))
-    best = rows.loc[rows.groupby([*KEYS, "product", "format"], sort=False).partner_us.idxmin()]
+    timed = rows.dropna(subset="partner_us")
+    best = timed.loc[timed.groupby([*KEYS, "product", "format"], sort=False).partner_us.idxmin()]
     best = best.sort_values(["threads", "out_features", "tokens", "density", "product", "format"])
     table = markdown(
         case(best)
