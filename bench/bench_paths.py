@@ -34,4 +34,4 @@ def bench_step(timer, record, case, instruction_set, monkeypatch):
         ours.step()
 
     found = timer(lambda: step(cpu), lambda: step(vendor))
-    record(f"step {instruction_set}", partner="vendor path", **found, **work(case, products=3))
+    record(f"step {instruction_set}", partner="vendor path", **found, **work(ours.layer, case.tokens))

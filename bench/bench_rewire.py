@@ -1,13 +1,18 @@
-"""What an event of SET or RigL costs a layer, against one ordinary training step of the same layer."""
+"""What an event of SET, RigL or GMP costs a layer, against one ordinary training step of the same layer."""
+
+from dataclasses import replace
 
 import sparsekern as sk
 from bench.case import SQUARE, THREADS, TINY, grid
-from bench.training import sparse_training
+from bench.training import Training, sparse_layer, sparse_training
 
 CASES = {
     "smoke": grid([TINY], [16], [0.5], [1, 16]),
     "quick": grid([SQUARE], [256], [0.1], [1, 16]),
-    "full": grid([SQUARE], [256, 2048], [0.1], [1, 4, 16, 64], THREADS),
+    "full": [
+        *grid([SQUARE], [256], [0.1], [1, 4, 16, 64]),
+        *grid([SQUARE], [2048], [0.1], [1, 4, 16, 64], THREADS),
+    ],
 }
 
 
@@ -34,3 +39,19 @@ def bench_rigl(timer, record, case):
     record(
         "RigL", partner="a training step", time_us=cost, partner_us=plain, ratio=plain / cost, rounds=found["rounds"]
     )
+
+
+def bench_gmp(timer, record, case):
+    """An event that drops half of the live blocks, so that the layer is compacted to the case's density."""
+    ours = sparse_training(case)
+    rules = []
+
+    def half_way():
+        twice = replace(case, density=2 * case.density)
+        training = Training(sparse_layer(twice), twice)
+        training.step()
+        rules.append(sk.GMP(training.layer, training.optimizer, final_density=case.density, end_step=1))
+
+    found = timer(lambda: rules[-1].step(), ours.step, before=half_way)
+    assert all(rule.compactions == 1 for rule in rules)
+    record("GMP, compacting", partner="a training step", **found)

@@ -1,20 +1,46 @@
 """Whether time depends on where the live blocks are: training steps on other topologies against a random one."""
 
-import pytest
+from dataclasses import dataclass
+
 import torch
-from torch import nn
 
 import sparsekern as sk
-from bench.case import SMOKE, SQUARE, Case, grid
+from bench import trained
+from bench.case import SQUARE, THREADS, TINY, Case
 from bench.training import Training, check, work
 from sparsekern import Topology
 
+
+@dataclass(frozen=True)
+class TopologyCase(Case):
+    """Its shape is that of all groups together."""
+
+    topology: str
+
+
+def balanced(shape: tuple[int, int], tokens: int, density: float, block_size: int, threads: int) -> TopologyCase:
+    return TopologyCase(*shape, tokens, density, block_size, threads, "row-balanced")
+
+
+def saved(block_size: int, threads: int) -> TopologyCase:
+    """With the run's minibatch: 256 tokens of each task."""
+    topology = trained.load(block_size)
+    density = round(topology.density, 4)
+    return TopologyCase(*topology.shape, 256, density, block_size, threads, "trained")
+
+
 CASES = {
-    "smoke": SMOKE,
-    "quick": grid([SQUARE], [256], [0.1], [16]),
-    "full": grid([SQUARE], [2048], [0.1], [1, 4, 16, 64]),
+    "smoke": [balanced(TINY, 16, 0.5, 1, 1), saved(16, 1)],
+    "quick": [balanced(SQUARE, 256, 0.1, 16, 1), saved(16, 1)],
+    "full": [
+        case
+        for threads in THREADS
+        for case in (
+            *(balanced(SQUARE, 2048, 0.1, block_size, threads) for block_size in (1, 4, 16, 64)),
+            *(saved(block_size, threads) for block_size in trained.BLOCK_SIZES),
+        )
+    ],
 }
-REWIRES = 100
 
 
 def row_balanced(case: Case) -> Topology:
@@ -26,35 +52,19 @@ def row_balanced(case: Case) -> Topology:
     return Topology(torch.arange(rows).repeat_interleave(count), places, shape, case.block_size)
 
 
-def trained(case: Case) -> Topology:
-    """Left by SET in a first layer whose later inputs are ever rarer, half of them zero, as at an image's border."""
-    layer = sk.SparseLinear(case.in_features, case.out_features, density=case.density, block_size=case.block_size)
-    network = nn.Sequential(layer, nn.ReLU(), nn.Linear(case.out_features, 8))
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2, fused=True)
-    rule = sk.SET(layer, optimizer, drop_fraction=0.3, update_every=10)
-    lit = torch.linspace(1, -1, case.in_features)
-    teacher = torch.randn(case.in_features, 8) / case.in_features**0.5
-    for _ in range(10 * REWIRES):
-        x = torch.randn(64, case.in_features) * (torch.rand(64, case.in_features) < lit)
-        nn.functional.mse_loss(network(x), (x @ teacher).sin()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        rule.step()
-    return layer.topology
-
-
 def fullest(topology: Topology) -> dict[str, float]:
     """Live blocks of the fullest block row and block column, relative to the mean."""
-    counts = {"row": topology.mask()[0].sum(1).float(), "column": topology.mask()[0].sum(0).float()}
+    mask = topology.mask().float()
+    counts = {"row": mask.sum(2), "column": mask.sum(1)}
     return {f"fullest_{name}": float(count.max() / count.mean()) for name, count in counts.items()}
 
 
-@pytest.mark.parametrize("make", [row_balanced, trained], ids=lambda make: make.__name__)
-def bench_step(timer, record, case, make):
-    topology = make(case)
-    random = Topology.random(topology.shape, topology.num_live, case.block_size)
+def bench_step(timer, record, case):
+    topology = trained.load(case.block_size) if case.topology == "trained" else row_balanced(case)
+    random = Topology.random(topology.shape, topology.live_per_group(), case.block_size, topology.groups)
     ours, theirs = (sk.SparseLinear(case.in_features, case.out_features, topology=each) for each in (topology, random))
     check(ours, case.tokens)
     found = timer(Training(ours, case).step, Training(theirs, case).step)
-    name = make.__name__.replace("_", "-")
-    record(name, partner="random", **found, **work(case, products=3), **fullest(topology))
+    record(
+        case.topology, partner="random", groups=topology.groups, **found, **work(ours, case.tokens), **fullest(topology)
+    )

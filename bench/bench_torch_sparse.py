@@ -49,4 +49,9 @@ def bench_torch_sparse(timer, record, case, format, product, text):
     except RuntimeError as failure:
         record(name, reason=str(failure).splitlines()[0])
         pytest.skip(f"{name}: {failure}")
-    record(name, partner=f"torch {format}", **timer(ours, lambda: theirs(w, wt, next(rows))), **work(case, products=1))
+    record(
+        name,
+        partner=f"torch {format}",
+        **timer(ours, lambda: theirs(w, wt, next(rows))),
+        **work(layer, case.tokens, step=False),
+    )

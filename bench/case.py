@@ -1,6 +1,6 @@
 """Case: on what something is measured, and the lists of cases that several suites share."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -19,15 +19,16 @@ class Case:
     density: float
     block_size: int
     threads: int
+    dtype: str = field(default="float32", kw_only=True)
 
     def __str__(self):
         return (
             f"{self.out_features}x{self.in_features}-{self.tokens}tokens-density{self.density}"
-            f"-block{self.block_size}-{self.threads}threads"
+            f"-block{self.block_size}-{self.threads}threads-{self.dtype}"
         )
 
 
-KEYS = [field.name for field in fields(Case)]
+KEYS = [each.name for each in fields(Case)]
 
 
 def grid(shapes, tokens, densities, block_sizes, threads=(1,)) -> list[Case]:

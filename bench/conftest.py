@@ -7,9 +7,10 @@ import pandas
 import pytest
 import torch
 
-from bench import results
+from bench import limits, results
 from bench.measure import Timer
 
+WORK = {"time_us", "flop", "bytes"}
 SECONDS = {"full": 0.4, "quick": 0.3, "smoke": 0.01}
 
 
@@ -39,11 +40,12 @@ def timer(benchmark, case, request):
 
 @pytest.fixture
 def record(case, request):
-    """Call it with what was found: `record("step", time_us=..., ...)`."""
+    """Call it with what was found, `record("step", time_us=..., flop=..., ...)`; it adds the share of the bound."""
     suite = request.module.__name__.rpartition("bench_")[2]
 
     def add(name: str, **found):
-        request.config.records.append({"suite": suite, "name": name, **asdict(case), "dtype": "float32", **found})
+        share = limits.roofline(case, **{key: found[key] for key in WORK}) if found.keys() >= WORK else {}
+        request.config.records.append({"suite": suite, "name": name, **asdict(case), **found, **share})
 
     return add
 
@@ -64,7 +66,7 @@ def pytest_sessionfinish(session):
 def pytest_terminal_summary(terminalreporter, config):
     if not config.records:
         return
-    table = pandas.DataFrame(config.records).drop(columns=["dtype", "flop", "bytes"], errors="ignore").round(2)
+    table = pandas.DataFrame(config.records).drop(columns=["flop", "bytes"], errors="ignore").round(2)
     for suite, rows in table.groupby("suite"):
         terminalreporter.section(suite)
         terminalreporter.write_line(rows.dropna(axis=1, how="all").drop(columns="suite").to_string(index=False))

@@ -18,10 +18,10 @@ ROTATED_BYTES = 2**26
 
 
 @lru_cache(maxsize=6)
-def rotated(tokens: int, features: int) -> Iterator[Tensor]:
-    """Random [tokens, features], float32 and row-major, without end; each was last used the longest time ago."""
-    count = max(2, ROTATED_BYTES // (4 * tokens * features))
-    return itertools.cycle(torch.randn(min(count, 1024), tokens, features).unbind())
+def rotated(tokens: int, features: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+    """Random [tokens, features], row-major, without end; each was last used the longest time ago."""
+    count = max(2, ROTATED_BYTES // (dtype.itemsize * tokens * features))
+    return itertools.cycle(torch.randn(min(count, 1024), tokens, features, dtype=dtype).unbind())
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -37,19 +37,28 @@ class Timer:
     def __init__(self, benchmark, seconds: float):
         self.benchmark, self.seconds = benchmark, seconds
 
-    def __call__(self, call: Callable, partner: Callable, repeat: int = 1) -> dict[str, float]:
+    def __call__(
+        self, call: Callable, partner: Callable, repeat: int = 1, before: Callable = lambda: None
+    ) -> dict[str, float]:
         """Time of `call` and of its partner in microseconds, and partner / call: medians, and quartiles of the ratio.
 
         The partner goes first in every round, and in the two rounds of warm-up.
 
         Args:
             repeat: calls in one timing, for those that take microseconds.
+            before: done before every call, untimed, where a call cannot be repeated on what it left.
         """
         ours, theirs = ((lambda f=f: [f() for _ in range(repeat)]) if repeat > 1 else f for f in (call, partner))
-        once = (timed(theirs) + timed(ours) + timed(theirs) + timed(ours)) / 2
-        rounds = min(max(round(self.seconds / once), 5), 201)
         partner_times = []
-        self.benchmark.pedantic(ours, setup=lambda: partner_times.append(timed(theirs)), rounds=rounds)
+
+        def first():
+            partner_times.append(timed(theirs))
+            before()
+
+        once = timed(lambda: (first(), ours(), first(), ours())) / 2
+        rounds = min(max(round(self.seconds / once), 5), 201)
+        partner_times.clear()
+        self.benchmark.pedantic(ours, setup=first, rounds=rounds)
         times = self.benchmark.stats.stats.data
         ratios = [theirs / ours for theirs, ours in zip(partner_times, times, strict=True)]
         low, ratio, high = statistics.quantiles(ratios, n=4)

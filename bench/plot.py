@@ -1,13 +1,18 @@
-"""The README's plot: speed-up of a training step against density, a line per block size, with the break-even marked."""
+"""The README's plot of one layer: speed-up against density with the break-even marked, share of the bound, memory."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-from pandas import DataFrame
+from pandas import DataFrame, Series
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.ticker import PercentFormatter  # noqa: E402
+
+WIDE = 2048  # tokens
 
 
 def path_for(results: Path) -> Path:
@@ -15,30 +20,94 @@ def path_for(results: Path) -> Path:
 
 
 def draw(rows: DataFrame, conditions: str, path: Path) -> None:
-    rows = rows[(rows["name"] == "step") & (rows.threads == 1) & (rows.out_features == 1024)]
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.6), sharey=True, layout="constrained")
-    for axis, (tokens, panel) in zip(axes, rows.groupby("tokens"), strict=True):
-        lines = panel.pivot_table(index="density", columns="block_size", values="ratio")
-        for block_size, color in zip(lines, pyplot.cm.viridis(np.linspace(0, 0.92, lines.shape[1])), strict=True):
-            ratios = lines[block_size].dropna()
-            crossing = break_even(ratios.index.to_numpy(), ratios.to_numpy())
-            label = f"{block_size}" if crossing is None else f"{block_size}, even at {crossing:.2g}"
-            axis.plot(ratios.index, ratios, "o-", ms=3.5, lw=1.5, color=color, label=label)
-            if crossing is not None:
-                axis.plot(crossing, 1, "D", ms=7, mfc="white", color=color, zorder=3)
-        axis.axhline(1, color="black", lw=1)
-        axis.set(xscale="log", yscale="log", title=f"{tokens} tokens", xlabel="density (live blocks / all blocks)")
-        axis.set_xticks(lines.index, [f"{d:g}" for d in lines.index])
-        axis.set_yticks([0.5, 1, 2, 4, 8, 16, 32], ["0.5x", "dense", "2x", "4x", "8x", "16x", "32x"])
-        axis.minorticks_off()
-        axis.grid(alpha=0.25)
-        axis.invert_xaxis()
-        axis.legend(title="block size", ncols=2, fontsize=8, loc="upper left")
-    axes[0].set_ylabel("speed-up over nn.Linear")
-    figure.suptitle("Training step (forward + backward + Adam) of a 1024 x 1024 layer, one thread")
+    rows = rows[(rows.threads == 1) & (rows.out_features == 1024)]
+    steps = rows[(rows.suite == "layer") & (rows["name"] == "step")]
+    figure, axes = pyplot.subplots(2, 2, figsize=(10, 8.8), layout="constrained")
+    for axis, (tokens, panel) in zip(axes[0], steps.groupby("tokens"), strict=True):
+        speed_up(axis, panel)
+        axis.set_title(f"Speed of a training step, {tokens} tokens")
+    axes[0, 1].sharey(axes[0, 0])
+    share_of_bound(axes[1, 0], steps[steps.tokens == WIDE])
+    memory(axes[1, 1], rows[(rows.suite == "memory") & (rows.tokens == WIDE)])
+    figure.suptitle("A 1024 x 1024 layer, one thread; a training step is forward + backward + Adam")
     figure.supxlabel(f"Diamonds: as fast as dense. Medians of paired ratios.\n{conditions}", size=7)
     figure.savefig(path, dpi=130, metadata={"Software": None})
     pyplot.close(figure)
+
+
+def speed_up(axis: Axes, steps: DataFrame) -> None:
+    for block_size, ratios, color in by_block_size(steps, "ratio"):
+        crossing = break_even(ratios.index.to_numpy(), ratios.to_numpy())
+        label = f"{block_size}" if crossing is None else f"{block_size}, even at {crossing:.2g}"
+        axis.plot(ratios.index, ratios, "o-", ms=3.5, lw=1.5, color=color, label=label)
+        if crossing is not None:
+            axis.plot(crossing, 1, "D", ms=7, mfc="white", color=color, zorder=3)
+    axis.axhline(1, color="black", lw=1)
+    axis.set_yscale("log")
+    axis.set_yticks([0.5, 1, 2, 4, 8, 16, 32], ["0.5x", "dense", "2x", "4x", "8x", "16x", "32x"])
+    axis.set_ylabel("speed-up over nn.Linear")
+    over_density(axis, steps)
+    axis.legend(title="block size", ncols=2, fontsize=8, loc="upper left")
+
+
+def share_of_bound(axis: Axes, steps: DataFrame) -> None:
+    """nn.Linear's share comes from density 1, where both have the same work."""
+    axis.set_title(f"Share of the roofline bound in a step, {WIDE} tokens")
+    if not measured(axis, steps, "roofline"):
+        return
+    for block_size, shares, color in by_block_size(steps, "roofline"):
+        axis.plot(shares.index, shares, "o-", ms=3.5, lw=1.5, color=color, label=f"{block_size}")
+    full = steps[steps.density == 1]
+    axis.axhline((full.roofline * full.time_us / full.partner_us).median(), color="black", lw=1, label="nn.Linear")
+    axis.set(ylim=(0, 1), ylabel="bound / measured time")
+    axis.yaxis.set_major_formatter(PercentFormatter(1))
+    over_density(axis, steps)
+    axis.legend(title="block size", ncols=3, fontsize=8, loc="upper left")
+
+
+def memory(axis: Axes, layers: DataFrame) -> None:
+    axis.set_title(f"Memory in training, {WIDE} tokens")
+    if not measured(axis, layers, "ours_peak_bytes"):
+        return
+    for kind, key, style in (("peak of a step", "_peak_bytes", "-"), ("between steps", "_bytes", "--")):
+        axis.axhline(layers[f"dense{key}"].median() / 1e6, color="black", ls=style, lw=1, label=f"nn.Linear, {kind}")
+        for density, color in ((0.1, "tab:blue"), (0.05, "tab:orange")):
+            own = layers[layers.density == density].sort_values("block_size")
+            label = f"density {density:g}, {kind}"
+            axis.plot(own.block_size, own[f"ours{key}"] / 1e6, style, marker="o", ms=3.5, color=color, label=label)
+    sizes = sorted(layers.block_size.unique())
+    axis.set_xscale("log")
+    axis.set_xticks(sizes, sizes)
+    axis.minorticks_off()
+    axis.set(xlabel="block size", ylabel="MB", ylim=(0, 1.5 * layers.dense_peak_bytes.max() / 1e6))
+    axis.grid(alpha=0.25)
+    axis.legend(ncols=2, fontsize=8, loc="upper left")
+
+
+def measured(axis: Axes, rows: DataFrame, key: str) -> bool:
+    """Whether there is something to draw; else the panel says that there is not."""
+    found = key in rows and rows[key].notna().any()
+    if not found:
+        axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
+        axis.set(xticks=[], yticks=[])
+    return found
+
+
+def by_block_size(steps: DataFrame, key: str) -> Iterator[tuple[int, Series, tuple]]:
+    """Block size, values by density, and color of each line."""
+    lines = steps.pivot_table(index="density", columns="block_size", values=key)
+    for block_size, color in zip(lines, pyplot.cm.viridis(np.linspace(0, 0.92, lines.shape[1])), strict=True):
+        yield block_size, lines[block_size].dropna(), color
+
+
+def over_density(axis: Axes, steps: DataFrame) -> None:
+    densities = sorted(steps.density.unique())
+    axis.set_xscale("log")
+    axis.set_xticks(densities, [f"{d:g}" for d in densities])
+    axis.set_xlabel("density (live blocks / all blocks)")
+    axis.minorticks_off()
+    axis.grid(alpha=0.25)
+    axis.invert_xaxis()
 
 
 def break_even(densities: np.ndarray, ratios: np.ndarray) -> float | None:

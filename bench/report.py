@@ -6,6 +6,7 @@ A table stands between `<!-- bench:name -->` and `<!-- /bench -->`; `SECTIONS` s
 import re
 from pathlib import Path
 
+import pandas
 from pandas import DataFrame, Series
 
 from bench import plot, results
@@ -16,8 +17,9 @@ README = Path(__file__).parent.parent / "README.md"
 
 def headlines(rows: DataFrame) -> str:
     """The promised cases: forward, and forward + backward + Adam."""
-    shown = {tuple(vars(case)[key] for key in KEYS[:-1]) for case in HEADLINES}
-    rows = rows[[key in shown for key in rows[KEYS[:-1]].itertuples(index=False, name=None)]]
+    keys = [key for key in KEYS if key not in ("threads", "dtype")]
+    shown = {tuple(vars(case)[key] for key in keys) for case in HEADLINES}
+    rows = rows[[key in shown for key in rows[keys].itertuples(index=False, name=None)]]
     forward, step = rows[rows["name"] == "forward"], rows[rows["name"] == "step"]
     both = forward.merge(step, on=KEYS, suffixes=("_forward", "_step"))
     both = both.sort_values(["threads", "out_features", "tokens", "density"], ascending=[True, False, False, False])
@@ -25,7 +27,32 @@ def headlines(rows: DataFrame) -> str:
     for name in ("forward", "step"):
         columns |= {f"{name} ms": ms(both[f"time_us_{name}"]), f"dense {name} ms": ms(both[f"partner_us_{name}"])}
         columns |= {f"{name} faster": faster(both, f"_{name}")}
-    return markdown(columns)
+    return markdown(columns | bound(both, "step of bound", "_step"))
+
+
+def products(rows: DataFrame) -> str:
+    """Each product, with the rate at which it works on live weights."""
+    rows = rows[rows.tokens.eq(2048) & rows.density.isin([0.5, 0.1, 0.02]) & rows.block_size.isin([1, 4, 16, 64])]
+    rows = rows[rows.threads == 1].sort_values(["name", "block_size", "density"], ascending=[True, True, False])
+    return markdown(
+        {"product": rows["name"], "layer": shape(rows), "tokens": rows.tokens, "block": rows.block_size}
+        | {"density": rows.density, "ms": ms(rows.time_us), "dense ms": ms(rows.partner_us), "faster": faster(rows)}
+        | {"GFLOP/s": (rows.flop / rows.time_us / 1e3).map("{:.0f}".format)}
+        | bound(rows)
+    )
+
+
+def limits(rows: DataFrame) -> str:
+    """What the shares of the roofline bound are relative to, and what dense GEMMs reach of it."""
+    rows = rows.sort_values(["threads", "gflops"], ascending=[True, False])
+    known = rows.dropna(subset=["gflops", "gbytes"], how="all")
+    table = markdown(
+        {"measured": known["name"], "threads": known.threads}
+        | {name: [number(v, "{:.0f}") for v in known[key]] for name, key in (("GFLOP/s", "gflops"), ("GB/s", "gbytes"))}
+        | bound(known)
+    )
+    failed = rows.drop(known.index).drop_duplicates("name")
+    return "\n".join([table, *(f"\n* {r['name']} was not measured: {r.reason}." for _, r in failed.iterrows())])
 
 
 def blocks(rows: DataFrame) -> str:
@@ -51,7 +78,8 @@ def by_density(rows: DataFrame, names: dict[str, str]) -> str:
 def torch_sparse(rows: DataFrame) -> str:
     """The fastest call of each format, and why others cannot be used."""
     rows = rows.join(rows["name"].str.extract(r"(?P<product>.*): (?P<format>\w+) (?P<call>.*)"))
-    best = rows.loc[rows.groupby([*KEYS, "product", "format"], sort=False).partner_us.idxmin()]
+    timed = rows.dropna(subset="partner_us")
+    best = timed.loc[timed.groupby([*KEYS, "product", "format"], sort=False).partner_us.idxmin()]
     best = best.sort_values(["threads", "out_features", "tokens", "density", "product", "format"])
     table = markdown(
         case(best)
@@ -97,10 +125,11 @@ def rl(rows: DataFrame) -> str:
 
 
 def topology(rows: DataFrame) -> str:
-    rows = rows.sort_values(["name", "tokens", "block_size"])
+    rows = rows.sort_values(["name", "threads", "tokens", "block_size"])
     times = "{:.2g} x mean".format
     return markdown(
-        {"topology": rows["name"], "tokens": rows.tokens, "block": rows.block_size}
+        {"topology": rows["name"]}
+        | case(rows)
         | {"fullest row": rows.fullest_row.map(times), "fullest column": rows.fullest_column.map(times)}
         | {"step ms": ms(rows.time_us), "random's step ms": ms(rows.partner_us), "faster than random": faster(rows)}
     )
@@ -113,7 +142,19 @@ def memory(rows: DataFrame) -> str:
         | {"bytes": rows.ours_bytes.map("{:,.0f}".format), "nn.Linear's": rows.dense_bytes.map("{:,.0f}".format)}
         | {"of dense": (rows.ours_bytes / rows.dense_bytes).map("{:.1%}".format)}
         | {"index, bytes a weight": rows.index_per_weight.map("{:.2g}".format)}
+        | peaks(rows)
     )
+
+
+def peaks(rows: DataFrame) -> dict[str, Series]:
+    """Columns, where peaks were measured."""
+    if "ours_peak_bytes" not in rows:
+        return {}
+    return {
+        "tokens": rows.tokens,
+        "peak MB": [number(v / 1e6, "{:.1f}") for v in rows.ours_peak_bytes],
+        "nn.Linear's peak MB": [number(v / 1e6, "{:.1f}") for v in rows.dense_peak_bytes],
+    }
 
 
 def rewire(rows: DataFrame) -> str:
@@ -143,8 +184,11 @@ def dense_is_faster(rows: DataFrame) -> str:
 
 # Table of the README -> (suites it shows, what writes it)
 SECTIONS = {
-    "headlines": (["layer"], headlines),
+    "headlines": (["forward", "layer"], headlines),
+    "bfloat16": (["bfloat16"], headlines),
     "blocks": (["layer"], blocks),
+    "limits": (["limits"], limits),
+    "products": (["products"], products),
     "torch_sparse": (["torch_sparse"], torch_sparse),
     "others": (["masked", "sparselab"], others),
     "models": (["models"], models),
@@ -154,7 +198,10 @@ SECTIONS = {
     "memory": (["memory"], memory),
     "rewire": (["rewire"], rewire),
     "overhead": (["overhead"], overhead),
-    "dense_is_faster": (["layer", "gmp", "models", "rl"], dense_is_faster),
+    "dense_is_faster": (
+        ["layer", "forward", "bfloat16", "products", "gmp", "models", "rl", "overhead"],
+        dense_is_faster,
+    ),
 }
 
 
@@ -182,6 +229,17 @@ def faster(rows: DataFrame, suffix: str = "") -> Series:
     return Series(["**{:.2g}x** ({:.2g}-{:.2g})".format(*row) for row in columns.values], rows.index)
 
 
+def bound(rows: DataFrame, name: str = "of bound", suffix: str = "") -> dict[str, list[str]]:
+    """A column with shares of the roofline bound, where they were measured."""
+    key = f"roofline{suffix}"
+    return {name: [number(v, "{:.0%}") for v in rows[key]]} if key in rows and rows[key].notna().any() else {}
+
+
+def number(value: float, form: str) -> str:
+    """Nothing for what was not measured."""
+    return "" if pandas.isna(value) else form.format(value)
+
+
 def markdown(columns: dict[str, Series]) -> str:
     lines = [columns, ["---"] * len(columns), *zip(*columns.values(), strict=True)]
     return "\n".join(f"| {' | '.join(f'{v:g}' if isinstance(v, float) else str(v) for v in line)} |" for line in lines)
@@ -190,10 +248,10 @@ def markdown(columns: dict[str, Series]) -> str:
 def conditions(rows: DataFrame) -> str:
     """All that a number depends on and a table does not say."""
     own = rows.iloc[-1]
-    commits = ", ".join(sorted(set(rows.commit)))
+    commits, dtypes = (", ".join(sorted(set(rows[key]))) for key in ("commit", "dtype"))
     return (
         f"{own.device}; {own.instruction_set} kernels; dense by {own.vendor}; torch {own.torch}, "
-        f"sparsekern {own.sparsekern} at {commits}; {own['dtype']}; {max(rows.date)}"
+        f"sparsekern {own.sparsekern} at {commits}; {dtypes}; {max(rows.date)}"
     )
 
 
@@ -224,6 +282,5 @@ def committed() -> dict[Path, DataFrame]:
 if __name__ == "__main__":
     found = committed()
     for path, rows in found.items():
-        layer = rows[rows.suite == "layer"]
-        plot.draw(layer, conditions(layer), plot.path_for(path))
+        plot.draw(rows, conditions(rows[rows.suite == "layer"]), plot.path_for(path))
     README.write_text(written(README.read_text(), found))
