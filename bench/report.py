@@ -124,6 +124,14 @@ def rl(rows: DataFrame) -> str:
     )
 
 
+def sac(rows: DataFrame) -> str:
+    rows = rows.sort_values(["threads", "block_size"])
+    return markdown(
+        {"threads": rows.threads, "block": rows.block_size, "live / dense": rows.live.map("{:.3f}".format)}
+        | {"update ms": ms(rows.time_us), "dense update ms": ms(rows.partner_us), "faster": faster(rows)}
+    )
+
+
 def topology(rows: DataFrame) -> str:
     rows = rows.sort_values(["name", "threads", "tokens", "block_size"])
     times = "{:.2g} x mean".format
@@ -193,6 +201,7 @@ SECTIONS = {
     "others": (["masked", "sparselab"], others),
     "models": (["models"], models),
     "rl": (["rl"], rl),
+    "sac": (["sac"], sac),
     "topology": (["topology"], topology),
     "gmp": (["gmp"], gmp),
     "memory": (["memory"], memory),

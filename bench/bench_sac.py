@@ -1,0 +1,53 @@
+"""The whole update of MTSAC on MT10 (two critics, actor, temperatures, targets; 128 transitions per task)."""
+
+import torch
+
+import sparsekern as sk
+from bench.case import THREADS, Case
+from bench.networks import check_close
+from rl.config import Config, SACConfig
+from rl.replay import Replay
+from rl.sac import SAC
+
+TASKS, FEATURES, ACTIONS, PER_TASK = 10, 49, 4, 128
+
+
+def cases(block_sizes, threads) -> list[Case]:
+    """Their shape is that of the hidden layers."""
+    return [Case(400, 400, TASKS * PER_TASK, 0.05, block, number) for number in threads for block in block_sizes]
+
+
+CASES = {"smoke": cases([16], [1]), "quick": cases([1, 16], [1]), "full": cases([1, 16], THREADS)}
+
+
+def agent(case: Case, treatment: str) -> SAC:
+    """With a replay of random transitions; the same call makes the same agent."""
+    sac = SACConfig(batch=PER_TASK, device="cpu")
+    settings = {"density": case.density, "block_size": case.block_size, "sac": sac}
+    config = Config(suite="mt10", agent="mtsac", treatment=treatment, **settings)
+    replay = Replay(1000, TASKS, FEATURES, ACTIONS)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(1000):
+        replay.add(*(torch.rand(TASKS, width, generator=generator) for width in replay.widths))
+    return SAC(config, replay, TASKS, FEATURES, ACTIONS, "cpu")
+
+
+def check(case: Case) -> None:
+    """Compare what an update reports, and the parameters it leaves, with those of the reference backend."""
+    found = []
+    for backend in ("cpu", "reference"):
+        own = agent(case, "set")
+        with sk.use(backend):
+            stats = own.update(torch.Generator().manual_seed(1))
+        found.append([stats, *(p.detach() for p in own.critic.network.parameters())])
+    check_close(*found)
+
+
+def bench_update(timer, record, case):
+    check(case)
+    ours, dense = agent(case, "set"), agent(case, "dense")
+    generator = torch.Generator().manual_seed(2)
+    found = timer(lambda: ours.update(generator), lambda: dense.update(generator))
+    learners = (ours.actor, ours.critic)
+    live = sum(l.live_parameters() for l in learners) / sum(l.dense_parameters for l in learners)
+    record("update", partner="dense", **found, live=live)
