@@ -330,7 +330,7 @@ def draw(protocol: Config, cells: list[Cell], folder: Path, number: int) -> list
                 curves = np.array([run.evaluated[metric].to_numpy() for run in cell.runs])
                 steps = cell.runs[0].evaluated.index / 1000
                 seeds = f"{len(cell.runs)} seed{'s' * (len(cell.runs) > 1)}"
-                (line,) = axis.plot(steps, curves.mean(0), label=f"{cell.name} ({seeds})")
+                (line,) = axis.plot(steps, curves.mean(0), marker=".", label=f"{cell.name} ({seeds})")
                 axis.fill_between(steps, curves.min(0), curves.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
             axis.set_title(label)
             axis.grid(alpha=0.3)
