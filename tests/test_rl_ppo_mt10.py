@@ -419,7 +419,7 @@ def test_there_is_no_critic_network_to_treat():
 def test_settings_survive_and_runs_from_before_these_settings_are_what_they_were(tmp_path):
     SHORT.save(tmp_path)
     assert Config.load(tmp_path) == SHORT
-    runs = find([RESULTS])
+    runs = [run for run in find([RESULTS]) if run.config.suite != "mt10"]
     assert runs
     for stored_run in runs:
         stored = json.loads((stored_run.folder / "config.json").read_text())
