@@ -197,7 +197,7 @@ class Config:
     threads: int = 1
     """Threads of PyTorch. More than one gains little on networks of this size; cores are better used by other runs."""
     workers: int = 1
-    """Processes that step the environments of mt10; MiniGrid's are stepped by the learner itself."""
+    """Processes that step the environments of mt10, at most 10; MiniGrid's are stepped by the learner itself."""
     runs: Path = Path("runs")
     """Run folders are made here: <runs>/<suite>-<agent>-<treatment>.../<seed>-<time>/."""
     ticket: Path | None = None
@@ -223,6 +223,11 @@ class Config:
         for name in ("timesteps", "evaluate_every", "episodes", "threads", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("batch", "warmup", "capacity"):
+            if getattr(self.sac, name) < 1:
+                raise ValueError(f"sac.{name} must be at least 1, got {getattr(self.sac, name)}")
+        if mt10 and self.workers > 10:
+            raise ValueError(f"workers must be in 1..10 on mt10, which has ten environments, got {self.workers}")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
         if self.agent == "mtsac" and self.suite != "mt10":

@@ -98,7 +98,7 @@ class Learner:
         self.network.load_state_dict(state["network"])
         if self.target:
             self.target.load_state_dict(state["target"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         for rule, rule_state in zip(self.rules, state["rules"], strict=True):
             rule.load_state_dict(rule_state)
 
@@ -121,6 +121,11 @@ class Learner:
 def backward(network, loss, rows, tasks, generator) -> None:
     """Fill the gradients of the mean loss of all rows: what a treatment's own `backward` stands in for."""
     loss(rows).backward()
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load what an optimiser has gathered; its options stay as the settings and this device want them."""
+    optimizer.load_state_dict(state | {"param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def sizes(*learners: Learner) -> dict[str, float]:

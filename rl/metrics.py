@@ -95,7 +95,8 @@ def squared_norms(layer: nn.Module, x: Tensor, dy: Tensor, group: Tensor | None 
         offsets = None
         if group is not None:
             group, order = torch.sort(group, stable=True)
-            offsets, x, dy = torch.searchsorted(group, torch.arange(layer.groups + 1)), x[order], dy[order]
+            starts = torch.arange(layer.groups + 1, device=group.device)
+            offsets, x, dy = torch.searchsorted(group, starts), x[order], dy[order]
         weight = sk.sdd(dy.square(), x.square(), layer.topology, token_offsets=offsets).sum()
     elif isinstance(layer, LayerNorm):
         weight = (dy * layer.normalised(x).view_as(dy)).square().sum()

@@ -22,6 +22,7 @@ class Hidden(NamedTuple):
     groups: int  # experts, or tasks where it belongs to heads
     neurons: int  # of each group
     of_head: bool  # a head's neurons see their own task's observations only
+    gain: float  # first incoming weights were uniform within gain / sqrt(fan_in)
 
 
 def hidden_layers(network: nn.Module) -> list[Hidden]:
@@ -33,13 +34,13 @@ def hidden_layers(network: nn.Module) -> list[Hidden]:
     first_of_heads = heads.output if heads.hidden is None else heads.hidden
     read_by = [*computing[1:], None if mixed else first_of_heads]
     layers = [
-        Hidden(f"encoder{i}", *layer, encoder.experts, neurons, False)
+        Hidden(f"encoder{i}", *layer, encoder.experts, neurons, False, encoder.gain)
         for i, (*layer, neurons) in enumerate(zip(computing, shown, read_by, encoder.neurons, strict=True), 1)
     ]
     if heads.hidden is not None:
         tasks = heads.output.groups
         size = heads.output.in_features // tasks
-        layers.append(Hidden("head", heads.hidden, heads.activation, heads.output, tasks, size, True))
+        layers.append(Hidden("head", heads.hidden, heads.activation, heads.output, tasks, size, True, 1))
     return layers
 
 
@@ -90,7 +91,7 @@ def activity(network: nn.Module, observations: Tensor, tasks: Tensor) -> list[Ac
             mean = totals / seen.clamp(min=1)
         else:
             mean = size.reshape(len(size), layer.groups, layer.neurons, -1).mean(dim=(0, 3))
-            seen = torch.tensor(len(size))
+            seen = len(size)
         counted = alive(layer.incoming, *mean.shape) & (seen > 0)
         typical = (mean * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)
         measured.append(Activity(layer, mean / (typical + 1e-9), counted))
@@ -100,7 +101,7 @@ def activity(network: nn.Module, observations: Tensor, tasks: Tensor) -> list[Ac
 def alive(incoming: nn.Module, groups: int, neurons: int) -> Tensor:
     """Bool [groups, neurons]: has the neuron live incoming weights?"""
     if not hasattr(incoming, "topology"):  # dense
-        return torch.ones(groups, neurons, dtype=torch.bool)
+        return torch.ones(groups, neurons, dtype=torch.bool, device=next(incoming.parameters()).device)
     rows = incoming.topology.mask().any(dim=2)  # of blocks, in the layer's own groups
     rows = rows.repeat_interleave(incoming.block_size, dim=1)
     return rows[:, : groups * neurons // len(rows)].reshape(groups, neurons)

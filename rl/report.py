@@ -135,6 +135,10 @@ def of_paper(config: Config) -> Config:
     return MT10 if config.suite == "mt10" else MINIGRID
 
 
+def papers_seeds(config: Config) -> int:
+    return 10 if of_paper(config) is MT10 else 30
+
+
 def order(config: Config) -> tuple:
     """Treatments as the command line lists them."""
     treatments = Config.__dataclass_fields__["treatment"].type.__args__
@@ -170,7 +174,7 @@ def show(protocol: Config, cells: list[Cell]) -> None:
     comparable = not any(differs(f.name, protocol) for f in fields(Config))
     mt10 = of_paper(protocol) is MT10
     scores = Table("suite", "agent", "treatment", "seeds", "IQM of runs", "IQM of runs x tasks")
-    scores.add_column(f"paper, {10 if mt10 else 30} seeds")
+    scores.add_column(f"paper, {papers_seeds(protocol)} seeds")
     scores.title = f"{'success' if mt10 else 'normalised score'} after {describe(protocol)}"
     scores.caption = (
         "IQM [95% bootstrap interval]; of runs: of each run's mean over tasks, which the paper's numbers fit"
@@ -196,7 +200,8 @@ def show(protocol: Config, cells: list[Cell]) -> None:
         dormant = [f"{cell.last(f'dormant/{network}'):.1%}".replace("nan%", "") for network in ("actor", "critic")]
         ranks = [f"{cell.last(f'rank/{network}'):.0f}".replace("nan", "") for network in ("actor", "critic")]
         metrics.add_row(*head, *dormant, *ranks, f"{cell.last('fisher/actor'):.3g}")
-        times = [f"{cell.typical(f'time/{name}'):,.0f}" for name in ("update_ms", "acting_ms", "steps_per_second")]
+        times = [f"{cell.typical(f'time/{name}'):,.2f}" for name in ("update_ms", "acting_ms")]
+        times.append(f"{cell.typical('time/steps_per_second'):,.0f}")
         costs.add_row(*head, f"{cell.last('sparse/density'):.3f}", *times, f"{cell.core_minutes:.1f}")
     for suite, alone in single_task(cells).items():
         scores.add_row(
@@ -296,7 +301,8 @@ def orderings(cells: list[Cell]) -> list[str]:
     fewest = min(len(cell.runs) for cell in cells)
     if lines and fewest < 10:
         lines.append(
-            f"Some cells have {fewest} seed{'s' * (fewest > 1)}, the paper 30: none of this proves anything by itself."
+            f"Some cells have {fewest} seed{'s' * (fewest > 1)}, the paper {papers_seeds(cells[0].config)}: "
+            "none of this proves anything by itself."
         )
     return lines
 

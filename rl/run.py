@@ -37,7 +37,7 @@ class Arguments:
 def main() -> None:
     try:
         folder, config = chosen_run()
-    except ValueError as error:  # about what was typed: the sentence is enough
+    except (ValueError, RuntimeError) as error:  # about what was typed, or is missing: the sentence is enough
         sys.exit(f"rl/run.py: {error}")
     print(folder, flush=True)
 
@@ -62,11 +62,16 @@ def train(config: Config, folder: Path, quiet: bool = False) -> None:
 def chosen_run() -> tuple[Path, Config]:
     """Read the command line; returns the folder of a new run, or of the one to resume, and its settings."""
     arguments = tyro.cli(Arguments, description=Config.__doc__, prog="python rl/run.py")
-    if arguments.resume is None:
-        return new_folder(arguments.config), arguments.config
-    if arguments.config != Config():
-        raise ValueError("--resume takes the run's own settings from its folder; give no other option with it")
-    return arguments.resume, Config.load(arguments.resume)
+    config = arguments.config
+    if arguments.resume is not None:
+        if config != Config():
+            raise ValueError("--resume takes the run's own settings from its folder; give no other option with it")
+        config = Config.load(arguments.resume)
+    if config.suite == "mt10":
+        from rl.envs.metaworld import require_metaworld
+
+        require_metaworld()  # before there is a folder
+    return arguments.resume or new_folder(config), config
 
 
 def new_folder(config: Config) -> Path:

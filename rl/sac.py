@@ -14,7 +14,7 @@ from rl.agents.mtsac import MTSACActor, MTSACCritics
 from rl.capture import Captured
 from rl.config import Config
 from rl.gaussian import gaussian
-from rl.learner import Learner
+from rl.learner import Learner, load_optimizer
 from rl.replay import Recent, Replay
 
 STATS = ("loss/policy", "loss/value", "sac/temperature", "sac/entropy", "sac/value")
@@ -56,7 +56,7 @@ class SAC:
         """
         config, batch = self.config, self.replay.batch(timesteps)
         temperatures = self.log_temperatures.detach().exp()[self._tasks]
-        stats = {}
+        stats = {name: [] for name in STATS}  # in parts, where a treatment takes the loss of some rows at a time
 
         with torch.no_grad():
             actions, log_probs = squashed(self.actor.network(batch.next_observations), noise[0])
@@ -66,15 +66,18 @@ class SAC:
 
         def value_loss(rows: Tensor) -> Tensor:
             values = clipped(self.critic.network(inputs[rows], self._tasks_of(rows)), config.clip)
-            stats["loss/value"] = loss = F.mse_loss(values, targets[rows].unsqueeze(1).expand_as(values))
+            loss = F.mse_loss(values, targets[rows].unsqueeze(1).expand_as(values))
+            stats["loss/value"].append(loss.detach())
             return loss
 
         def policy_loss(rows: Tensor) -> Tensor:
             observations, tasks = batch.observations[rows], self._tasks_of(rows)
             actions, of_actions = squashed(self.actor.network(observations, tasks), noise[1, rows])
             values = self.critic.network(judged(observations, actions), tasks).amin(1)
-            stats["sac/value"], log_probs[rows] = values.mean(), of_actions.detach()
-            stats["loss/policy"] = loss = (temperatures[rows] * of_actions - values).mean()
+            log_probs[rows] = of_actions.detach()
+            loss = (temperatures[rows] * of_actions - values).mean()
+            stats["loss/policy"].append(loss.detach())
+            stats["sac/value"].append(values.detach().mean())
             return loss
 
         self.critic.minimise(value_loss, self._rows, self._tasks, generator)
@@ -88,8 +91,8 @@ class SAC:
         online, target = (list(network.parameters()) for network in (self.critic.network, self.critic.target))
         with torch.no_grad():
             torch._foreach_lerp_(target, online, config.tau)
-        stats |= {"sac/temperature": temperatures.mean(), "sac/entropy": -log_probs.mean()}
-        return torch.stack([stats[name].detach() for name in STATS])
+        stats |= {"sac/temperature": [temperatures.mean()], "sac/entropy": [-log_probs.mean()]}
+        return torch.stack([sum(stats[name]) / len(stats[name]) for name in STATS])
 
     def _tasks_of(self, rows: Tensor) -> Tensor | None:
         """Task ids as the networks take them: all rows are task by task, as many of each."""
@@ -129,7 +132,7 @@ class SAC:
         self.critic.load_state_dict(state["critic"])
         with torch.no_grad():
             self.log_temperatures.copy_(state["log_temperatures"])
-        self.temperature_optimizer.load_state_dict(state["temperature_optimizer"])
+        load_optimizer(self.temperature_optimizer, state["temperature_optimizer"])
 
 
 def judged(observations: Tensor, actions: Tensor) -> Tensor:

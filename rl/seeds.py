@@ -34,7 +34,8 @@ def torch_generator(seed: int, stream: Stream, clock: int = 0, device: str = "cp
 
 @contextmanager
 def drawing_from(generator: torch.Generator) -> Iterator[None]:
-    """Inside, what draws from torch's own generator (the initialisation of a layer) draws from this one."""
-    with torch.random.fork_rng(devices=()):
-        torch.set_rng_state(generator.get_state())
+    """Inside, what draws from torch's own generators (the initialisation of a layer) is seeded as this fresh one."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(generator.initial_seed())
         yield

@@ -74,7 +74,10 @@ class Sweep:
 
 def main() -> None:
     sweep = tyro.cli(Sweep, description=__doc__, prog="python rl/sweep.py")
-    cells = sweep.cells()
+    try:
+        cells = sweep.cells()
+    except ValueError as error:  # about what was typed: the sentence is enough
+        sys.exit(f"rl/sweep.py: {error}")
     try:
         failures = run_all([c for c in cells if c.treatment != "lottery"], sweep)
         failures += run_all([c for c in cells if c.treatment == "lottery"], sweep)

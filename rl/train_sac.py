@@ -79,6 +79,8 @@ def episode(
         if warm:
             stats += agent.update(learning)
             updates += 1
+            if agent.device == "cuda":  # the next actions wait for it anyway; so its time does not count as theirs
+                torch.cuda.synchronize()
         updated = time.perf_counter()
         observations, rewards, terminated, truncated, infos = envs.step_wait()
         waited = time.perf_counter()

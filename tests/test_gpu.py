@@ -8,7 +8,8 @@ from oracle import random_topology
 from torch import nn
 
 import sparsekern as sk
-from rl.config import Config, SACConfig, SETConfig
+from rl import train_sac
+from rl.config import Config, ReDoConfig, ResetConfig, SACConfig, SETConfig
 from rl.replay import Replay
 from rl.sac import SAC
 from sparsekern import choose
@@ -245,3 +246,24 @@ def test_a_captured_sac_update_equals_an_eager_one_through_rewires_and_compactio
             agent.rewire(clock)
         torch.testing.assert_close(*stats, rtol=1e-3, atol=1e-4)
     assert agents[0]._captured._graph is not None
+
+
+@pytest.mark.parametrize("treatment", ["dense", "redo", "reset", "layer-norm", "pcgrad"])
+def test_a_sac_agent_is_treated_and_looked_at_on_the_gpu(treatment):
+    config = Config(
+        suite="mt10",
+        agent="mtsac",
+        treatment=treatment,
+        sac=SACConfig(batch=8, device=DEVICE),
+        redo=ReDoConfig(every=10, tau=0.5),
+        reset=ResetConfig(every=10),
+    )
+    replay = Replay(50, 10, 49, 4, DEVICE)
+    for _ in range(50):
+        replay.add(*(torch.rand(10, size, device=DEVICE) for size in (49, 4, 1, 49, 1)))
+    agent = SAC(config, replay, 10, 49, 4, DEVICE)
+    for clock in (5, 10, 15):
+        agent.rewire(clock)
+        assert agent.update(torch.Generator(DEVICE).manual_seed(clock)).isfinite().all()
+    metrics = train_sac.plasticity(agent, seed=0, clock=15)
+    assert metrics["rank/critic"] >= 1 and metrics["fisher/actor"] > 0

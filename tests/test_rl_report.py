@@ -96,6 +96,16 @@ def test_report_compares_finished_runs_of_one_protocol_only(tmp_path, capsys):
     assert picture.name == "1-mt5-mtppo.png" and picture.stat().st_size > 10_000
 
 
+def test_few_seeds_are_held_against_the_papers_number_of_them(tmp_path):
+    for suite, agent, timesteps in (("mt3", "mtppo", 400_000), ("mt10", "mtsac", 2_000_000)):
+        for treatment in ("dense", "gmp"):
+            config = Config(suite=suite, agent=agent, treatment=treatment, timesteps=timesteps)
+            write(tmp_path / suite / treatment, config, 0.5, steps=(10_000, timesteps))
+    for suite, seeds in (("mt3", 30), ("mt10", 10)):
+        (cells,) = by_protocol(find([tmp_path / suite])).values()
+        assert f"the paper {seeds}:" in orderings(cells)[-1]
+
+
 def test_paper_without_a_difference_has_no_order(tmp_path):
     for treatment, score in (("dense", 0.5), ("reset", 0.6)):
         write(tmp_path / treatment, Config(treatment=treatment, timesteps=400_000), score)

@@ -1,5 +1,6 @@
 """rl/run.py: the command line, seeds, checkpoints and resuming."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -150,8 +151,22 @@ def test_command_line_prints_the_folder_first_and_the_tables_last(tmp_path):
         assert words in done.stdout
 
 
+def test_mt10_without_metaworld_is_a_sentence_and_no_run(tmp_path):
+    (tmp_path / "metaworld.py").write_text("raise ModuleNotFoundError('none', name='metaworld')")
+    options = ["rl/run.py", "--suite", "mt10", "--runs", str(tmp_path / "runs")]
+    path = os.pathsep.join([str(tmp_path), str(CHECKOUT)])
+    done = subprocess.run(
+        [sys.executable, *options], cwd=CHECKOUT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("rl/run.py: suite mt10 needs Meta-World, but metaworld is missing: pip install")
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(("suite", "evaluate_every", "episodes"), [("mt3", 10_000, 25), ("mt10", 20_000, 50)])
 def test_command_line_evaluates_as_the_paper_does_on_each_suite(tmp_path, monkeypatch, suite, evaluate_every, episodes):
+    if suite == "mt10":
+        pytest.importorskip("metaworld", reason="needs the extra metaworld")
     monkeypatch.setattr(run, "environment", lambda: "")  # it takes seconds
     monkeypatch.setattr(sys, "argv", ["rl/run.py", "--suite", suite, "--runs", str(tmp_path)])
     _, config = run.chosen_run()
@@ -167,6 +182,8 @@ def test_command_line_evaluates_as_the_paper_does_on_each_suite(tmp_path, monkey
         (["--block-sise", "4"], ["--block-size"]),
         (["--density", "5"], ["density", "(0, 1]", "5"]),
         (["--timesteps", "0"], ["timesteps", "at least 1", "0"]),
+        (["--suite", "mt10", "--workers", "11"], ["workers", "1..10", "11"]),
+        (["--suite", "mt10", "--agent", "mtsac", "--sac.warmup", "0"], ["sac.warmup", "at least 1", "0"]),
         (["--resume", "runs/none", "--seed", "3"], ["--resume", "no other option"]),
         (["--resume", "runs/none"], ["runs/none", "no run folder"]),
     ],

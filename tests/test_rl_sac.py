@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import sparsekern as sk
-from rl import train_sac
+from rl import checkpoint, train_sac
 from rl.agents.mtsac import MTSACActor, MTSACCritics
-from rl.config import Config, SACConfig, SETConfig
+from rl.config import Config, ReDoConfig, ResetConfig, SACConfig, SETConfig
 from rl.gaussian import log_probs_of_draws
+from rl.metrics import describe_network, fisher_trace
 from rl.replay import Recent, Replay
 from rl.sac import SAC, STATS, squashed
 
@@ -215,6 +216,80 @@ def test_pcgrad_without_conflict_takes_the_mean_gradient_of_shared_weights():
         sac.update(torch.Generator().manual_seed(0))
         stepped.append(torch.nn.utils.parameters_to_vector(sac.actor.network.parameters()))
     torch.testing.assert_close(*stepped)
+
+
+def test_pcgrad_reports_the_losses_of_all_tasks():
+    reported = []
+    for treatment in ("dense", "pcgrad"):
+        sac = agent(config(treatment))
+        sac.critic.optimizer = torch.optim.SGD(sac.critic.network.parameters(), lr=0)  # both judge alike
+        reported.append(sac.update(torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(*reported)
+
+
+def test_redo_draws_as_the_first_weights_were_drawn():
+    sac = agent(config("redo", redo=ReDoConfig(every=10, tau=1e9)))  # all neurons start anew
+    layers = [network.encoder[4] for network in (sac.actor.network, sac.critic.network)]
+    before = [layer.weight.detach().clone() for layer in layers]
+    sac.rewire(10)
+    for layer, first in zip(layers, before, strict=True):
+        assert (layer.weight != first).all()
+        assert layer.weight.abs().max().item() == pytest.approx(math.sqrt(6 / 400), rel=0.01)
+
+
+def test_reset_gives_the_target_critics_the_new_heads():
+    sac = agent(config("reset", reset=ResetConfig(every=10)))
+    for _ in range(3):
+        sac.update(torch.Generator().manual_seed(0))
+    sac.rewire(10)
+    online, target = sac.critic.network, sac.critic.target
+    assert torch.equal(online.heads.output.weight, target.heads.output.weight)
+    assert not target.heads.output.bias.any() and not torch.equal(online.encoder[4].weight, target.encoder[4].weight)
+
+
+def test_lottery_ticket_is_the_pruned_actor_and_critics_of_an_agent(tmp_path):
+    gmp = config("gmp", density=0.1, timesteps=100)
+    winner = agent(gmp)
+    winner.update(torch.Generator().manual_seed(0))
+    winner.rewire(80)
+    gmp.save(tmp_path)
+    checkpoint.save(tmp_path, {"clock": 100, "agent": winner.state_dict()})
+    ticket = agent(replace(gmp, treatment="lottery", ticket=tmp_path))
+    for role in ("actor", "critic"):
+        first = agent(replace(gmp, treatment="dense")).__dict__[role].network
+        for name, layer in getattr(ticket, role).network.named_modules():
+            if isinstance(layer, sk.SparseLinear):
+                kept = layer.topology.mask()
+                assert torch.equal(kept, getattr(winner, role).network.get_submodule(name).topology.mask())
+                begun = first.get_submodule(name)
+                dense = begun.to_dense() if isinstance(begun, sk.SparseLinear) else begun.weight
+                assert torch.equal(layer.to_dense(), torch.where(layer.to_dense() != 0, dense, 0)), name
+    assert ticket.critic.live_parameters() == winner.critic.live_parameters()
+    ticket.update(torch.Generator().manual_seed(0))
+
+
+def test_a_checkpoint_of_another_device_keeps_this_ones_options_of_adam():
+    sac = agent(config())
+    sac.update(torch.Generator().manual_seed(0))
+    state = copy.deepcopy(sac.state_dict())
+    optimizers = [sac.actor.optimizer, sac.critic.optimizer, sac.temperature_optimizer]
+    for saved in (state["actor"]["optimizer"], state["critic"]["optimizer"], state["temperature_optimizer"]):
+        saved["param_groups"][0]["capturable"] = True  # as on a GPU
+    sac.load_state_dict(state)
+    assert not any(optimizer.param_groups[0]["capturable"] for optimizer in optimizers)
+    assert all(optimizer.state for optimizer in optimizers)
+
+
+@pytest.mark.parametrize("treatment", ["dense", "set", "layer-norm", "redo"])
+def test_networks_are_looked_at_where_they_live(treatment):
+    """What is made without saying where would be made on the meta device here, as on the CPU beside a GPU."""
+    sac = agent(config(treatment, redo=ReDoConfig(every=10)))
+    tasks = torch.arange(20) % TASKS
+    with torch.device("meta"):
+        for network, features in ((sac.actor.network, FEATURES), (sac.critic.network, FEATURES + ACTIONS)):
+            describe_network("network", network, torch.ones(20, features, device="cpu"), tasks)
+        sample = torch.ones(20, FEATURES, device="cpu"), tasks
+        fisher_trace(sac.actor.network, *sample, lambda outputs, generator: outputs.sum(1), None)
 
 
 def test_networks_have_the_papers_numbers_of_parameters_and_first_values():

@@ -113,6 +113,12 @@ def test_lottery_without_its_gmp_run_says_so(tmp_path):
         sweep.with_ticket(cell)
 
 
+def test_suites_that_do_not_fit_the_agents_are_a_sentence(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "--suites", "mt5", "mt10", "--agents", "mtsac"])
+    with pytest.raises(SystemExit, match="rl/sweep.py: agent mtsac belongs to suite mt10, got mt5"):
+        sweep.main()
+
+
 def test_command_trains_in_processes_of_its_own(tmp_path):
     command = "rl/sweep.py --suites MultiRoom-N2-S4 --treatments dense set --seeds 3 --timesteps 100 --workers 2"
     command += f" --runs {tmp_path}/runs --results {tmp_path}/results"

@@ -21,6 +21,8 @@ class Encoder(nn.Sequential):
     """Hidden neurons of a task head that reads these features; None: it has no hidden layer."""
     head_bound: float | None
     """What the first weights of an actor's head are within; None: as in nn.Linear."""
+    gain: float = 1
+    """First weights are uniform within gain / sqrt(fan_in); 1: as in PyTorch's layers."""
 
     def __init__(self, experts: int, *layers: nn.Module):
         super().__init__(*layers, nn.Flatten(), nn.Unflatten(1, (experts, self.features)))
@@ -60,7 +62,7 @@ class StateEncoder(Encoder):
     """Per expert three layers of 400, on Meta-World's state: float32 [N, in_features] to [N, experts, 400]."""
 
     neurons, positions, head_hidden = (400, 400, 400), (1, 1, 1), None
-    head_bound = 1e-3
+    head_bound, gain = 1e-3, 6**0.5
 
     def __init__(self, experts: int = 1, *, in_features: int, block_size: int = 1):
         first, second, third = (experts * neurons for neurons in self.neurons)
@@ -80,5 +82,5 @@ class StateEncoder(Encoder):
         """He-uniform weights, zero biases."""
         for layer in (self[0], self[2], self[4]):
             layer.reset_parameters()  # uniform within 1 / sqrt(fan_in)
-            layer.weight.mul_(6**0.5)
+            layer.weight.mul_(self.gain)
             layer.bias.zero_()

@@ -12,7 +12,8 @@ from rl.config import Config
 
 
 def prepare(network: nn.Module, config: Config, role: str) -> None:
-    kept = checkpoint.load(checked(config))[role]["network"]
+    saved = checkpoint.load(checked(config))
+    kept = saved.get("agent", saved)[role]["network"]  # SAC saves its networks as one agent
     plan = sk.plan_from(kept)
     masks = {}
     for layer in plan.layers:

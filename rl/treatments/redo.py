@@ -44,8 +44,8 @@ class ReDo(Periodic):
 def recycle(layer: Hidden, dormant: Tensor, optimizer: Optimizer, generator: torch.Generator) -> None:
     """Let the dormant neurons, bool [groups, neurons], of a layer start anew; its weights are dense."""
     weights = matrices(layer.incoming, layer.groups)
-    bound = weights.shape[2] ** -0.5  # as nn.Linear and nn.Conv2d draw their first weights
-    fresh = torch.empty_like(weights).uniform_(-bound, bound, generator=generator)
+    bound = layer.gain * weights.shape[2] ** -0.5  # as first weights are drawn
+    fresh = torch.empty(weights.shape).uniform_(-bound, bound, generator=generator).to(weights.device)
     rows = dormant.unsqueeze(2).expand_as(weights)
     weights.copy_(torch.where(rows, fresh, weights))
     layer.incoming.bias.masked_fill_(dormant.flatten(), 0)
