@@ -15,8 +15,8 @@ import numpy as np
 from bench.measure import timed
 from rl.envs.metaworld import MT10, make_mt10
 
-STEPS = 100  # of each environment in a turn; five turns make an episode, and its resets are part of them
-ROUNDS = 15
+STEPS = 500  # of each environment in a turn: an episode with its resets; short turns would measure idle cores wake up
+ROUNDS = 5
 
 
 def alone(envs: list, actions: np.ndarray) -> None:
