@@ -67,11 +67,21 @@ def chosen_run() -> tuple[Path, Config]:
         if config != Config():
             raise ValueError("--resume takes the run's own settings from its folder; give no other option with it")
         config = Config.load(arguments.resume)
+    require(config)  # before there is a folder
+    return arguments.resume or new_folder(config), config
+
+
+def require(config: Config) -> None:
+    """Raise RuntimeError if this machine lacks what the run needs."""
     if config.suite == "mt10":
         from rl.envs.metaworld import require_metaworld
 
-        require_metaworld()  # before there is a folder
-    return arguments.resume or new_folder(config), config
+        require_metaworld()
+    if config.algorithm == "sac" and config.sac.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise RuntimeError(f"--sac.device cuda needs an NVIDIA GPU, but torch {torch.__version__} sees none")
 
 
 def new_folder(config: Config) -> Path:

@@ -163,6 +163,16 @@ def test_mt10_without_metaworld_is_a_sentence_and_no_run(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_a_sentence_and_no_run(tmp_path, monkeypatch):
+    pytest.importorskip("metaworld", reason="needs the extra metaworld")
+    options = ["--suite", "mt10", "--agent", "mtsac", "--sac.device", "cuda", "--runs", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["rl/run.py", *options])
+    with pytest.raises(SystemExit, match="--sac.device cuda needs an NVIDIA GPU, but torch .* sees none"):
+        run.main()
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("suite", "evaluate_every", "episodes"), [("mt3", 10_000, 25), ("mt10", 20_000, 50)])
 def test_command_line_evaluates_as_the_paper_does_on_each_suite(tmp_path, monkeypatch, suite, evaluate_every, episodes):
     if suite == "mt10":
