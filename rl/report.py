@@ -82,8 +82,9 @@ class Cell:
         return ", ".join([self.config.treatment, *options])
 
     def typical(self, metric: str) -> float:
-        """Of times, which other work on the machine disturbs: median over evaluations, mean over runs."""
-        return np.mean([run.evaluated[metric].median() for run in self.runs])
+        """Of times, which other work on the machine disturbs: median over evaluations, mean over runs; 0 of what never
+        happened, as a rewire in a run that is evaluated only at its end."""
+        return np.mean([run.evaluated[metric].median() if metric in run.evaluated else 0 for run in self.runs])
 
     def last(self, metric: str) -> float:
         """Mean over runs, at the final evaluation; NaN where it is not taken."""

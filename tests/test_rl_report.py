@@ -157,3 +157,15 @@ def test_published_run_is_small_says_the_same_and_names_no_path(tmp_path):
     text = "".join(file.read_text() for file in published.folder.iterdir())
     assert str(tmp_path) not in text and "secret" not in text and "somewhere" not in text and "commit: abc" in text
     assert "loss/value" not in text  # of a timestep without evaluation
+
+
+@pytest.mark.parametrize(("suite", "agent"), [("mt3", "mtppo"), ("mt10", "mtppo"), ("mt10", "mtsac")])
+def test_a_run_that_is_evaluated_only_at_its_end_has_never_been_rewired(tmp_path, capsys, suite, agent):
+    config = Config(suite=suite, agent=agent, treatment="dense", timesteps=500)
+    write(tmp_path / "run", config, 0.5, steps=(500,))
+    file = tmp_path / "run" / "metrics.csv"
+    rows = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(row for row in rows if "rewire_ms" not in row))
+    ((protocol, cells),) = by_protocol(find([tmp_path])).items()
+    show(protocol, cells)
+    assert "0.500" in capsys.readouterr().out
