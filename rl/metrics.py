@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsekern as sk
-from rl.buffer import PlasticityBuffer
+from rl.learner import Learner
 from rl.neurons import activity, watching
 from rl.seeds import Stream, torch_generator
 from rl.treatments.layer_norm import LayerNorm
@@ -27,14 +27,16 @@ DELTA = 0.01
 LogProbs = Callable[[Tensor, torch.Generator], Tensor]
 
 
-def plasticity(
-    actor: nn.Module, critic: nn.Module, buffer: PlasticityBuffer, seed: int, clock: int
-) -> dict[str, float]:
-    """All metrics of a PPO agent's networks."""
-    generator = torch_generator(seed, Stream.METRICS, clock)
-    sample = buffer.sample(generator)
-    metrics = describe_network("actor", actor, *sample) | describe_network("critic", critic, *sample)
-    return metrics | {"fisher/actor": fisher_trace(actor, *sample, categorical, generator)}
+def plasticity(learners: dict[str, Learner], log_probs: LogProbs, seed: int, clock: int) -> dict[str, float]:
+    """All metrics of an agent's networks, by role, of which "actor" is one; log_probs: of its policy."""
+    metrics = {}
+    for role, learner in learners.items():
+        generator = torch_generator(seed, Stream.METRICS, clock)  # anew: all networks see the same entries
+        sample = learner.buffer.sample(generator)
+        metrics |= describe_network(role, learner.network, *sample)
+        if role == "actor":
+            metrics["fisher/actor"] = fisher_trace(learner.network, *sample, log_probs, generator)
+    return metrics
 
 
 def describe_network(name: str, network: nn.Module, observations: Tensor, tasks: Tensor) -> dict[str, float]:

@@ -60,9 +60,10 @@ class SAC:
 
         with torch.no_grad():
             actions, log_probs = squashed(self.actor.network(batch.next_observations), noise[0])
-            following = self.critic.target(judged(batch.next_observations, actions)).amin(1) - temperatures * log_probs
+            values = self.critic.target(critics_see(batch.next_observations, actions)).amin(1)
+            following = values - temperatures * log_probs
             targets = clipped(batch.rewards + config.gamma * (1 - batch.ended) * following, config.clip)
-        inputs = judged(batch.observations, batch.actions)
+        inputs = critics_see(batch.observations, batch.actions)
 
         def value_loss(rows: Tensor) -> Tensor:
             values = clipped(self.critic.network(inputs[rows], self._tasks_of(rows)), config.clip)
@@ -73,7 +74,7 @@ class SAC:
         def policy_loss(rows: Tensor) -> Tensor:
             observations, tasks = batch.observations[rows], self._tasks_of(rows)
             actions, of_actions = squashed(self.actor.network(observations, tasks), noise[1, rows])
-            values = self.critic.network(judged(observations, actions), tasks).amin(1)
+            values = self.critic.network(critics_see(observations, actions), tasks).amin(1)
             log_probs[rows] = of_actions.detach()
             loss = (temperatures[rows] * of_actions - values).mean()
             stats["loss/policy"].append(loss.detach())
@@ -135,7 +136,7 @@ class SAC:
         load_optimizer(self.temperature_optimizer, state["temperature_optimizer"])
 
 
-def judged(observations: Tensor, actions: Tensor) -> Tensor:
+def critics_see(observations: Tensor, actions: Tensor) -> Tensor:
     """What critics see: [N, features + actions]."""
     return torch.cat((observations, actions), dim=1)
 

@@ -17,7 +17,7 @@ from rl.evaluate import evaluate, judge
 from rl.learner import Learner, sizes
 from rl.logger import timed
 from rl.loop import loop
-from rl.metrics import plasticity
+from rl.metrics import categorical, plasticity
 from rl.ppo import explained_variance, gae, improve, minibatches, normalised
 from rl.rollout import Rollout, collect
 from rl.seeds import Stream, torch_generator
@@ -45,7 +45,7 @@ def train(config: Config, folder: Path, quiet: bool = False) -> None:
         return judge(tasks, evaluate(pool, actor.network, len(tasks), config.episodes, config.seed, clock))
 
     def described(clock: int) -> dict[str, float]:
-        return plasticity(actor.network, critic.network, buffer, config.seed, clock)
+        return plasticity({"actor": actor, "critic": critic}, categorical, config.seed, clock)
 
     def rewire(clock: int) -> None:
         actor.rewire(clock)

@@ -26,7 +26,7 @@ from rl.gaussian import entropies, gaussian, log_probs, log_probs_of_draws
 from rl.learner import Learner, sizes
 from rl.logger import timed
 from rl.loop import loop
-from rl.metrics import describe_network, fisher_trace
+from rl.metrics import plasticity
 from rl.ppo import explained_variance, gae, improve, normalised
 from rl.rollout import episode_returns
 from rl.seeds import Stream, numpy_generator, torch_generator
@@ -54,7 +54,7 @@ def train(config: Config, folder: Path, quiet: bool = False) -> None:
             return judge_mt10([task.name for task in MT10], *found)
 
         def described(clock: int) -> dict[str, float]:
-            return plasticity(actor.network, buffer, config.seed, clock)
+            return plasticity({"actor": actor}, log_probs_of_draws, config.seed, clock)
 
         parts = {"actor": actor, "buffer": buffer}
         loop(config, folder, quiet, parts, config.ppo_mt10.rollout_steps, learn, judged, described, actor.rewire)
@@ -175,14 +175,6 @@ def best(actor: nn.Module, observations: np.ndarray) -> np.ndarray:
     """The means as actions, for one observation of every task."""
     mean, _ = gaussian(actor(torch.from_numpy(observations), TASKS))
     return mean.numpy().clip(ACTIONS.low, ACTIONS.high)
-
-
-def plasticity(actor: nn.Module, buffer: PlasticityBuffer, seed: int, clock: int) -> dict[str, float]:
-    """The metrics of rl/metrics.py."""
-    generator = torch_generator(seed, Stream.METRICS, clock)
-    sample = buffer.sample(generator)
-    metrics = describe_network("actor", actor, *sample)
-    return metrics | {"fisher/actor": fisher_trace(actor, *sample, log_probs_of_draws, generator)}
 
 
 def describe(rollout: Rollout) -> dict[str, float]:

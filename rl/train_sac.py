@@ -18,7 +18,7 @@ from rl.evaluate import evaluate_mt10, judge_mt10
 from rl.gaussian import log_probs_of_draws
 from rl.learner import sizes
 from rl.loop import loop
-from rl.metrics import describe_network, fisher_trace
+from rl.metrics import plasticity
 from rl.replay import Replay
 from rl.sac import SAC, STATS
 from rl.seeds import Stream, numpy_generator, torch_generator
@@ -51,7 +51,7 @@ def train(config: Config, folder: Path, quiet: bool = False) -> None:
             return judge_mt10([task.name for task in MT10], *found)
 
         def described(clock: int) -> dict[str, float]:
-            return plasticity(agent, config.seed, clock)
+            return plasticity({"actor": agent.actor, "critic": agent.critic}, log_probs_of_draws, config.seed, clock)
 
         parts = {"agent": agent, "replay": replay}
         loop(config, folder, quiet, parts, STEPS, learn, judged, described, agent.rewire)
@@ -96,13 +96,3 @@ def episode(
         metrics |= {f"rollout/{task.name}": returns[i], f"rollout_success/{task.name}": solved[i]}
     metrics |= {f"time/{name}_ms": 1e3 * seconds[name] / steps for name in seconds}
     return observations, metrics | {"time/steps_per_second": steps * len(MT10) / (time.perf_counter() - start)}
-
-
-def plasticity(agent: SAC, seed: int, clock: int) -> dict[str, float]:
-    """The metrics of rl/metrics.py."""
-    generator = torch_generator(seed, Stream.METRICS, clock)
-    metrics = {}
-    for name, learner in (("actor", agent.actor), ("critic", agent.critic)):
-        metrics |= describe_network(name, learner.network, *learner.buffer.sample(generator))
-    sample = agent.actor.buffer.sample(generator)
-    return metrics | {"fisher/actor": fisher_trace(agent.actor.network, *sample, log_probs_of_draws, generator)}

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsekern as sk
+from rl.agents.encoder import Encoder
 
 
 class TaskHeads(nn.Module):
@@ -68,3 +69,9 @@ class TaskHeads(nn.Module):
             features = self.activation(self.hidden(features, group=task))
         outputs = self.output(features, group=task)
         return outputs.unflatten(1, (tasks, -1)).transpose(0, 1).flatten(0, 1) if task is None else outputs
+
+
+def heads_for(encoder: Encoder, num_tasks: int, out_features: int, block_size: int) -> TaskHeads:
+    """The heads that read this encoder's features, as it wants them."""
+    hidden, bound = encoder.head_hidden, encoder.head_bound
+    return TaskHeads(num_tasks, encoder.features, out_features, block_size, hidden, bound)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rl.agents.encoder import Encoder, ImageEncoder
-from rl.agents.heads import TaskHeads
+from rl.agents.heads import heads_for
 
 
 class MoE(nn.Module):
@@ -23,14 +23,7 @@ class MoE(nn.Module):
         self.encoder = encoder(num_experts)
         self.task_encoder = nn.Linear(num_tasks, num_experts, bias=False)
         self.activation = nn.Tanh()
-        self.heads = TaskHeads(
-            num_tasks,
-            self.encoder.features,
-            out_features,
-            block_size,
-            hidden=self.encoder.head_hidden,
-            bound=self.encoder.head_bound,
-        )
+        self.heads = heads_for(self.encoder, num_tasks, out_features, block_size)
 
     def experts(self, observations: Tensor) -> Tensor:
         """What is mixed: [N, num_experts, features]."""

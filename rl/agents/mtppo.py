@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from rl.agents.encoder import Encoder, ImageEncoder
-from rl.agents.heads import TaskHeads
+from rl.agents.heads import heads_for
 
 
 class MTPPO(nn.Module):
@@ -24,14 +24,7 @@ class MTPPO(nn.Module):
         super().__init__()
         self.encoder = encoder(1)
         self.activation = nn.Tanh()
-        self.heads = TaskHeads(
-            num_tasks,
-            self.encoder.features,
-            out_features,
-            block_size,
-            hidden=self.encoder.head_hidden,
-            bound=self.encoder.head_bound,
-        )
+        self.heads = heads_for(self.encoder, num_tasks, out_features, block_size)
 
     def forward(self, observations: Tensor, task: Tensor | None) -> Tensor:
         return self.heads(self.activation(self.encoder(observations).squeeze(1)), task)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from rl.agents.encoder import StateEncoder
-from rl.agents.heads import TaskHeads
+from rl.agents.heads import TaskHeads, heads_for
 
 
 class MTSACActor(nn.Module):
@@ -17,9 +17,7 @@ class MTSACActor(nn.Module):
         super().__init__()
         self.encoder = encoder(in_features=in_features)
         self.activation = nn.ReLU()
-        self.heads = TaskHeads(
-            num_tasks, self.encoder.features, 2 * actions, block_size, hidden=None, bound=self.encoder.head_bound
-        )
+        self.heads = heads_for(self.encoder, num_tasks, 2 * actions, block_size)
 
     def forward(self, observations: Tensor, task: Tensor | None = None) -> Tensor:
         return self.heads(self.activation(self.encoder(observations).squeeze(1)), task)
