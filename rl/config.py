@@ -122,6 +122,9 @@ class SETConfig:
     """Share of a layer's live blocks that moves at a rewire."""
     update_every: int = 2000
     """Timesteps between two rewires."""
+    initial: Literal["dense", "fan-in"] = "dense"
+    """First weights: dense, those of the dense network that survive the mask, as in the paper; fan-in, drawn for the
+    inputs that each neuron really has, which are larger."""
 
 
 @dataclass(frozen=True)
@@ -260,6 +263,8 @@ class Config:
         parts = [self.suite, self.agent, self.treatment]
         if self.sparse:
             parts += [f"density{self.density:g}", f"block{self.block_size}"]
+        if self.treatment == "set" and self.set.initial != SETConfig.initial:
+            parts.append(self.set.initial)
         if self.treatment != "dense" and self.networks != "both":
             parts.append(self.networks)
         return "-".join(parts)
@@ -276,6 +281,7 @@ class Config:
         if not (folder / CONFIG).exists():
             raise ValueError(f"{folder} is no run folder, it has no {CONFIG}")
         values = json.loads((folder / CONFIG).read_text())
+        values["set"] = {"initial": "fan-in"} | values.get("set", {})  # what runs did before they had the choice
         values |= {name: part(**values.get(name, {})) for name, part in PARTS.items()}
         values |= {name: Path(values[name]) for name in ("runs", "ticket") if values[name]}
         return cls(**values)

@@ -17,7 +17,7 @@ from rich.table import Table
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # started as a script: the checkout is where `rl` is
 
-from rl.config import PARTS, Config
+from rl.config import PARTS, Config, SETConfig
 from rl.envs import SUITES
 from rl.iqm import interval, iqm
 from rl.paper import TABLE, TABLE_MT10, Score
@@ -79,6 +79,8 @@ class Cell:
         options = [f"density {self.config.density:g}"] * (self.config.density != Config.density)
         options += [f"block {self.config.block_size}"] * (self.config.block_size != Config.block_size)
         options += [f"{self.config.networks} only"] * (self.config.networks != Config.networks)
+        if self.config.treatment == "set":
+            options += [f"initial {self.config.set.initial}"] * (self.config.set.initial != SETConfig.initial)
         return ", ".join([self.config.treatment, *options])
 
     def typical(self, metric: str) -> float:
@@ -127,6 +129,7 @@ def by_protocol(runs: Iterable[Run]) -> dict[Config, list[Cell]]:
     tables = defaultdict(list)
     for config, of_cell in cells.items():
         common = replace(config, **{name: getattr(of_paper(config), name) for name in CELL})
+        common = replace(common, set=replace(common.set, initial=SETConfig.initial))
         tables[common].append(Cell(config, of_cell))
     return dict(tables)
 
@@ -143,7 +146,7 @@ def papers_seeds(config: Config) -> int:
 def order(config: Config) -> tuple:
     """Treatments as the command line lists them."""
     treatments = Config.__dataclass_fields__["treatment"].type.__args__
-    return treatments.index(config.treatment), -config.density, config.block_size, config.networks
+    return treatments.index(config.treatment), -config.density, config.block_size, config.networks, config.set.initial
 
 
 def describe(protocol: Config) -> str:

@@ -12,7 +12,7 @@ import sparsekern as sk
 from rl import checkpoint, train_ppo
 from rl.agents import AGENTS
 from rl.buffer import PlasticityBuffer
-from rl.config import Config, ReDoConfig
+from rl.config import Config, ReDoConfig, SETConfig
 from rl.envs import SUITES
 from rl.neurons import activity, hidden_layers
 from rl.treatments import TREATMENTS
@@ -52,6 +52,16 @@ def test_set_spreads_the_density_over_heads_by_erk_and_leaves_convolutions_dense
     assert critic["heads.hidden"] == pytest.approx(0.0491, abs=1e-4)
     assert critic["heads.output"] == 1
     assert {d for name, d in (actor | critic).items() if "encoder" in name} == {1.0}
+
+
+def test_set_keeps_the_dense_network_s_first_weights_or_draws_them_for_the_sparse_fan_in():
+    dense = learner(Config(treatment="dense"), "actor", 7).network.heads.hidden
+    masked = learner(Config(treatment="set"), "actor", 7).network.heads.hidden
+    survivors = torch.where(masked.to_dense() == 0, 0, dense.to_dense())
+    torch.testing.assert_close(masked.to_dense(), survivors, rtol=0, atol=0)
+    torch.testing.assert_close(masked.bias, dense.bias, rtol=0, atol=0)
+    drawn = learner(Config(treatment="set", set=SETConfig(initial="fan-in")), "actor", 7).network.heads.hidden
+    assert drawn.weight.std() > 4 * masked.weight.std()  # a neuron reads about a twentieth of its 1024 inputs
 
 
 def test_set_leaves_a_layer_dense_that_its_blocks_would_mostly_pad():

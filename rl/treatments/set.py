@@ -1,6 +1,8 @@
 """SET: linear layers are sparse from the start; every 2000 timesteps their smallest weights move to random places.
 
-Convolutions stay dense. The densities of the layers follow Erdős-Rényi-Kernel and together make up `density`.
+Convolutions stay dense. The densities of the layers follow Erdős-Rényi-Kernel and together make up `density`. The paper
+masks a dense network, so its live weights begin at the small scale of the dense layer; `--set.initial fan-in` draws
+them for the inputs that a neuron really has.
 """
 
 from torch import nn
@@ -20,10 +22,11 @@ def prepare(network: nn.Module, config: Config, role: str) -> None:
         block_size=config.block_size,
         distribution="erk",
         exclude=stay_dense,
-        keep="fresh",
+        keep="random" if config.set.initial == "dense" else "fresh",
     )
-    network.encoder.initialise()
-    network.heads.initialise()
+    if config.set.initial == "fan-in":  # "dense" keeps what the dense network had drawn
+        network.encoder.initialise()
+        network.heads.initialise()
 
 
 def make_rule(
