@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsekern import choose
 from sparsekern.backends import reference
-from sparsekern.products import LAYOUT_SCHEMA, library
+from sparsekern.operators import LAYOUT_SCHEMA, library
 from sparsekern.topology import Layout, Topology
 
 # Elements looked at in one go: 2 MB of keys for SET, 1 MB of gradient for RigL, about a core's cache.

@@ -1,17 +1,23 @@
-"""The two products of sparse training, dds and sdd: checks, registration with torch.library, autograd.
+"""The two products of sparse training, dds and sdd: what they take, and how sizes become whole blocks.
 
-The gradients of each product are again products: of y = x Wᵀ, dx = dy W is a dds and dW = dyᵀx on the live blocks an
-sdd. In eager mode the autograd Functions call the backend directly, which costs 13 microseconds a call where the
-dispatcher takes 25; under torch.compile the registered operators `sparsekern::dds` and `sparsekern::sdd` stand in the
-graph.
+`sparsekern.operators` multiplies, differentiates and registers.
 """
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsekern import choose
-from sparsekern.topology import Layout, Topology
+from sparsekern import operators
+from sparsekern.topology import INTEGERS, Layout, Topology
+
+
+class Growth(Protocol):
+    """What scores the gradient of W in every backward: RigL's `sparsekern.growth.GrowthScores`."""
+
+    def watch(self, y: Tensor, x: Tensor, token_offsets: Tensor | None, layout: Layout) -> Tensor:
+        """Return y = x Wᵀ unchanged, and score its gradient when it comes."""
 
 
 def dds(
@@ -21,7 +27,7 @@ def dds(
     bias: Tensor | None = None,
     transpose: bool = False,
     token_offsets: Tensor | None = None,
-    growth=None,
+    growth: Growth | None = None,
 ) -> Tensor:
     """Multiply a dense matrix by a block-sparse one: x W, or x Wᵀ + bias with `transpose`.
 
@@ -30,19 +36,23 @@ def dds(
         weight: [num_slots, B, B], the blocks of W [out_features, in_features] in the topology's slots.
         topology: where the blocks are.
         bias: [out_features]; with `transpose` only.
-        token_offsets: int [groups + 1], for ragged groups: rows token_offsets[g]:token_offsets[g + 1] of the 2-D x
-            belong to group g, and x and the result have the features of one group.
-        growth: a `sparsekern.growth.GrowthScores` that is to score the gradient of W, with `transpose` only.
+        token_offsets: [groups + 1] of any integer dtype, for ragged groups: rows token_offsets[g]:token_offsets[g + 1]
+            of the 2-D x belong to group g, and x and the result have the features of one group.
+        growth: what is to score the gradient of W, with `transpose` only.
     Returns:
         [..., in_features], or [..., out_features] with `transpose`; sums in float32 for 16-bit inputs.
     Raises:
-        ValueError: sizes, dtypes or devices do not fit together.
+        ValueError: sizes, dtypes or devices do not fit together, or the topology's coordinates were overwritten by
+            others that are no topology.
+        RuntimeError: in backward, if the topology was rewired since the forward.
     Example:
         >>> topology = Topology.random((64, 32), 0.25, block_size=16)
         >>> dds(torch.randn(5, 32), torch.randn(2, 16, 16), topology, transpose=True).shape
         torch.Size([5, 64])
     """
     x, weight, bias = _autocast(x, weight, bias)
+    if token_offsets is not None:
+        token_offsets = _as_offsets("dds", token_offsets, topology, x)
     _check("dds", topology, x, weight, bias, topology.shape[int(transpose)], token_offsets)
     if bias is not None and not transpose:
         raise ValueError("dds: bias belongs to x Wᵀ, but transpose is False")
@@ -53,14 +63,7 @@ def dds(
         if topology.shape[0] // topology.groups % topology.block_size:
             bias = _pad(bias, topology, 0, topology.groups).flatten()
         bias = bias.contiguous()
-    if torch.compiler.is_compiling():
-        y = torch.ops.sparsekern.dds(rows, weight, bias, token_offsets, *layout, transpose)
-    elif torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        y = _Dds.apply(rows, weight, bias, token_offsets, layout, transpose)
-    else:
-        y = choose.backend_for(rows, layout, token_offsets).dds(rows, weight, layout, bias, transpose, token_offsets)
+    y = operators.dds(rows, weight, bias, token_offsets, layout, transpose)
     if growth is not None and y.requires_grad:
         y = growth.watch(y, rows, token_offsets, layout)
     y = _crop(y, topology, int(not transpose), groups)
@@ -77,156 +80,22 @@ def sdd(dy: Tensor, x: Tensor, topology: Topology, token_offsets: Tensor | None 
     Returns:
         [num_slots, B, B] in the topology's slots, summed in float32 for 16-bit inputs; dead slots are zero.
     Raises:
-        ValueError: sizes, dtypes or devices do not fit together.
+        ValueError: as `dds`.
     Example:
         >>> topology = Topology.random((64, 32), 0.25, block_size=16)
         >>> sdd(torch.randn(5, 64), torch.randn(5, 32), topology).shape
         torch.Size([2, 16, 16])
     """
     dy, x = _autocast(dy, x)
+    if token_offsets is not None:
+        token_offsets = _as_offsets("sdd", token_offsets, topology, x)
     _check("sdd", topology, dy, x, None, topology.shape[0], token_offsets)
     _check("sdd", topology, x, dy, None, topology.shape[1], token_offsets)
     if dy.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"sdd: dy has {tuple(dy.shape[:-1])} tokens, but x has {tuple(x.shape[:-1])}")
-    layout = topology.layout
     groups = 1 if token_offsets is not None else topology.groups
     dy, x = _pad(dy, topology, 0, groups), _pad(x, topology, 1, groups)
-    if torch.compiler.is_compiling():
-        return torch.ops.sparsekern.sdd(dy, x, token_offsets, *layout)
-    return _sdd(dy, x, token_offsets, layout)
-
-
-class _Dds(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, token_offsets, layout, transpose):
-        ctx.save_for_backward(x, weight, token_offsets)
-        ctx.layout, ctx.transpose = layout, transpose
-        return choose.backend_for(x, layout, token_offsets).dds(x, weight, layout, bias, transpose, token_offsets)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, token_offsets = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dy = _row_major(dy)
-        dx = _dds(dy, weight, token_offsets, ctx.layout, not ctx.transpose) if need_x else None
-        out_side, in_side = (dy, x) if ctx.transpose else (x, dy)
-        dw = _sdd(out_side, in_side, token_offsets, ctx.layout) if need_weight else None
-        return dx, dw, _bias_gradient(dy, token_offsets) if need_bias else None, None, None, None
-
-
-class _Sdd(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, dy, x, token_offsets, layout):
-        ctx.save_for_backward(dy, x, token_offsets)
-        ctx.layout = layout
-        return choose.backend_for(x, layout, token_offsets).sdd(dy, x, layout, token_offsets)
-
-    @staticmethod
-    def backward(ctx, grad):
-        dy, x, token_offsets = ctx.saved_tensors
-        grad = grad.contiguous()
-        d_dy = _dds(x, grad, token_offsets, ctx.layout, True) if ctx.needs_input_grad[0] else None
-        d_x = _dds(dy, grad, token_offsets, ctx.layout, False) if ctx.needs_input_grad[1] else None
-        return d_dy, d_x, None, None
-
-
-def _dds(x: Tensor, weight: Tensor, token_offsets: Tensor | None, layout: Layout, transpose: bool) -> Tensor:
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):  # a backward with create_graph=True
-        return _Dds.apply(x, weight, None, token_offsets, layout, transpose)
-    return choose.backend_for(x, layout, token_offsets).dds(x, weight, layout, None, transpose, token_offsets)
-
-
-def _sdd(dy: Tensor, x: Tensor, token_offsets: Tensor | None, layout: Layout) -> Tensor:
-    if torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad):
-        return _Sdd.apply(dy, x, token_offsets, layout)
-    return choose.backend_for(x, layout, token_offsets).sdd(dy, x, layout, token_offsets)
-
-
-def _bias_gradient(dy: Tensor, token_offsets: Tensor | None) -> Tensor:
-    if token_offsets is None:
-        return dy.sum(0)
-    group = torch.searchsorted(token_offsets[1:], torch.arange(len(dy), device=dy.device), right=True)
-    return dy.new_zeros(len(token_offsets) - 1, dy.shape[1]).index_add_(0, group, dy).flatten()
-
-
-# The operators as torch.compile, export and opcheck see them. The arguments after token_offsets are a Layout, unpacked.
-
-LAYOUT_SCHEMA = (
-    "Tensor block_rows, Tensor block_cols, Tensor index, "
-    "int num_rows, int num_cols, int groups, int block_size, bool full"
-)
-library = torch.library.Library("sparsekern", "DEF")
-library.define(
-    f"dds(Tensor x, Tensor weight, Tensor? bias, Tensor? token_offsets, {LAYOUT_SCHEMA}, bool transpose) -> Tensor"
-)
-library.define(f"sdd(Tensor dy, Tensor x, Tensor? token_offsets, {LAYOUT_SCHEMA}) -> Tensor")
-
-
-def _dds_op(x, weight, bias, token_offsets, *args):
-    layout, transpose = Layout(*args[:-1]), args[-1]
-    x = _row_major(x)
-    return choose.backend_for(x, layout, token_offsets).dds(
-        x, weight.contiguous(), layout, bias, transpose, token_offsets
-    )
-
-
-def _sdd_op(dy, x, token_offsets, *layout):
-    layout = Layout(*layout)
-    return choose.backend_for(x, layout, token_offsets).sdd(_row_major(dy), _row_major(x), layout, token_offsets)
-
-
-for _device in ("CPU", "CUDA"):
-    library.impl("dds", _dds_op, _device)
-    library.impl("sdd", _sdd_op, _device)
-
-
-@torch.library.register_fake("sparsekern::dds", lib=library)
-def _(x, weight, bias, token_offsets, *args):
-    layout, transpose = Layout(*args[:-1]), args[-1]
-    blocks = layout.num_rows if transpose else layout.num_cols
-    if token_offsets is not None:
-        blocks //= layout.groups
-    return x.new_empty(x.shape[0], blocks * layout.block_size)
-
-
-@torch.library.register_fake("sparsekern::sdd", lib=library)
-def _(dy, x, token_offsets, *layout):
-    layout = Layout(*layout)
-    return x.new_empty(layout.num_slots, layout.block_size, layout.block_size)
-
-
-def _setup_dds(ctx, inputs, output):
-    x, weight, bias, token_offsets, *layout, ctx.transpose = inputs
-    ctx.save_for_backward(x, weight, token_offsets, *layout[:3])
-    ctx.geometry, ctx.has_bias = layout[3:], bias is not None
-
-
-def _dds_backward(ctx, dy):
-    x, weight, token_offsets, *tensors = ctx.saved_tensors
-    layout = (*tensors, *ctx.geometry)
-    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-    out_side, in_side = (dy, x) if ctx.transpose else (x, dy)
-    dx = torch.ops.sparsekern.dds(dy, weight, None, token_offsets, *layout, not ctx.transpose) if need_x else None
-    dw = torch.ops.sparsekern.sdd(out_side, in_side, token_offsets, *layout) if need_weight else None
-    return dx, dw, _bias_gradient(dy, token_offsets) if need_bias else None, *(10 * (None,))
-
-
-def _setup_sdd(ctx, inputs, output):
-    dy, x, token_offsets, *layout = inputs
-    ctx.save_for_backward(dy, x, token_offsets, *layout[:3])
-    ctx.geometry = layout[3:]
-
-
-def _sdd_backward(ctx, grad):
-    dy, x, token_offsets, *tensors = ctx.saved_tensors
-    layout = (*tensors, *ctx.geometry)
-    d_dy = torch.ops.sparsekern.dds(x, grad, None, token_offsets, *layout, True) if ctx.needs_input_grad[0] else None
-    d_x = torch.ops.sparsekern.dds(dy, grad, None, token_offsets, *layout, False) if ctx.needs_input_grad[1] else None
-    return d_dy, d_x, *(9 * (None,))
-
-
-torch.library.register_autograd("sparsekern::dds", _dds_backward, setup_context=_setup_dds, lib=library)
-torch.library.register_autograd("sparsekern::sdd", _sdd_backward, setup_context=_setup_sdd, lib=library)
+    return operators.sdd(dy, x, token_offsets, topology.layout)
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -250,7 +119,6 @@ def _check(
     ragged = token_offsets is not None
     if ragged:
         features //= topology.groups
-        _check_offsets(name, topology, token_offsets, x.shape[:-1].numel())
     if x.shape[-1:] != (features,):
         side = f"{features} features" + (" (of one group)" if ragged else "")
         raise ValueError(
@@ -274,16 +142,25 @@ def _check(
         )
 
 
-def _check_offsets(name: str, topology: Topology, token_offsets: Tensor, tokens: int):
+def _as_offsets(name: str, token_offsets: Tensor, topology: Topology, x: Tensor) -> Tensor:
+    """The offsets as kernels read them: int32 or int64, side by side; refused if they cannot be."""
+    if token_offsets.dtype not in INTEGERS:
+        raise ValueError(f"{name}: token_offsets must be integers, got {token_offsets.dtype}")
     if token_offsets.shape != (topology.groups + 1,):
         raise ValueError(
             f"{name}: {topology.groups} groups want {topology.groups + 1} token offsets, "
             f"got {tuple(token_offsets.shape)}"
         )
-    if token_offsets.device.type == "cpu" and not torch.compiler.is_compiling():  # on a GPU it would synchronise
-        ends = token_offsets.tolist()
+    if token_offsets.device != x.device:
+        raise ValueError(f"{name}: operands are on {x.device}, but token_offsets are on {token_offsets.device}")
+    if token_offsets.dtype not in (torch.int32, torch.int64):
+        token_offsets = token_offsets.to(torch.int64)
+    readable = token_offsets.device.type == "cpu" and not torch.compiler.is_compiling()  # a GPU would synchronise
+    if readable and operators.is_plain(token_offsets):
+        ends, tokens = token_offsets.tolist(), x.shape[:-1].numel()
         if ends != sorted(ends) or (ends[0], ends[-1]) != (0, tokens):
             raise ValueError(f"{name}: token_offsets must rise from 0 to {tokens}, the number of tokens, got {ends}")
+    return token_offsets.contiguous()
 
 
 def _pad(x: Tensor, topology: Topology, side: int, groups: int) -> Tensor:
@@ -294,7 +171,7 @@ def _pad(x: Tensor, topology: Topology, side: int, groups: int) -> Tensor:
     missing = topology.grid[side] // topology.groups * topology.block_size - size
     if missing:
         x = F.pad(x.unflatten(1, (groups, size)), (0, missing)).flatten(1)
-    return _row_major(x)
+    return operators.row_major(x)
 
 
 def _crop(y: Tensor, topology: Topology, side: int, groups: int) -> Tensor:
@@ -303,7 +180,3 @@ def _crop(y: Tensor, topology: Topology, side: int, groups: int) -> Tensor:
     if size % topology.block_size:
         y = y.unflatten(1, (groups, y.shape[1] // groups))[:, :, :size].flatten(1)
     return y
-
-
-def _row_major(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()

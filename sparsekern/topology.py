@@ -1,9 +1,13 @@
 """Topology: which blocks of a matrix are live, in which slot each is stored, and the index that products walk."""
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 class Layout(NamedTuple):
@@ -18,9 +22,29 @@ class Layout(NamedTuple):
     block_size: int
     full: bool  # slots hold every block in row-major order: the dense matrix itself, without an index
 
+    @classmethod
+    def from_flat(cls, values: Iterable) -> Self:
+        """The layout whose `tensors` and `geometry` these are, one after the other, as operators take them."""
+        return cls(*values)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self[:3]
+
+    @property
+    def geometry(self) -> tuple[int, int, int, int, bool]:
+        return self[3:]
+
     @property
     def num_slots(self) -> int:
         return self.block_rows.shape[0]
+
+    def versions(self) -> tuple[int, int]:
+        """How often torch has seen the coordinates being written; numbers of the host, so that reading them is free."""
+        try:
+            return self.block_rows._version, self.block_cols._version
+        except RuntimeError:  # tensors made in inference mode count nothing
+            return -1, -1
 
     def positions(self) -> Tensor:
         """int64 [num_slots]: place of each block among all, (group, row, col) row-major; their number if dead."""
@@ -94,6 +118,58 @@ def build_index(layout: Layout) -> Tensor:
     return torch.cat((row_pairs, col_pairs, row_offsets, col_offsets, row_order, col_order)).int()
 
 
+# Derived state is never stale: the index carries, as `built_from`, the versions of the coordinates it was built from.
+# A rewire writes coordinates, rebuilds the index and stamps it. Whoever else writes coordinates in place (a checkpoint
+# library, an average of models) leaves an older stamp behind, which the next product sees.
+
+
+def stamp(layout: Layout) -> None:
+    """Note that the index agrees with the coordinates as they are now."""
+    layout.index.built_from = layout.versions()
+
+
+def is_current(layout: Layout) -> bool:
+    """Whether the index was built from the coordinates as they are now; reads no tensor."""
+    return getattr(layout.index, "built_from", None) == layout.versions()
+
+
+def catch_up(layout: Layout) -> bool:
+    """Build the index anew, in place, from coordinates that somebody wrote; returns whether it has changed.
+
+    Raises:
+        ValueError: the coordinates are no topology, or the layout's tensors do not fit together.
+        RuntimeError: a CUDA graph is being captured, which cannot wait for the coordinates to be checked.
+    """
+    if layout.index.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "Topology: block_rows or block_cols were written in place since the index was built, and a CUDA graph that "
+            "is being captured cannot check them; run the model once before the capture"
+        )
+    check_blocks(layout.block_rows, layout.block_cols, (layout.num_rows, layout.num_cols), layout.groups)
+    if layout.full and not in_order(layout):
+        raise ValueError("Topology: block_rows and block_cols are not in row-major order, but the layout says full")
+    index = build_index(layout)
+    if index.shape != layout.index.shape or layout.index.dtype != index.dtype:
+        raise ValueError(
+            f"Topology: {layout.num_slots} slots of {layout.num_rows} x {layout.num_cols} blocks want an index of "
+            f"{len(index)} int32, got {tuple(layout.index.shape)} of {layout.index.dtype}"
+        )
+    changed = not torch.equal(index, layout.index)
+    if changed:
+        layout.index.copy_(index)
+    stamp(layout)
+    return changed
+
+
+def in_order(layout: Layout) -> bool:
+    """Whether there is a slot for every block and live ones are in row-major order; reads the coordinates."""
+    group_cols = layout.num_cols // layout.groups
+    if layout.num_slots != layout.num_rows * group_cols:
+        return False
+    places = torch.arange(layout.num_slots, device=layout.block_rows.device)
+    return bool(((layout.positions() == places) | (layout.block_rows < 0)).all())
+
+
 _SAVED = ("block_rows", "block_cols", "_extra_state")
 
 
@@ -103,7 +179,7 @@ class Topology(nn.Module):
     `block_rows` and `block_cols` *are* the topology: slot s of the weight holds block (block_rows[s], block_cols[s]),
     in global block coordinates; -1 marks a dead slot. They move and are saved as buffers are, but are not registered as
     such: DistributedDataParallel would broadcast them at every forward, and no backend of it knows int16. `index` is
-    derived from them and not saved. With groups, the matrix is block-diagonal: group g owns block rows g*R/G ... and
+    derived from them, not saved, and built anew before the next product if somebody has written them in place. With groups, the matrix is block-diagonal: group g owns block rows g*R/G ... and
     block columns g*C/G ... .
 
     Args:
@@ -158,6 +234,18 @@ class Topology(nn.Module):
 
     @property
     def layout(self) -> Layout:
+        """What products walk, with an index that agrees with the coordinates.
+
+        Raises:
+            ValueError: somebody wrote coordinates in place that are no topology.
+        """
+        layout = self._layout()
+        if not torch.compiler.is_compiling() and not is_current(layout):
+            self._catch_up()
+            return self._layout()  # which may have stopped being a full store
+        return layout
+
+    def _layout(self) -> Layout:
         return Layout(self.block_rows, self.block_cols, self.index, *self.grid, self.groups, self.block_size, self.full)
 
     @property
@@ -194,11 +282,25 @@ class Topology(nn.Module):
 
     def rebuild(self) -> None:
         """Bring the index up to date with the coordinates, in place and without a host synchronisation."""
-        self.index.copy_(build_index(self.layout))
+        layout = self._layout()
+        self.index.copy_(build_index(layout))
+        stamp(layout)
+
+    def replace(self, block_rows: Tensor, block_cols: Tensor) -> None:
+        """Take over coordinates of any number of slots, in the same tensors: what loading needs.
+
+        Raises:
+            ValueError: the coordinates are no topology of this geometry.
+        """
+        check_blocks(block_rows, block_cols, self.grid, self.groups)
+        self._replace(block_rows, block_cols)
+
+    def keep_slots(self, slots: Tensor) -> None:
+        """Keep these slots, int64 [any], in this order and in the same tensors: what compaction needs."""
+        self._replace(self.block_rows[slots], self.block_cols[slots])
 
     @torch.no_grad()
-    def replace(self, block_rows: Tensor, block_cols: Tensor) -> None:
-        """Take over coordinates of any number of slots, in the same tensors: what compaction and loading need."""
+    def _replace(self, block_rows: Tensor, block_cols: Tensor) -> None:
         for own, value in ((self.block_rows, block_rows), (self.block_cols, block_cols)):
             own.set_(value.to(own, copy=True))
         self._reindex()
@@ -207,21 +309,58 @@ class Topology(nn.Module):
     def leave_full_store(self) -> None:
         """Build the index of a full store, so that products walk its live blocks from now on."""
         self.full = False
-        self.index.set_(build_index(self.layout))
+        self._resize_index()
 
     def _reindex(self) -> None:
         """Size the index for the slots there are now; a store with a slot for every block, in order, needs none."""
         self.full = False
-        if self.num_slots == self.num_blocks:
-            positions = self.layout.positions()
-            places = torch.arange(self.num_slots, device=positions.device)
-            self.full = bool(((positions == places) | (self.block_rows < 0)).all())
-        self.index.set_(build_index(self.layout))
+        self.full = in_order(self._layout())
+        self._resize_index()
+
+    def _resize_index(self) -> None:
+        self.index.set_(build_index(self._layout()))
+        stamp(self._layout())
+
+    @torch.no_grad()
+    def _catch_up(self) -> None:
+        """Follow coordinates that somebody wrote in place, as if they had been loaded."""
+        layout = self._layout()
+        if layout.block_rows.is_meta:  # there is nothing to check, and no product to go wrong
+            stamp(layout)
+            return
+        check_blocks(self.block_rows, self.block_cols, self.grid, self.groups)
+        if self.full and not in_order(layout):
+            self.leave_full_store()
+            self.adoptions += 1
+        elif catch_up(layout):
+            self.adoptions += 1
 
     def _apply(self, fn, recurse=True):
+        """Go where `fn` takes tensors, and nothing else: coordinates stay the integers they are.
+
+        A module on "meta" has no coordinates. Where `to_empty` gives it memory that nobody has filled, a topology of
+        the same number of slots is drawn.
+        """
         super()._apply(fn, recurse)
-        self.block_rows, self.block_cols, self.index = fn(self.block_rows), fn(self.block_cols), fn(self.index)
+        own = self.block_rows, self.block_cols, self.index
+        device = [fn(tensor) for tensor in own][0].device  # moved to shared memory, they are the same tensors
+        if device == own[0].device:
+            return self
+        if self.block_rows.is_meta:
+            per_group = [len(part) for part in torch.arange(self.num_slots, device="cpu").tensor_split(self.groups)]
+            own = Topology.random(self.shape, per_group, self.block_size, self.groups)._layout().tensors
+        self.block_rows, self.block_cols, self.index = (tensor.to(device) for tensor in own)
+        stamp(self._layout())
         return self
+
+    def __getstate__(self) -> dict:
+        if not self.block_rows.is_meta and not is_current(self._layout()):
+            self._catch_up()  # a copy's index is as good as the original's
+        return self.__dict__
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        stamp(self._layout())  # the copies have versions of their own
 
     def get_extra_state(self) -> Tensor:
         """int64 (out_features, in_features, block_size, groups, full): with the coordinates, all there is to know."""
@@ -236,9 +375,11 @@ class Topology(nn.Module):
         if any(prefix + name not in state_dict for name in _SAVED):
             return False
         rows, cols, extra = (state_dict[prefix + name] for name in _SAVED)
+        words = "(out_features, in_features, block_size, groups)"
+        if not isinstance(extra, Tensor) or extra.shape != (5,) or extra.dtype not in INTEGERS:
+            raise ValueError(f"load_state_dict: {prefix}_extra_state must be 5 integers, {words} and full, got {extra}")
         saved, own = tuple(extra.tolist()[:4]), (*self.shape, self.block_size, self.groups)
         if saved != own:
-            words = "(out_features, in_features, block_size, groups)"
             raise ValueError(f"load_state_dict: the checkpoint's topology has {words} {saved}, the layer {own}")
         check_blocks(rows, cols, self.grid, self.groups)
         return True
@@ -248,10 +389,18 @@ class Topology(nn.Module):
             missing_keys.extend(prefix + name for name in _SAVED if prefix + name not in state_dict)
             return
         rows, cols = state_dict[prefix + "block_rows"], state_dict[prefix + "block_cols"]
+        if self.block_rows.is_meta and local_metadata.get("assign_to_params_buffers"):
+            self._apply(lambda tensor: torch.empty_like(tensor, device=rows.device))
+        if self.block_rows.is_meta:
+            return  # as for parameters: what has no memory keeps nothing
         rows, cols = rows.to(self.block_rows), cols.to(self.block_cols)
-        if not (torch.equal(rows, self.block_rows) and torch.equal(cols, self.block_cols)):
-            self.adoptions += 1
+        # written in place before, by whoever fills the tensors of a state_dict, they are equal and the index is old
+        same = torch.equal(rows, self.block_rows) and torch.equal(cols, self.block_cols)
+        self.adoptions += not same or not is_current(self._layout())
+        if not same or not is_current(self._layout()) or self.full != bool(state_dict[prefix + "_extra_state"][4]):
             self.replace(rows, cols)
+        else:
+            self.rebuild()
         if self.full and not state_dict[prefix + "_extra_state"][4]:
             self.leave_full_store()
 
@@ -277,6 +426,10 @@ def check_geometry(shape: tuple[int, int], block_size: int, groups: int) -> None
 
 def check_blocks(block_rows: Tensor, block_cols: Tensor, grid: tuple[int, int], groups: int) -> None:
     """Refuse coordinates that are no topology; native kernels would follow them outside of their memory."""
+    for name, coordinates in (("block_rows", block_rows), ("block_cols", block_cols)):
+        if not isinstance(coordinates, Tensor) or coordinates.dtype not in INTEGERS:
+            got = coordinates.dtype if isinstance(coordinates, Tensor) else type(coordinates).__name__
+            raise ValueError(f"Topology: {name} must be a tensor of integers, got {got}")
     if block_rows.dim() != 1 or block_rows.shape != block_cols.shape:
         shapes = f"{tuple(block_rows.shape)} and {tuple(block_cols.shape)}"
         raise ValueError(f"Topology: block_rows and block_cols must be of one length, got shapes {shapes}")

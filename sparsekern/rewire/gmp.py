@@ -174,12 +174,11 @@ class GMP(Rule):
         """Keep the first `live` live slots, in order, in smaller storages of the same Parameters."""
         layer = self.layers[path]
         kept = torch.sort((layer.topology.block_rows < 0).int(), stable=True).indices[:live]
-        rows, cols = layer.topology.block_rows[kept], layer.topology.block_cols[kept]
         for name, value, _ in [] if self.optimizer is None else list(element_state(self.optimizer, layer.weight)):
             self.optimizer.state[layer.weight][name] = value[kept]
         for copy in self._copies(path):
             grad, copy.weight.grad = copy.weight.grad, None
             copy.weight.set_(copy.weight[kept])
             copy.weight.grad = None if grad is None else grad[kept]
-            copy.topology.replace(rows, cols)
+            copy.topology.keep_slots(kept)
         self.compactions += 1

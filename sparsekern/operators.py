@@ -1,0 +1,398 @@
+"""The two products on 2-D operands whose features fill whole blocks: routes, gradients, registration with torch.library.
+
+The gradients of each product are again products: of y = x Wᵀ, dx = dy W is a dds and dW = dyᵀx on the live blocks an
+sdd. There are three routes to a backend, all with the same gradients:
+
+* plain tensors in eager mode call it directly, under an autograd Function where a gradient is wanted. That costs 13
+  microseconds a call where the dispatcher takes 25;
+* torch.func's transforms and forward-mode differentiation take a Function that can be batched and differentiated;
+* everything else (torch.compile, tracing, fake and other modes, subclasses) takes the registered operators
+  `sparsekern::dds` and `sparsekern::sdd`.
+"""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function, forward_ad
+
+from sparsekern import choose
+from sparsekern.topology import Layout, catch_up, is_current
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether these are ordinary tensors, and nothing watches or transforms what happens to them."""
+    for tensor in tensors:
+        if tensor is not None and type(tensor) not in _PLAIN:
+            return False
+    return not (
+        torch._C._len_torch_dispatch_stack()  # FakeTensorMode, make_fx, FlopCounterMode, ...
+        or in_transform()
+        or torch._C._get_tracing_state() is not None  # torch.jit.trace
+    )
+
+
+def in_transform() -> bool:
+    """Whether torch.func is at work (grad, vmap, jvp, ...), or forward-mode differentiation."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def dds(
+    x: Tensor, weight: Tensor, bias: Tensor | None, token_offsets: Tensor | None, layout: Layout, transpose: bool
+) -> Tensor:
+    """x W, or x Wᵀ + bias, by whichever route the operands and what is going on around them allow."""
+    if torch.compiler.is_compiling() or not is_plain(x, weight, bias, token_offsets):
+        if not torch.compiler.is_compiling() and in_transform():
+            return TransformedDds.apply(x, weight, bias, token_offsets, layout, transpose)
+        return torch.ops.sparsekern.dds(x, weight, bias, token_offsets, *layout, transpose)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return Dds.apply(x, weight, bias, token_offsets, layout, transpose)
+    return choose.backend_for(x, layout, token_offsets).dds(x, weight, layout, bias, transpose, token_offsets)
+
+
+def sdd(dy: Tensor, x: Tensor, token_offsets: Tensor | None, layout: Layout) -> Tensor:
+    """The live blocks of dyᵀx, by the same routes."""
+    if torch.compiler.is_compiling() or not is_plain(dy, x, token_offsets):
+        if not torch.compiler.is_compiling() and in_transform():
+            return TransformedSdd.apply(dy, x, token_offsets, layout)
+        return torch.ops.sparsekern.sdd(dy, x, token_offsets, *layout)
+    if torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad):
+        return Sdd.apply(dy, x, token_offsets, layout)
+    return choose.backend_for(x, layout, token_offsets).sdd(dy, x, layout, token_offsets)
+
+
+# Gradients, the same on every route.
+
+
+def dds_gradients(needed: tuple[bool, ...], dy, x, weight, token_offsets, layout: Layout, transpose: bool):
+    """Those of x, weight and bias, None where not needed."""
+    need_x, need_weight, need_bias = needed[:3]
+    dy = row_major(dy)
+    out_side, in_side = (dy, x) if transpose else (x, dy)
+    dx = dds(dy, weight, None, token_offsets, layout, not transpose) if need_x else None
+    dw = sdd(out_side, in_side, token_offsets, layout) if need_weight else None
+    return dx, dw, bias_gradient(dy, token_offsets) if need_bias else None
+
+
+def sdd_gradients(needed: tuple[bool, ...], grad, dy, x, token_offsets, layout: Layout):
+    """Those of dy and x, None where not needed."""
+    grad = grad.contiguous()
+    d_dy = dds(x, grad, None, token_offsets, layout, True) if needed[0] else None
+    d_x = dds(dy, grad, None, token_offsets, layout, False) if needed[1] else None
+    return d_dy, d_x
+
+
+def bias_gradient(dy: Tensor, token_offsets: Tensor | None) -> Tensor:
+    if token_offsets is None:
+        return dy.sum(0)
+    groups = len(token_offsets) - 1
+    return dy.new_zeros(groups, dy.shape[1]).index_add_(0, _group_of_token(dy, token_offsets), dy).flatten()
+
+
+def _group_of_token(x: Tensor, token_offsets: Tensor) -> Tensor:
+    return torch.searchsorted(token_offsets[1:], torch.arange(len(x), device=x.device), right=True)
+
+
+def row_major(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def check_unchanged(layout: Layout, versions: tuple[int, int]) -> None:
+    """Refuse a backward whose coordinates are no longer those of its forward: its gradients would be of other blocks.
+
+    Raises:
+        RuntimeError: a rule, or something else, has written them since.
+    """
+    if layout.versions() != versions:
+        raise RuntimeError(
+            "backward: the topology was rewired, pruned or loaded after the forward whose gradients are wanted; "
+            f"its coordinates were at version {versions}, and are at {layout.versions()}. "
+            "Call rule.step() after backward() and optimizer.step()"
+        )
+
+
+class Dds(Function):
+    """Of plain tensors in eager mode."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, token_offsets, layout, transpose):
+        ctx.save_for_backward(x, weight, token_offsets)
+        ctx.layout, ctx.versions, ctx.transpose = layout, layout.versions(), transpose
+        return choose.backend_for(x, layout, token_offsets).dds(x, weight, layout, bias, transpose, token_offsets)
+
+    @staticmethod
+    def backward(ctx, dy):
+        check_unchanged(ctx.layout, ctx.versions)
+        x, weight, token_offsets = ctx.saved_tensors
+        gradients = dds_gradients(ctx.needs_input_grad, dy, x, weight, token_offsets, ctx.layout, ctx.transpose)
+        return *gradients, None, None, None
+
+
+class Sdd(Function):
+    """Of plain tensors in eager mode."""
+
+    @staticmethod
+    def forward(ctx, dy, x, token_offsets, layout):
+        ctx.save_for_backward(dy, x, token_offsets)
+        ctx.layout, ctx.versions = layout, layout.versions()
+        return choose.backend_for(x, layout, token_offsets).sdd(dy, x, layout, token_offsets)
+
+    @staticmethod
+    def backward(ctx, grad):
+        check_unchanged(ctx.layout, ctx.versions)
+        return *sdd_gradients(ctx.needs_input_grad, grad, *ctx.saved_tensors, ctx.layout), None, None
+
+
+# Transforms: batching folds into the tokens where it can, and both products are bilinear.
+
+
+class TransformedDds(Function):
+    """Under torch.func and forward-mode differentiation."""
+
+    @staticmethod
+    def forward(x, weight, bias, token_offsets, layout, transpose):
+        return torch.ops.sparsekern.dds(x, weight, bias, token_offsets, *layout, transpose)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _, token_offsets, layout, ctx.transpose = inputs
+        ctx.save_for_backward(x, weight, token_offsets, *layout.tensors)
+        ctx.save_for_forward(x, weight, token_offsets, *layout.tensors)
+        ctx.geometry = layout.geometry
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, token_offsets, *tensors = ctx.saved_tensors
+        layout = Layout.from_flat((*tensors, *ctx.geometry))
+        gradients = dds_gradients(ctx.needs_input_grad, dy, x, weight, token_offsets, layout, ctx.transpose)
+        return *gradients, None, None, None
+
+    @staticmethod
+    def jvp(ctx, dx, dweight, dbias, *_):
+        x, weight, token_offsets, *tensors = ctx.saved_tensors
+        layout = Layout.from_flat((*tensors, *ctx.geometry))
+        terms = []
+        if dx is not None:
+            terms.append(dds(dx, weight, None, token_offsets, layout, ctx.transpose))
+        if dweight is not None:
+            terms.append(dds(x, dweight, None, token_offsets, layout, ctx.transpose))
+        if dbias is not None:
+            terms.append(_spread(dbias, x, token_offsets))
+        return sum(terms[1:], terms[0])
+
+    @staticmethod
+    def vmap(info, in_dims, x, weight, bias, token_offsets, layout, transpose):
+        operands, dims = (x, weight, bias, token_offsets), in_dims[:4]
+        _refuse_batched(in_dims[4])
+        return _batched_dds(info.batch_size, dims, operands, lambda *operand: dds(*operand, layout, transpose)), 0
+
+
+class TransformedSdd(Function):
+    """Under torch.func and forward-mode differentiation."""
+
+    @staticmethod
+    def forward(dy, x, token_offsets, layout):
+        return torch.ops.sparsekern.sdd(dy, x, token_offsets, *layout)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        dy, x, token_offsets, layout = inputs
+        ctx.save_for_backward(dy, x, token_offsets, *layout.tensors)
+        ctx.save_for_forward(dy, x, token_offsets, *layout.tensors)
+        ctx.geometry = layout.geometry
+
+    @staticmethod
+    def backward(ctx, grad):
+        dy, x, token_offsets, *tensors = ctx.saved_tensors
+        layout = Layout.from_flat((*tensors, *ctx.geometry))
+        return *sdd_gradients(ctx.needs_input_grad, grad, dy, x, token_offsets, layout), None, None
+
+    @staticmethod
+    def jvp(ctx, d_dy, dx, *_):
+        dy, x, token_offsets, *tensors = ctx.saved_tensors
+        layout = Layout.from_flat((*tensors, *ctx.geometry))
+        terms = [] if d_dy is None else [sdd(d_dy, x, token_offsets, layout)]
+        if dx is not None:
+            terms.append(sdd(dy, dx, token_offsets, layout))
+        return sum(terms[1:], terms[0])
+
+    @staticmethod
+    def vmap(info, in_dims, dy, x, token_offsets, layout):
+        _refuse_batched(in_dims[3])
+        return _one_by_one(info.batch_size, in_dims[:3], (dy, x, token_offsets), lambda *o: sdd(*o, layout)), 0
+
+
+def _spread(bias: Tensor, x: Tensor, token_offsets: Tensor | None) -> Tensor:
+    """The bias of every token [tokens, features]."""
+    if token_offsets is None:
+        return bias.expand(len(x), -1)
+    return bias.view(len(token_offsets) - 1, -1)[_group_of_token(x, token_offsets)]
+
+
+def _batched_dds(size: int, dims: tuple, operands: tuple, product: Callable[..., Tensor]) -> Tensor:
+    """A dds for each of `size` batch entries, batch first: one product where only x is batched."""
+    x_dim, weight_dim, bias_dim, offsets_dim = dims
+    x, weight, bias, token_offsets = operands
+    if weight_dim is not None:
+        _warn_ensemble()
+    if weight_dim is not None or offsets_dim is not None or token_offsets is not None or x_dim is None:
+        return _one_by_one(size, dims, operands, product)
+    x = x.movedim(x_dim, 0)
+    y = product(x.flatten(0, 1), weight, bias if bias_dim is None else None, None).unflatten(0, x.shape[:2])
+    return y if bias_dim is None else y + bias.movedim(bias_dim, 0)[:, None]
+
+
+def _one_by_one(size: int, dims: tuple, operands: tuple, product: Callable[..., Tensor]) -> Tensor:
+    """A product for each batch entry."""
+
+    def entry(i: int) -> list:
+        pairs = zip(operands, dims, strict=True)
+        return [operand if dim is None else operand.select(dim, i) for operand, dim in pairs]
+
+    return torch.stack([product(*entry(i)) for i in range(size)])
+
+
+def _refuse_batched(layout_dims: tuple) -> None:
+    if any(dim is not None for dim in layout_dims):
+        raise ValueError("vmap: the entries of a batch share one topology, but block_rows, block_cols or index are batched")
+
+
+def _warn_ensemble() -> None:
+    warnings.warn(
+        "vmap over the weight of a sparse layer: every member computes with the topology of the module that is called; "
+        "build the members of an ensemble by copy.deepcopy of one of them, so that they share it",
+        stacklevel=2,
+    )
+
+
+# The operators. The arguments after token_offsets are a Layout, unpacked.
+
+LAYOUT_SCHEMA = (
+    "Tensor block_rows, Tensor block_cols, Tensor index, "
+    "int num_rows, int num_cols, int groups, int block_size, bool full"
+)
+library = torch.library.Library("sparsekern", "DEF")
+library.define(
+    f"dds(Tensor x, Tensor weight, Tensor? bias, Tensor? token_offsets, {LAYOUT_SCHEMA}, bool transpose) -> Tensor"
+)
+library.define(f"sdd(Tensor dy, Tensor x, Tensor? token_offsets, {LAYOUT_SCHEMA}) -> Tensor")
+
+
+def _dds_kernel(x, weight, bias, token_offsets, *flat):
+    *layout, transpose = flat
+    layout = _checked(Layout.from_flat(layout))
+    _check_operand("dds", "x", x, layout.num_cols if transpose else layout.num_rows, layout, token_offsets)
+    blocks = (layout.num_slots, layout.block_size, layout.block_size)
+    if weight.shape != blocks or weight.dtype != x.dtype:
+        raise ValueError(f"dds: weight must be {x.dtype} {blocks}, got {weight.dtype} {tuple(weight.shape)}")
+    features = layout.num_rows * layout.block_size
+    if bias is not None and (bias.shape != (features,) or bias.dtype != x.dtype):
+        raise ValueError(f"dds: bias must be {x.dtype} ({features},), got {bias.dtype} {tuple(bias.shape)}")
+    bias = None if bias is None else bias.contiguous()
+    backend = choose.backend_for(x, layout, token_offsets)
+    return backend.dds(row_major(x), weight.contiguous(), layout, bias, transpose, token_offsets)
+
+
+def _sdd_kernel(dy, x, token_offsets, *layout):
+    layout = _checked(Layout.from_flat(layout))
+    _check_operand("sdd", "dy", dy, layout.num_rows, layout, token_offsets)
+    _check_operand("sdd", "x", x, layout.num_cols, layout, token_offsets)
+    if dy.dtype != x.dtype or len(dy) != len(x):
+        raise ValueError(f"sdd: dy is {dy.dtype} of {len(dy)} tokens, but x {x.dtype} of {len(x)}")
+    return choose.backend_for(x, layout, token_offsets).sdd(row_major(dy), row_major(x), layout, token_offsets)
+
+
+def _checked(layout: Layout) -> Layout:
+    """A layout that native kernels may follow: one that comes from a Topology, or agrees with itself."""
+    if not is_current(layout):
+        catch_up(layout)
+    return layout
+
+
+def _check_operand(name: str, what: str, x: Tensor, blocks: int, layout: Layout, token_offsets: Tensor | None) -> None:
+    if token_offsets is not None:
+        blocks //= layout.groups
+        if token_offsets.dtype not in (torch.int32, torch.int64) or token_offsets.shape != (layout.groups + 1,):
+            got = f"{token_offsets.dtype} {tuple(token_offsets.shape)}"
+            raise ValueError(f"{name}: token_offsets must be int32 or int64 ({layout.groups + 1},), got {got}")
+    if x.dim() != 2 or x.shape[1] != blocks * layout.block_size:
+        want = blocks * layout.block_size
+        raise ValueError(f"{name}: {what} must be [tokens, {want}], whole blocks of features, got {tuple(x.shape)}")
+
+
+for _device in ("CPU", "CUDA"):
+    library.impl("dds", _dds_kernel, _device)
+    library.impl("sdd", _sdd_kernel, _device)
+
+
+@torch.library.register_fake("sparsekern::dds", lib=library)
+def _(x, weight, bias, token_offsets, *flat):
+    *layout, transpose = flat
+    layout = Layout.from_flat(layout)
+    blocks = layout.num_rows if transpose else layout.num_cols
+    if token_offsets is not None:
+        blocks //= layout.groups
+    return x.new_empty(x.shape[0], blocks * layout.block_size)
+
+
+@torch.library.register_fake("sparsekern::sdd", lib=library)
+def _(dy, x, token_offsets, *layout):
+    layout = Layout.from_flat(layout)
+    return x.new_empty(layout.num_slots, layout.block_size, layout.block_size)
+
+
+def _setup_dds(ctx, inputs, output):
+    x, weight, _, token_offsets, *layout, ctx.transpose = inputs
+    layout = Layout.from_flat(layout)
+    ctx.save_for_backward(x, weight, token_offsets, *layout.tensors)
+    ctx.geometry = layout.geometry
+
+
+def _dds_backward(ctx, dy):
+    x, weight, token_offsets, *tensors = ctx.saved_tensors
+    layout = Layout.from_flat((*tensors, *ctx.geometry))
+    gradients = dds_gradients(ctx.needs_input_grad, dy, x, weight, token_offsets, layout, ctx.transpose)
+    return *gradients, None, *(None for _ in layout), None
+
+
+def _setup_sdd(ctx, inputs, output):
+    dy, x, token_offsets, *layout = inputs
+    layout = Layout.from_flat(layout)
+    ctx.save_for_backward(dy, x, token_offsets, *layout.tensors)
+    ctx.geometry = layout.geometry
+
+
+def _sdd_backward(ctx, grad):
+    dy, x, token_offsets, *tensors = ctx.saved_tensors
+    layout = Layout.from_flat((*tensors, *ctx.geometry))
+    return *sdd_gradients(ctx.needs_input_grad, grad, dy, x, token_offsets, layout), None, *(None for _ in layout)
+
+
+def _dds_vmap(info, in_dims, x, weight, bias, token_offsets, *flat):
+    dims, layout_dims = in_dims[:4], in_dims[4:-1]
+    _refuse_batched(layout_dims[:3])
+
+    def product(*operands: Tensor | None) -> Tensor:
+        return torch.ops.sparsekern.dds(*operands, *flat)
+
+    return _batched_dds(info.batch_size, dims, (x, weight, bias, token_offsets), product), 0
+
+
+def _sdd_vmap(info, in_dims, dy, x, token_offsets, *layout):
+    _refuse_batched(in_dims[3:6])
+
+    def product(*operands: Tensor | None) -> Tensor:
+        return torch.ops.sparsekern.sdd(*operands, *layout)
+
+    return _one_by_one(info.batch_size, in_dims[:3], (dy, x, token_offsets), product), 0
+
+
+torch.library.register_autograd("sparsekern::dds", _dds_backward, setup_context=_setup_dds, lib=library)
+torch.library.register_autograd("sparsekern::sdd", _sdd_backward, setup_context=_setup_sdd, lib=library)
+torch.library.register_vmap("sparsekern::dds", _dds_vmap, lib=library)
+torch.library.register_vmap("sparsekern::sdd", _sdd_vmap, lib=library)
