@@ -42,7 +42,7 @@ class SparseLayer(nn.Module):
             "bias", nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)) if bias else None
         )
         self.growth = None
-        """A rule that grows by gradient (RigL) hangs its `sparsekern.growth.GrowthScores` here."""
+        """A rule that grows by gradient (RigL) hangs its `sparsekern.rewire.growth.GrowthScores` here."""
         self.reset_parameters()
 
     @property

@@ -32,7 +32,7 @@ def dds(
         bias: [out_features]; with `transpose` only.
         token_offsets: int [groups + 1], for ragged groups: rows token_offsets[g]:token_offsets[g + 1] of the 2-D x
             belong to group g, and x and the result have the features of one group.
-        growth: a `sparsekern.growth.GrowthScores` that is to score the gradient of W, with `transpose` only.
+        growth: a `sparsekern.rewire.growth.GrowthScores` that is to score the gradient of W, with `transpose` only.
     Returns:
         [..., in_features], or [..., out_features] with `transpose`; sums in float32 for 16-bit inputs.
     Raises:

@@ -6,7 +6,7 @@ from oracle import random_topology
 
 import sparsekern as sk
 from sparsekern.backends import reference
-from sparsekern.growth import GrowthScores, positions_of, scores_of
+from sparsekern.rewire.growth import GrowthScores, positions_of, scores_of
 
 
 def watched(topology):
@@ -45,7 +45,7 @@ def check_keys(layer, norms, rel=1e-5):
 def test_scores_are_the_squared_norms_of_the_dense_gradient_at_dead_blocks(
     monkeypatch, backend, block_size, groups, strip
 ):
-    monkeypatch.setattr("sparsekern.growth.STRIP", strip)
+    monkeypatch.setattr("sparsekern.rewire.growth.STRIP", strip)
     layer = watched(random_topology((5, 4), block_size, groups, padding=(0, block_size // 2), dead=1))
     x, dy = torch.randn(9, layer.in_features), torch.randn(9, layer.out_features)
     layer(x).backward(dy)
@@ -53,7 +53,7 @@ def test_scores_are_the_squared_norms_of_the_dense_gradient_at_dead_blocks(
 
 
 def test_no_more_than_a_strip_of_the_dense_gradient_is_held(monkeypatch):
-    monkeypatch.setattr("sparsekern.growth.STRIP", 2 * 8 * 8 * 4)  # two block rows of each group
+    monkeypatch.setattr("sparsekern.rewire.growth.STRIP", 2 * 8 * 8 * 4)  # two block rows of each group
     sizes = []
 
     def outer(*operands):

@@ -8,12 +8,13 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparsekern.growth import GrowthScores, float_bits, pack, positions_of, scores_of
 from sparsekern.layer import SparseLayer
-from sparsekern.rewire.rewire import places, random_candidates, weakest
+from sparsekern.rewire.growth import GrowthScores, float_bits, pack, positions_of, scores_of
+from sparsekern.rewire.hash import stream
 from sparsekern.rewire.rule import Rule, distributed
 from sparsekern.rewire.schedule import Constant, check_fraction
-from sparsekern.rewire.scores import block_l1, stream
+from sparsekern.rewire.scores import block_l1
+from sparsekern.rewire.select import places, random_candidates, weakest
 
 
 class DropAndGrow(Rule):
@@ -59,7 +60,7 @@ class DropAndGrow(Rule):
         return block_l1(layer)
 
     def growth_candidates(self, path: str, layer: SparseLayer, count: int) -> Tensor:
-        """Keys [groups, count or more] of dead blocks, the largest to be grown; see `sparsekern.growth`."""
+        """Keys [groups, count or more] of dead blocks, the largest to be grown; see `sparsekern.rewire.growth`."""
         raise NotImplementedError
 
     def state_dict(self) -> dict:

@@ -9,10 +9,10 @@ from torch.optim import Optimizer
 
 from sparsekern import choose
 from sparsekern.rewire.optimizer_state import element_state
-from sparsekern.rewire.rewire import weakest
 from sparsekern.rewire.rule import Rule, distributed
 from sparsekern.rewire.schedule import cubic_density
 from sparsekern.rewire.scores import block_l1, sortable
+from sparsekern.rewire.select import weakest
 from sparsekern.topology import live_count
 
 

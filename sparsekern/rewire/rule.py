@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsekern.layer import SparseLayer
+from sparsekern.rewire.hash import uniform_hash
 from sparsekern.rewire.optimizer_state import check_elementwise, element_state
-from sparsekern.rewire.scores import uniform_hash
 
 
 class Rule:
