@@ -74,14 +74,11 @@ class GrowthScores:
     """RigL's scores of one layer: while armed, every backward adds its squared gradient norms.
 
     Several micro-batches between arming and reading sum up. Block sizes above 1 keep a float32 sum for every block,
-    [groups, rows, cols], negative where nothing was scored. Block size 1 keeps the keys of its `num_slots` best dead
-    blocks: a block must be among the best so far to keep its sum.
+    [groups, rows, cols], negative where nothing was scored. Block size 1 keeps the keys [groups, count] of its
+    `num_slots` best dead blocks, best first: a block must be among the best so far to keep its sum.
     """
 
     def __init__(self, topology: Topology):
-        self.topology = topology
-        dead = topology.num_blocks // topology.groups - min(topology.live_per_group())
-        self._count = dead if topology.block_size > 1 else min(dead, topology.num_slots)
         device = topology.block_rows.device
         # plain tensors: as buffers, DistributedDataParallel would overwrite every rank's scores with those of rank 0
         self.armed = torch.zeros((), dtype=torch.bool, device=device)
@@ -89,16 +86,9 @@ class GrowthScores:
             rows, cols = (n // topology.groups for n in topology.grid)
             self.scores = torch.full((topology.groups, rows, cols), -1.0, device=device)
         else:
-            self.scores = torch.full((topology.groups, self._count), -1, dtype=torch.int64, device=device)
-
-    @property
-    def keys(self) -> Tensor:
-        """int64 [groups, count]: the best dead blocks, best first."""
-        if self.topology.block_size == 1:
-            return self.scores
-        return best_candidates(
-            self.topology.layout, self._count, lambda strip, places: float_bits(self.scores[:, strip].flatten(1))
-        )
+            dead = topology.num_blocks // topology.groups - min(topology.live_per_group())
+            count = min(dead, topology.num_slots)
+            self.scores = torch.full((topology.groups, count), -1, dtype=torch.int64, device=device)
 
     def arm(self, armed: bool) -> None:
         """Begin (or stop) scoring, with no scores; a device flag, so that compiled and captured steps obey it."""
