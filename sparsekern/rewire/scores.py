@@ -7,11 +7,19 @@ from sparsekern.layer import SparseLayer
 
 
 def block_l1(layer: SparseLayer, mean: bool = False) -> Tensor:
-    """float32 [num_slots]: sum of |w| of each block, or its mean over unpadded elements where layers are compared."""
-    norms = layer.weight.detach().abs().sum(dim=(1, 2), dtype=torch.float32)
+    """float32 [num_slots]: sum of |w| of each block, or its mean over its elements where layers are compared.
+
+    Padding and dead slots stand for no weight and count nothing, whatever a user's code has written there.
+    """
+    lanes, weight = layer.lanes(), layer.weight.detach()  # [num_slots, B, B]; [num_slots, 1, 1] without padding
+    padded = lanes.shape == weight.shape and layer.block_size > 1
+    if padded:  # where, not a product: NaN times zero is NaN
+        weight = torch.where(lanes, weight, 0)
+    norms = weight.abs().sum(dim=(1, 2), dtype=torch.float32)
+    if not padded:
+        norms.masked_fill_(~lanes.view(-1), 0)
     if mean:
-        lanes = layer.lanes().expand_as(layer.weight).sum(dim=(1, 2))
-        norms = norms / lanes.clamp(min=1)
+        norms /= lanes.sum(dim=(1, 2)).clamp(min=1) if padded else layer.block_size**2
     return norms
 
 
