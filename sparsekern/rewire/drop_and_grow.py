@@ -22,13 +22,16 @@ class DropAndGrow(Rule):
 
     Args:
         model: its sparse layers are rewired; frozen ones are not.
-        optimizer: built after the model; rewired slots of its state are reset to what a fresh optimiser holds.
+        optimizer: built after the model; a wrapper of one (accelerate's, Lightning's, Lookahead) or a list of several
+            will do. Rewired slots of its state are reset to what a fresh optimiser holds.
         drop_fraction: share of the live blocks replaced at an event, in [0, 1]; a float, or a schedule such as
             `cosine(0.3)`, which needs `end_step`. The remainder of drop_fraction * live is carried to the next event.
         update_every: steps (or units of the clock) between events; the first is at start_step + update_every.
         start_step, end_step: no event at or before the one, nor after the other (None: no end).
         seed: of the random choices; together with layer, event and position it decides them, on every device alike.
-        followers: copies of the model (target, EMA) that take over the topology; their rewired slots get the new value.
+        followers: copies of the model that take over the topology; their rewired slots get the new value. Every copy
+            that lives on beside the model (target network, EMA, AveragedModel) must be given here: a copy that is not
+            keeps the old topology, and averaging or copying weights into it mixes blocks of different places.
         coverage: keep a boolean per place for `stats()["coverage"]`, the share of places that were ever live.
 
     A block dropped at an event is no candidate for growth at that event; where dead places run out, fewer are replaced.
@@ -61,9 +64,8 @@ class DropAndGrow(Rule):
         self.drop_fraction = drop_fraction if callable(drop_fraction) else Constant(drop_fraction)
         if getattr(self.drop_fraction, "needs_end", False) and end_step is None:
             raise ValueError(f"{type(self).__name__}: {self.drop_fraction} needs an end_step, got None")
-        super().__init__(model, optimizer, update_every, start_step, end_step, seed, followers, coverage)
         self._live: dict[str, list[int]] = {}
-        self._adopted(list(self.layers))
+        super().__init__(model, optimizer, update_every, start_step, end_step, seed, followers, coverage)
         self._carry = {path: [0.0] * layer.groups for path, layer in self.layers.items()}
 
     def drop_scores(self, layer: SparseLayer) -> Tensor:
@@ -214,8 +216,9 @@ class RigL(DropAndGrow):
 
     def _adopted(self, paths: list[str]) -> None:
         super()._adopted(paths)
+        growth = {path: GrowthScores(self.layers[path].topology) for path in paths}
         for path in paths:
-            self.layers[path].growth = GrowthScores(self.layers[path].topology)
+            self.layers[path].growth = growth[path]
         self._arm(False)  # what was scored were other blocks, so an event that is due waits for the next step
 
     def _ready(self) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsekern import choose
+from sparsekern.rewire.arguments import check_finite, check_flag
 from sparsekern.rewire.optimizer_state import element_state
 from sparsekern.rewire.rule import Rule, distributed
 from sparsekern.rewire.schedule import cubic_density
@@ -51,18 +52,19 @@ class GMP(Rule):
         compact: bool = True,
         followers: Iterable[nn.Module] = (),
     ):
+        check_finite("GMP", "final_density", final_density)
         live_count(final_density, 1)  # checks the range
+        check_flag("GMP", "compact", compact)
         if scope not in ("global", "layer"):
             raise ValueError(f"GMP: scope must be 'global' or 'layer', got {scope!r}")
         if end_step is None:
             raise ValueError("GMP: end_step is the time at which final_density is reached; it must be given, got None")
+        self._live: dict[str, list[int]] = {}
         super().__init__(model, optimizer, update_every, start_step, end_step, 0, followers, False)
         self.final_density, self.scope = final_density, scope
         self.compact = compact and not distributed()
         self.compactions = 0
         self._done = False
-        self._live: dict[str, list[int]] = {}
-        self._adopted(list(self.layers))
         self._initial = {path: layer.topology.live_per_group() for path, layer in self.layers.items()}
         # How many live blocks each layer has, on the way from device to host, and the event that says it arrived.
         self._counts: Tensor | None = None
@@ -175,8 +177,8 @@ class GMP(Rule):
         layer = self.layers[path]
         kept = torch.sort((layer.topology.block_rows < 0).int(), stable=True).indices[:live]
         rows, cols = layer.topology.block_rows[kept], layer.topology.block_cols[kept]
-        for name, value, _ in [] if self.optimizer is None else list(element_state(self.optimizer, layer.weight)):
-            self.optimizer.state[layer.weight][name] = value[kept]
+        for state, name, value, _ in list(element_state(self._optimizers, layer.weight)):
+            state[name] = value[kept]
         for copy in self._copies(path):
             grad, copy.weight.grad = copy.weight.grad, None
             copy.weight.set_(copy.weight[kept])
