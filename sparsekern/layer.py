@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from sparsekern.backends.reference import densify, gather
 from sparsekern.topology import Topology, check_geometry, live_count
+from sparsekern.untrained import watch
 
 KEEP = ("magnitude", "random", "fresh")
 
@@ -38,6 +39,7 @@ class SparseLayer(nn.Module):
         self.topology = copy.deepcopy(topology).to(device)
         blocks = (topology.num_slots, topology.block_size, topology.block_size)
         self.weight = nn.Parameter(torch.empty(blocks, device=device, dtype=dtype))
+        watch(self.weight)
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)) if bias else None
         )

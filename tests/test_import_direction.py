@@ -16,7 +16,7 @@ RANK |= {
     "rewire.select": 9,
 }
 RANK |= {"rewire.drop_and_grow": 11, "rewire.gmp": 11, "rewire.density": 1, "table": 0}
-RANK |= {"devices": 0, "cost": 1, "vendor": 1.5}
+RANK |= {"untrained": 0, "devices": 0, "cost": 1, "vendor": 1.5}
 
 
 def imported(path: Path) -> set[str]:
