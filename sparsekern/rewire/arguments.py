@@ -71,7 +71,7 @@ def check_rewirable(where: str, path: str, layer: SparseLayer) -> None:
         )
     if weight.requires_grad and type(weight) not in (nn.Parameter, Tensor):
         raise ValueError(
-            f"{where}: the weight of layer {path!r} is a {type(weight).__name__}, of which this rank holds a part "
-            "(fully_shard, tensor parallelism) or which is quantised; a rule overwrites slots of a plain parameter: "
-            "use DistributedDataParallel, or give fully_shard ignored_params with the weights of the sparse layers"
+            f"{where}: the weight of layer {path!r} is a {type(weight).__name__}: this rank holds a part of it "
+            "(fully_shard, tensor parallelism), or it is quantised. A rule overwrites slots of a plain parameter; "
+            "use DistributedDataParallel, or sk.Static, which keeps the topology and checks that the ranks agree"
         )

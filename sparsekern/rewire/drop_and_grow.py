@@ -4,14 +4,14 @@ import math
 from collections.abc import Iterable
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsekern.layer import SparseLayer
 from sparsekern.rewire.growth import GrowthScores, best_candidates, float_bits, pack, positions_of, scores_of
 from sparsekern.rewire.hash import stream
-from sparsekern.rewire.rule import Rule, distributed
+from sparsekern.rewire.ranks import distributed, gathered
+from sparsekern.rewire.rule import Rule
 from sparsekern.rewire.schedule import Constant, check_fraction
 from sparsekern.rewire.scores import block_l1
 from sparsekern.rewire.select import places, random_candidates, weakest
@@ -243,9 +243,7 @@ def _sum_over_ranks(scores: Tensor) -> Tensor:
     """Add tables of scores; -1 where no rank scored anything. In float64, so that the order of ranks is no matter."""
     if not distributed():
         return scores
-    ranks = [torch.empty_like(scores) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(ranks, scores)
-    ranks = torch.stack(ranks)
+    ranks = gathered(scores)
     return torch.where((ranks < 0).all(0), -1.0, ranks.clamp(min=0).double().sum(0).float())
 
 
@@ -253,9 +251,7 @@ def _sum_keys_over_ranks(keys: Tensor) -> Tensor:
     """Add the scores of data-parallel ranks position by position; each rank may hold another selection of positions."""
     if not distributed():
         return keys
-    ranks = [torch.empty_like(keys) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(ranks, keys)
-    keys = torch.cat(ranks, dim=1)
+    keys = torch.cat(gathered(keys).unbind(), dim=1)
     positions, order = positions_of(keys).sort(dim=1)
     totals = scores_of(keys).gather(1, order).double().cumsum(dim=1)
     last = torch.ones_like(positions, dtype=torch.bool)

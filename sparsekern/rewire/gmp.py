@@ -3,14 +3,14 @@
 from collections.abc import Iterable
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsekern import choose
 from sparsekern.rewire.arguments import check_finite, check_flag
 from sparsekern.rewire.optimizer_state import element_state
-from sparsekern.rewire.rule import Rule, distributed
+from sparsekern.rewire.ranks import distributed
+from sparsekern.rewire.rule import Rule
 from sparsekern.rewire.schedule import cubic_density
 from sparsekern.rewire.scores import block_l1, sortable
 from sparsekern.rewire.select import weakest

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -20,8 +19,8 @@ from sparsekern.rewire.arguments import (
     list_of_modules,
     sparse_layers,
 )
-from sparsekern.rewire.hash import uniform_hash
 from sparsekern.rewire.optimizer_state import element_state, held_by, unwrap
+from sparsekern.rewire.ranks import checksum, distributed, gathered
 
 
 class Rule:
@@ -268,10 +267,8 @@ class Rule:
     def _check_ranks(self) -> None:
         if not distributed():
             return
-        own = torch.stack([_checksum(layer) for layer in self.layers.values()])
-        sums = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(sums, own)
-        for path, *values in zip(self.layers, *(s.tolist() for s in sums), strict=True):
+        sums = gathered(torch.stack([checksum(layer.topology) for layer in self.layers.values()]))
+        for path, *values in zip(self.layers, *sums.tolist(), strict=True):
             if len(set(values)) > 1:
                 raise RuntimeError(
                     f"{type(self).__name__}: ranks start with different topologies in layer {path!r} ({values}); "
@@ -329,15 +326,3 @@ def _bare(path: str) -> str:
         if path.startswith(prefix):
             return _bare(path.removeprefix(prefix))
     return path
-
-
-def distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _checksum(layer: SparseLayer) -> Tensor:
-    """int64 that depends on which block is in which slot."""
-    topology = layer.topology
-    positions = topology.layout.positions()
-    slots = torch.arange(len(positions), device=positions.device)
-    return uniform_hash(0, positions * len(positions) + slots).sum()
