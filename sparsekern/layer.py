@@ -1,6 +1,7 @@
 """SparseLayer: what every block-sparse layer holds (weight in slots, topology, bias), and how it loads and converts."""
 
 import copy
+import warnings
 from typing import Self
 
 import torch
@@ -46,6 +47,15 @@ class SparseLayer(nn.Module):
         self.growth = None
         """A rule that grows by gradient (RigL) hangs its `sparsekern.rewire.growth.GrowthScores` here."""
         self.reset_parameters()
+
+    def __delattr__(self, name: str) -> None:
+        if name == "weight":  # torch.nn.utils.parametrizations take the parameter away and put a property there
+            warnings.warn(
+                f"{type(self).__name__}: what replaces `weight` sees the slots [num_slots, B, B], and not W [out, in]: "
+                "spectral_norm and weight_norm normalise the store, and no rule can rewire it",
+                stacklevel=4,
+            )
+        super().__delattr__(name)
 
     @property
     def block_size(self) -> int:

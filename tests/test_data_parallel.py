@@ -117,9 +117,30 @@ def seed_apart(rank: int) -> None:
 
 
 def different_plans(rank: int) -> None:
-    model = nn.Sequential(sk.SparseLinear(32, 32, density=0.25 + rank / 4, block_size=4))
-    with pytest.raises(RuntimeError, match=r"\[sparse layers, slots\] \[\[1, 16\], \[1, 32\]\]; build the same model"):
-        DistributedDataParallel(model)
+    layers = [sk.SparseLinear(32, 32, density=density, block_size=4) for density in (0.25, 0.5)]
+    with pytest.raises(RuntimeError, match=r"ranks have \[\[1\], \[2\]\] sparse layers; build the same model"):
+        DistributedDataParallel(nn.Sequential(*layers[: rank + 1]))
+    with pytest.raises(RuntimeError, match=r"\[\[16, 32\], \[32, 16\]\] slots per sparse layer; build the same model"):
+        DistributedDataParallel(nn.Sequential(*layers[:: 1 - 2 * rank]))
+
+
+def shard_state(rank: int) -> None:
+    """ZeroRedundancyOptimizer keeps the state of a weight on one rank only, in the optimiser that it wraps."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = build(0, 4)
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, lr=1e-2)
+    rule = sk.SET(model, optimizer, update_every=3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(8, 32, generator=torch.Generator().manual_seed(0))).square().mean().backward()
+        optimizer.step()
+        rule.step()
+    states = [optimizer.optim.state.get(layer.weight, {}) for layer in (model[0], model[2])]
+    assert sum(map(bool, states)) < 2
+    for layer, state in zip((model[0], model[2]), states, strict=True):
+        rewired = ~layer.weight.any(dim=(1, 2))
+        assert rewired.any() and not (state and state["exp_avg"][rewired].any())
 
 
 def shard(rank: int) -> None:
@@ -183,7 +204,11 @@ def test_ranks_that_were_seeded_differently_get_the_topology_of_rank_0_with_its_
     spawn(seed_apart, tmp_path)
 
 
-def test_ranks_with_different_numbers_of_slots_are_refused_by_name(tmp_path):
+def test_optimiser_state_that_is_spread_over_the_ranks_follows_a_rewire(tmp_path):
+    spawn(shard_state, tmp_path)
+
+
+def test_ranks_with_different_numbers_of_layers_or_slots_are_refused(tmp_path):
     spawn(different_plans, tmp_path)
 
 

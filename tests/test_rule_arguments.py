@@ -215,6 +215,12 @@ def normed(model, parametrize):
     return model
 
 
+@pytest.mark.parametrize("norm", [parametrizations.spectral_norm, parametrizations.weight_norm])
+def test_a_norm_of_a_sparse_weight_warns_that_it_sees_the_store(norm):
+    with pytest.warns(UserWarning, match=r"slots \[num_slots, B, B\], and not W.*spectral_norm.*normalise the store"):
+        norm(build(1)[0])
+
+
 NAN, INF = float("nan"), float("inf")
 REFUSED = {
     "no optimiser": (lambda m, o: sk.SET(m, None), "SET: optimizer must be a torch optimiser.*got NoneType"),

@@ -39,14 +39,16 @@ def _share_topology(wrapper: nn.Module, name: str, model: nn.Module) -> None:
     topologies = [m.topology for m in model.modules() if isinstance(m, SparseLayer)]
     if not topologies:
         return
-    group = wrapper.process_group
-    sizes = [len(topologies), sum(topology.num_slots for topology in topologies)]
-    sizes = gathered(torch.tensor(sizes, device=topologies[0].block_rows.device), group).tolist()
-    if any(size != sizes[0] for size in sizes):
-        raise RuntimeError(
-            f"DistributedDataParallel: the ranks have [sparse layers, slots] {sizes}; "
-            "build the same model on every rank"
-        )
+    group, device = wrapper.process_group, topologies[0].block_rows.device
+    for what, own in (
+        ("sparse layers", [len(topologies)]),
+        ("slots per sparse layer", [t.num_slots for t in topologies]),
+    ):
+        found = gathered(torch.tensor(own, device=device), group).tolist()
+        if any(other != own for other in found):
+            raise RuntimeError(
+                f"DistributedDataParallel: the ranks have {found} {what}; build the same model on every rank"
+            )
     sums = gathered(torch.stack([checksum(topology) for topology in topologies]), group)
     for topology, differs in zip(topologies, (sums != sums[0]).any(0).tolist(), strict=True):
         if differs:
