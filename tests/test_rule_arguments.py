@@ -221,6 +221,12 @@ def test_a_norm_of_a_sparse_weight_warns_that_it_sees_the_store(norm):
         norm(build(1)[0])
 
 
+def sharing(model):
+    follower = copy.deepcopy(model)
+    follower[1].weight = model[1].weight
+    return follower
+
+
 NAN, INF = float("nan"), float("inf")
 REFUSED = {
     "no optimiser": (lambda m, o: sk.SET(m, None), "SET: optimizer must be a torch optimiser.*got NoneType"),
@@ -238,6 +244,12 @@ REFUSED = {
     "no model": (lambda m, o: sk.SET(None, o), "SET: model must be a torch.nn.Module, got NoneType"),
     "a follower for a list": (lambda m, o: sk.SET(m, o, followers=copy.deepcopy(m)), "list of modules, got Sequential"),
     "a follower that is none": (lambda m, o: sk.SET(m, o, followers=[None]), "list of modules, got NoneType in it"),
+    "itself for a follower": (
+        lambda m, o: RULES["GMP"](m, o, followers=[m]),
+        "GMP: layer '0' of a follower is that of",
+    ),
+    "one follower twice": (lambda m, o: sk.SET(m, o, followers=2 * [copy.deepcopy(m)]), "SET: .*give each copy.* once"),
+    "a follower of shared weights": (lambda m, o: sk.SET(m, o, followers=[sharing(m)]), "or shares its weight"),
     "no followers": (lambda m, o: sk.SET(m, o, followers=None), "list of modules, got NoneType"),
     "a negative seed": (lambda m, o: sk.SET(m, o, seed=-1), "seed must be an integer from 0.*got -1"),
     "a seed of 65 bits": (lambda m, o: sk.RigL(m, o, seed=2**64), f"seed must be.*got {2**64}"),

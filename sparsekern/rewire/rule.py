@@ -63,6 +63,13 @@ class Rule:
         self.optimizer = optimizer
         self._optimizers = self._checked_optimizers(name)
         self.followers = [self._follower(f) for f in list_of_modules(name, followers)]
+        for path in self.layers:
+            copies = self._copies(path)
+            if len({id(copy) for copy in copies} | {id(copy.weight) for copy in copies}) < 2 * len(copies):
+                raise ValueError(
+                    f"{name}: layer {path!r} of a follower is that of the model or of another follower, or shares its "
+                    "weight; give each copy (copy.deepcopy) once"
+                )
         self.clock = 0.0
         self.events = 0
         """Events that fired so far."""
