@@ -125,9 +125,18 @@ def test_what_is_meant_so_gives_no_warning(recwarn):
     actor, critic = make(), make()  # the actor's loss gives the critic gradients, and each has its optimiser
     optimizers = [optim.Adam(actor.parameters()), optim.Adam(critic.parameters())]
     train(nn.Sequential(actor, critic), *optimizers)
+    moved = make()
+    backward(moved, PASSES)
+    moved.zero_grad()
+    moved.to(torch.float64)
+    train(head, optim.SGD(head.parameters(), 0.1), steps=1)
+    late = make()
+    backward(late, PASSES)
+    late.requires_grad_(False)  # frozen when it has become a suspect
+    train(head, optim.SGD(head.parameters(), 0.1), steps=1)
     gone = make()
     backward(gone, PASSES)
-    del gone
+    del gone, moved, late
     gc.collect()
     assert not _global_optimizer_post_hooks
     train(head, optim.SGD(head.parameters(), 0.1), steps=2)
