@@ -6,7 +6,7 @@ from sparsekern.conv import SparseConv2d
 from sparsekern.convert import densify, plan, plan_from, sparsify
 from sparsekern.linear import SparseLinear
 from sparsekern.products import dds, sdd
-from sparsekern.rewire.drop_and_grow import SET, RigL
+from sparsekern.rewire.drop_and_grow import SET, DropAndGrow, RigL
 from sparsekern.rewire.gmp import GMP
 from sparsekern.rewire.optimizer_state import reset_state
 from sparsekern.rewire.rule import Static
@@ -17,6 +17,7 @@ from sparsekern.topology import Topology
 __all__ = [
     "GMP",
     "SET",
+    "DropAndGrow",
     "RigL",
     "SparseConv2d",
     "SparseLinear",

@@ -8,6 +8,7 @@ from sparsekern.backends import cpu
 from sparsekern.backends.reference import densify
 from sparsekern.choose import break_even
 from sparsekern.layer import SparseLayer
+from sparsekern.operators import at_these_coordinates
 from sparsekern.products import dds
 from sparsekern.topology import Topology
 
@@ -107,10 +108,10 @@ class SparseConv2d(SparseLayer):
 
     def _conv_weight(self) -> Tensor:
         """The weight [out_channels, in_channels / groups, kh, kw]; differentiable, dead slots have no gradient."""
-        weight = self.weight
+        weight, layout = self.weight, self.topology.layout
         if torch.is_grad_enabled():
-            weight = torch.where((self.topology.block_rows >= 0)[:, None, None], weight, 0)
-        dense = densify(weight, self.topology.layout)
+            weight = torch.where((layout.block_rows >= 0)[:, None, None], at_these_coordinates(weight, layout), 0)
+        dense = densify(weight, layout)
         out, into = (size // self.groups for size in self.topology.shape)
         return dense[:, :out, :into].reshape(self.out_channels, -1, *self.kernel_size)
 

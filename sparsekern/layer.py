@@ -1,6 +1,7 @@
 """SparseLayer: what every block-sparse layer holds (weight in slots, topology, bias), and how it loads and converts."""
 
 import copy
+import warnings
 from typing import Self
 
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 
 from sparsekern.backends.reference import densify, gather
 from sparsekern.topology import Topology, check_geometry, live_count
+from sparsekern.untrained import watch
 
 KEEP = ("magnitude", "random", "fresh")
 
@@ -38,12 +40,22 @@ class SparseLayer(nn.Module):
         self.topology = copy.deepcopy(topology).to(device)
         blocks = (topology.num_slots, topology.block_size, topology.block_size)
         self.weight = nn.Parameter(torch.empty(blocks, device=device, dtype=dtype))
+        watch(self.weight)
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)) if bias else None
         )
         self.growth = None
-        """A rule that grows by gradient (RigL) hangs its `sparsekern.growth.GrowthScores` here."""
+        """A rule that grows by gradient (RigL) hangs its `sparsekern.rewire.growth.GrowthScores` here."""
         self.reset_parameters()
+
+    def __delattr__(self, name: str) -> None:
+        if name == "weight":  # torch.nn.utils.parametrizations take the parameter away and put a property there
+            warnings.warn(
+                f"{type(self).__name__}: what replaces `weight` sees the slots [num_slots, B, B], and not W [out, in]: "
+                "spectral_norm and weight_norm normalise the store, and no rule can rewire it",
+                stacklevel=4,
+            )
+        super().__delattr__(name)
 
     @property
     def block_size(self) -> int:
@@ -76,7 +88,7 @@ class SparseLayer(nn.Module):
         topology = self.topology
         live = topology.block_rows >= 0
         width = self._extent(topology.block_cols, 1) * live
-        fan_in = torch.zeros(topology.grid[0], device=width.device)
+        fan_in = torch.zeros(topology.grid[0], dtype=torch.float32, device=width.device)
         return fan_in.index_add_(0, topology.block_rows.long().clamp(min=0), width.float())
 
     def lanes(self) -> Tensor:
@@ -210,23 +222,37 @@ class SparseLayer(nn.Module):
         return starts, cols[slots], self.weight.detach()[slots]
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        weight = state_dict.get(prefix + "weight")
+        # all that can be wrong is found before anything is changed: a refused checkpoint leaves the layer as it was
+        weight, rows = state_dict.get(prefix + "weight"), state_dict.get(prefix + "topology.block_rows")
         if weight is not None:
-            if weight.dim() != 3 or weight.shape[1:] != self.weight.shape[1:]:
-                want = ("num_slots", *self.weight.shape[1:])
-                hint = "; convert a dense one with SparseLinear.from_linear" if weight.dim() == 2 else ""
+            self._check_weight(prefix, weight)
+        adopts = self.topology.check_checkpoint(state_dict, prefix + "topology.")
+        if weight is None:
+            if adopts and not self.topology.is_at(rows, state_dict[prefix + "topology.block_cols"]):
                 raise ValueError(
-                    f"load_state_dict: {prefix}weight must have shape ({', '.join(map(str, want))}), "
-                    f"the checkpoint's has {tuple(weight.shape)}{hint}"
+                    f"load_state_dict: the checkpoint has another topology than the layer, but no {prefix}weight; "
+                    "the layer's weights would be in the wrong places"
                 )
-            # all that can be wrong is found before anything is changed: a refused checkpoint leaves the layer as it was
-            self.topology.check_checkpoint(state_dict, prefix + "topology.")
-            rows = state_dict.get(prefix + "topology.block_rows")
-            if rows is not None and len(rows) != len(weight):
-                raise ValueError(f"load_state_dict: {prefix}weight has {len(weight)} slots, its topology {len(rows)}")
-            if weight.shape != self.weight.shape and rows is not None:
+        else:
+            num_slots = len(rows) if adopts else self.topology.num_slots
+            if len(weight) != num_slots:
+                raise ValueError(f"load_state_dict: {prefix}weight has {len(weight)} slots, its topology {num_slots}")
+            if weight.shape != self.weight.shape:
                 self._resize(len(weight))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_weight(self, prefix: str, weight: Tensor) -> None:
+        """Refuse what are no blocks of this layer's size."""
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+            raise ValueError(f"load_state_dict: {prefix}weight must be a tensor of real numbers, got {got}")
+        if weight.dim() != 3 or weight.shape[1:] != self.weight.shape[1:]:
+            want = ("num_slots", *self.weight.shape[1:])
+            hint = "; convert a dense one with SparseLinear.from_linear" if weight.dim() == 2 else ""
+            raise ValueError(
+                f"load_state_dict: {prefix}weight must have shape ({', '.join(map(str, want))}), "
+                f"the checkpoint's has {tuple(weight.shape)}{hint}"
+            )
 
     @torch.no_grad()
     def _resize(self, num_slots: int) -> None:

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.layer import SparseLayer
+from sparsekern.operators import is_plain
 from sparsekern.products import dds
-from sparsekern.topology import Topology
+from sparsekern.topology import INTEGERS, Topology
 
 
 class SparseLinear(SparseLayer):
@@ -23,7 +24,8 @@ class SparseLinear(SparseLayer):
         topology: live blocks to start from, instead of a random topology of this density.
 
     Shapes: weight [num_slots, B, B] in the slots of `topology`; bias [out_features]; x [..., in_features].
-    Initial values are nn.Linear's, uniform within 1 / sqrt(fan_in), with the real fan-in of each row.
+    Initial values are nn.Linear's, uniform within 1 / sqrt(fan_in), with the real fan-in of each row. torch.nn.init
+    would take its fans from the slots' shape, which is not the matrix's: use `sparsekern.init_(layer, function)`.
 
     Example:
         >>> layer = SparseLinear(1024, 512, density=0.1, block_size=16)
@@ -58,9 +60,11 @@ class SparseLinear(SparseLayer):
             raise ValueError(
                 f"SparseLinear: group must hold one id per token, {tuple(x.shape[:-1])}, got {tuple(group.shape)}"
             )
-        if group.is_floating_point() or group.dtype == torch.bool:
+        if group.dtype not in INTEGERS:
             raise ValueError(f"SparseLinear: group ids must be integers, got {group.dtype}")
-        ids, order = torch.sort(group.flatten(), stable=True)
+        if group.device != x.device:
+            raise ValueError(f"SparseLinear: x is on {x.device}, but the group ids are on {group.device}")
+        ids, order = torch.sort(group.flatten().long(), stable=True)
         offsets = torch.searchsorted(ids, torch.arange(self.groups + 1, device=ids.device))
         inside = (offsets[0] == 0) & (offsets[-1] == len(ids))
         if torch.compiler.is_compiling() or ids.device.type != "cpu":  # elsewhere reading it would synchronise
@@ -71,7 +75,7 @@ class SparseLinear(SparseLayer):
             )
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         y = dds(
-            _Permute.apply(x.reshape(-1, x.shape[-1]), order, inverse),
+            _permute(x.reshape(-1, x.shape[-1]), order, inverse),
             self.weight,
             self.topology,
             self.bias,
@@ -79,7 +83,7 @@ class SparseLinear(SparseLayer):
             token_offsets=offsets,
             growth=self.growth,
         )
-        return _Permute.apply(y, inverse, order).reshape(group.shape + y.shape[1:])
+        return _permute(y, inverse, order).reshape(group.shape + y.shape[1:])
 
     @classmethod
     def from_linear(
@@ -132,6 +136,13 @@ class SparseLinear(SparseLayer):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
+def _permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """x[order]."""
+    if torch.compiler.is_compiling() or is_plain(x, order):
+        return _Permute.apply(x, order, inverse)
+    return x.index_select(0, order)  # which modes and transforms know
+
+
 class _Permute(torch.autograd.Function):
     """x[order], whose gradient is a gather by the inverse; indexing's own backward would scatter, serially on a CPU."""
 
@@ -143,4 +154,4 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         order, inverse = ctx.saved_tensors
-        return _Permute.apply(dy, inverse, order), None, None
+        return _permute(dy, inverse, order), None, None

@@ -1,4 +1,4 @@
-"""The two products on 2-D operands whose features fill whole blocks: routes, gradients, registration with torch.library.
+"""The two products on 2-D operands of whole blocks: routes, gradients, registration with torch.library.
 
 The gradients of each product are again products: of y = x Wᵀ, dx = dy W is a dds and dW = dyᵀx on the live blocks an
 sdd. There are three routes to a backend, all with the same gradients:
@@ -114,6 +114,25 @@ def check_unchanged(layout: Layout, versions: tuple[int, int]) -> None:
             f"its coordinates were at version {versions}, and are at {layout.versions()}. "
             "Call rule.step() after backward() and optimizer.step()"
         )
+
+
+def at_these_coordinates(weight: Tensor, layout: Layout) -> Tensor:
+    """The weight, whose backward refuses coordinates that have changed; for what is not one of the products."""
+    if torch.compiler.is_compiling() or not is_plain(weight):
+        return weight
+    return _AtTheseCoordinates.apply(weight, layout)
+
+
+class _AtTheseCoordinates(Function):
+    @staticmethod
+    def forward(ctx, weight, layout):
+        ctx.layout, ctx.versions = layout, layout.versions()
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        check_unchanged(ctx.layout, ctx.versions)
+        return gradient, None
 
 
 class Dds(Function):
@@ -259,7 +278,7 @@ def _one_by_one(size: int, dims: tuple, operands: tuple, product: Callable[..., 
 
 def _refuse_batched(layout_dims: tuple) -> None:
     if any(dim is not None for dim in layout_dims):
-        raise ValueError("vmap: the entries of a batch share one topology, but block_rows, block_cols or index are batched")
+        raise ValueError("vmap: the entries of a batch share one topology, but its tensors are batched")
 
 
 def _warn_ensemble() -> None:

@@ -14,7 +14,7 @@ from sparsekern.topology import INTEGERS, Layout, Topology
 
 
 class Growth(Protocol):
-    """What scores the gradient of W in every backward: RigL's `sparsekern.growth.GrowthScores`."""
+    """What scores the gradient of W in every backward: RigL's `sparsekern.rewire.growth.GrowthScores`."""
 
     def watch(self, y: Tensor, x: Tensor, token_offsets: Tensor | None, layout: Layout) -> Tensor:
         """Return y = x Wᵀ unchanged, and score its gradient when it comes."""

@@ -6,7 +6,6 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
@@ -179,8 +178,8 @@ class Topology(nn.Module):
     `block_rows` and `block_cols` *are* the topology: slot s of the weight holds block (block_rows[s], block_cols[s]),
     in global block coordinates; -1 marks a dead slot. They move and are saved as buffers are, but are not registered as
     such: DistributedDataParallel would broadcast them at every forward, and no backend of it knows int16. `index` is
-    derived from them, not saved, and built anew before the next product if somebody has written them in place. With groups, the matrix is block-diagonal: group g owns block rows g*R/G ... and
-    block columns g*C/G ... .
+    derived from them, not saved, and built anew before the next product if somebody has written them in place. With
+    groups, the matrix is block-diagonal: group g owns block rows g*R/G ... and block columns g*C/G ... .
 
     Args:
         block_rows, block_cols: int [num_slots], no duplicates; -1 in both = dead slot.
@@ -370,6 +369,13 @@ class Topology(nn.Module):
         destination[prefix + "block_rows"], destination[prefix + "block_cols"] = self.block_rows, self.block_cols
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
+    def is_at(self, block_rows: Tensor, block_cols: Tensor) -> bool:
+        """Whether these are the coordinates, slot by slot; False on "meta", which has none."""
+        if self.block_rows.is_meta or block_rows.is_meta or block_rows.shape != self.block_rows.shape:
+            return False
+        pairs = ((block_rows, self.block_rows), (block_cols, self.block_cols))
+        return all(torch.equal(other.to(own), own) for other, own in pairs)
+
     def check_checkpoint(self, state_dict: dict, prefix: str) -> bool:
         """Whether there is a topology at `prefix`; raise a ValueError if it is not one of this geometry."""
         if any(prefix + name not in state_dict for name in _SAVED):
@@ -393,11 +399,10 @@ class Topology(nn.Module):
             self._apply(lambda tensor: torch.empty_like(tensor, device=rows.device))
         if self.block_rows.is_meta:
             return  # as for parameters: what has no memory keeps nothing
-        rows, cols = rows.to(self.block_rows), cols.to(self.block_cols)
-        # written in place before, by whoever fills the tensors of a state_dict, they are equal and the index is old
-        same = torch.equal(rows, self.block_rows) and torch.equal(cols, self.block_cols)
-        self.adoptions += not same or not is_current(self._layout())
-        if not same or not is_current(self._layout()) or self.full != bool(state_dict[prefix + "_extra_state"][4]):
+        # where somebody filled the tensors of our own state_dict, they are equal and the index is old
+        same = self.is_at(rows, cols) and is_current(self._layout())
+        self.adoptions += not same
+        if not same or self.full != bool(state_dict[prefix + "_extra_state"][4]):
             self.replace(rows, cols)
         else:
             self.rebuild()

@@ -1,6 +1,8 @@
 """Data parallelism on two gloo processes: every rank must take the same decisions from different data."""
 
+import multiprocessing
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -89,8 +91,96 @@ def keep_dead_slots(rank: int) -> None:
     assert model[0].topology.num_live < slots
 
 
+def seed_apart(rank: int) -> None:
+    for rule in (None, sk.SET, sk.RigL):
+        model = build(rank, 4)  # as scripts do that seed every rank differently and trust that weights are broadcast
+        own = model[0].topology.mask()
+        parallel = DistributedDataParallel(model)
+        assert torch.equal(model[0].topology.mask(), own) == (rank == 0)
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        step = rule(parallel, optimizer, update_every=2).step if rule else lambda: None
+        ours = AssertionError("a step without a rule has no collective of ours")
+        with mock.patch.object(dist, "all_gather", wraps=dist.all_gather, side_effect=None if rule else ours):
+            for _ in range(5):
+                optimizer.zero_grad()
+                x = torch.randn(8, 32)
+                (parallel(x) - x[:, :16]).square().mean().backward()
+                optimizer.step()
+                step()
+        for layer in (model[0], model[2]):
+            topology = layer.topology
+            fresh = sk.Topology(*topology.layout[:2], topology.shape, topology.block_size, topology.groups)
+            assert torch.equal(fresh.index, topology.index)
+            for tensor in (topology.block_rows.int(), topology.block_cols.int(), layer.weight.detach()):
+                first, second = gathered(tensor)
+                assert torch.equal(first, second)
+
+
+def different_plans(rank: int) -> None:
+    layers = [sk.SparseLinear(32, 32, density=density, block_size=4) for density in (0.25, 0.5)]
+    with pytest.raises(RuntimeError, match=r"ranks have \[\[1\], \[2\]\] sparse layers; build the same model"):
+        DistributedDataParallel(nn.Sequential(*layers[: rank + 1]))
+    with pytest.raises(RuntimeError, match=r"\[\[16, 32\], \[32, 16\]\] slots per sparse layer; build the same model"):
+        DistributedDataParallel(nn.Sequential(*layers[:: 1 - 2 * rank]))
+
+
+def shard_state(rank: int) -> None:
+    """ZeroRedundancyOptimizer keeps the state of a weight on one rank only, in the optimiser that it wraps."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = build(0, 4)
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, lr=1e-2)
+    rule = sk.SET(model, optimizer, update_every=3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(8, 32, generator=torch.Generator().manual_seed(0))).square().mean().backward()
+        optimizer.step()
+        rule.step()
+    states = [optimizer.optim.state.get(layer.weight, {}) for layer in (model[0], model[2])]
+    assert sum(map(bool, states)) < 2
+    for layer, state in zip((model[0], model[2]), states, strict=True):
+        rewired = ~layer.weight.any(dim=(1, 2))
+        assert rewired.any() and not (state and state["exp_avg"][rewired].any())
+
+
+def shard(rank: int) -> None:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    model, alone = build(0, 4), build(0, 4)
+    for module in (model[0], model[2], model):
+        fully_shard(module)
+    optimizers = [torch.optim.Adam(m.parameters(), 1e-2) for m in (model, alone)]
+    static = sk.Static(model)
+    for step in range(4):
+        x = torch.randn(8, 32, generator=torch.Generator().manual_seed(step))
+        for m, part in ((model, x.chunk(2)[rank]), (alone, x)):
+            m.zero_grad()
+            (m(part) - part[:, :16]).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        assert not static.step()
+    for sharded, plain in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(sharded.full_tensor(), plain.detach())
+    for rule in (sk.SET, sk.RigL, lambda *a: sk.GMP(*a, end_step=10)):
+        with pytest.raises(ValueError, match="layer '0' is a DTensor: this rank holds a part.*DistributedDataParallel"):
+            rule(model, optimizers[0])
+    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    if rank == 0:
+        other = build(1, 4)
+        other.load_state_dict(full)
+        torch.testing.assert_close(other(x), alone(x))
+    with pytest.raises(NotImplementedError, match="only support nn.Linear"):
+        parallelize_module(build(0, 4), init_device_mesh("cpu", (RANKS,)), {"0": ColwiseParallel()})
+
+
 def spawn(function, tmp_path, *args) -> None:
-    mp.spawn(run, (str(tmp_path / "rendezvous"), function, *args), nprocs=RANKS)
+    # a fork server imports torch once for all tests; a plain spawn takes four seconds for it in every process
+    multiprocessing.set_forkserver_preload(["torch.distributed", "sparsekern"])
+    arguments = (str(tmp_path / "rendezvous"), function, *args)
+    mp.start_processes(run, arguments, nprocs=RANKS, start_method="forkserver")
 
 
 @pytest.mark.parametrize(("rule", "block_size"), [("SET", 4), ("RigL", 4), ("RigL", 1)])
@@ -108,3 +198,19 @@ def test_a_rule_refuses_ranks_that_start_with_different_topologies(tmp_path):
 
 def test_gmp_does_not_compact_under_data_parallelism(tmp_path):
     spawn(keep_dead_slots, tmp_path)
+
+
+def test_ranks_that_were_seeded_differently_get_the_topology_of_rank_0_with_its_weights(tmp_path):
+    spawn(seed_apart, tmp_path)
+
+
+def test_optimiser_state_that_is_spread_over_the_ranks_follows_a_rewire(tmp_path):
+    spawn(shard_state, tmp_path)
+
+
+def test_ranks_with_different_numbers_of_layers_or_slots_are_refused(tmp_path):
+    spawn(different_plans, tmp_path)
+
+
+def test_sharded_layers_train_with_a_fixed_topology_and_rules_and_tensor_parallelism_are_refused(tmp_path):
+    spawn(shard, tmp_path)

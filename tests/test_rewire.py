@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from oracle import live_blocks, random_topology, topologies
 from scipy.stats import chisquare
 
-from sparsekern import growth
-from sparsekern.rewire.rewire import places, random_candidates, weakest
-from sparsekern.rewire.scores import sortable, stream, uniform_hash
+from sparsekern.rewire import growth
+from sparsekern.rewire.hash import stream, uniform_hash
+from sparsekern.rewire.scores import sortable
+from sparsekern.rewire.select import places, random_candidates, weakest
 
 SCORES = st.sampled_from([0.0, 0.5, 0.5, 1.0, 2.0, float("inf"), float("nan")])
 

@@ -4,16 +4,17 @@ import math
 from collections.abc import Iterable
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparsekern.growth import GrowthScores, float_bits, pack, positions_of, scores_of
 from sparsekern.layer import SparseLayer
-from sparsekern.rewire.rewire import places, random_candidates, weakest
-from sparsekern.rewire.rule import Rule, distributed
+from sparsekern.rewire.growth import GrowthScores, best_candidates, float_bits, pack, positions_of, scores_of
+from sparsekern.rewire.hash import stream
+from sparsekern.rewire.ranks import distributed, gathered
+from sparsekern.rewire.rule import Rule
 from sparsekern.rewire.schedule import Constant, check_fraction
-from sparsekern.rewire.scores import block_l1, stream
+from sparsekern.rewire.scores import block_l1
+from sparsekern.rewire.select import places, random_candidates, weakest
 
 
 class DropAndGrow(Rule):
@@ -21,17 +22,31 @@ class DropAndGrow(Rule):
 
     Args:
         model: its sparse layers are rewired; frozen ones are not.
-        optimizer: built after the model; rewired slots of its state are reset to what a fresh optimiser holds.
+        optimizer: built after the model; a wrapper of one (accelerate's, Lightning's, Lookahead) or a list of several
+            will do. Rewired slots of its state are reset to what a fresh optimiser holds.
         drop_fraction: share of the live blocks replaced at an event, in [0, 1]; a float, or a schedule such as
             `cosine(0.3)`, which needs `end_step`. The remainder of drop_fraction * live is carried to the next event.
         update_every: steps (or units of the clock) between events; the first is at start_step + update_every.
         start_step, end_step: no event at or before the one, nor after the other (None: no end).
         seed: of the random choices; together with layer, event and position it decides them, on every device alike.
-        followers: copies of the model (target, EMA) that take over the topology; their rewired slots get the new value.
+        followers: copies of the model that take over the topology; their rewired slots get the new value. Every copy
+            that lives on beside the model (target network, EMA, AveragedModel) must be given here: a copy that is not
+            keeps the old topology, and averaging or copying weights into it mixes blocks of different places.
         coverage: keep a boolean per place for `stats()["coverage"]`, the share of places that were ever live.
 
     A block dropped at an event is no candidate for growth at that event; where dead places run out, fewer are replaced.
-    New blocks start at zero. A new rule overrides `drop_scores` and `growth_candidates`.
+    New blocks start at zero.
+
+    A new rule is two functions, `drop_scores` and `grow_scores`; the base class counts, selects, moves optimiser state
+    and followers, and carries what a resume needs.
+
+    Example:
+        >>> class Middle(DropAndGrow):  # drops the strongest blocks, grows in the middle of the matrix
+        ...     def drop_scores(self, layer):
+        ...         return -layer.weight.detach().float().abs().sum((1, 2))
+        ...     def grow_scores(self, layer):
+        ...         row, col = (torch.linspace(-1, 1, n // layer.groups) for n in layer.topology.grid)
+        ...         return (2 - row[:, None].abs() - col.abs()).expand(layer.groups, -1, -1)
     """
 
     def __init__(
@@ -49,18 +64,25 @@ class DropAndGrow(Rule):
         self.drop_fraction = drop_fraction if callable(drop_fraction) else Constant(drop_fraction)
         if getattr(self.drop_fraction, "needs_end", False) and end_step is None:
             raise ValueError(f"{type(self).__name__}: {self.drop_fraction} needs an end_step, got None")
-        super().__init__(model, optimizer, update_every, start_step, end_step, seed, followers, coverage)
         self._live: dict[str, list[int]] = {}
-        self._adopted(list(self.layers))
+        super().__init__(model, optimizer, update_every, start_step, end_step, seed, followers, coverage)
         self._carry = {path: [0.0] * layer.groups for path, layer in self.layers.items()}
 
-    def drop_scores(self, path: str, layer: SparseLayer) -> Tensor:
-        """float32 [num_slots]; the blocks with the smallest are dropped."""
+    def drop_scores(self, layer: SparseLayer) -> Tensor:
+        """float32 [num_slots]; the live blocks with the smallest are dropped, NaN first. By default the L1 norm.
+
+        Called without gradients. Elements of `layer.weight` outside of `layer.lanes()` stand for no weight.
+        """
         return block_l1(layer)
 
-    def growth_candidates(self, path: str, layer: SparseLayer, count: int) -> Tensor:
-        """Keys [groups, count or more] of dead blocks, the largest to be grown; see `sparsekern.growth`."""
-        raise NotImplementedError
+    def grow_scores(self, layer: SparseLayer) -> Tensor | None:
+        """float32 [groups, rows, cols], one for each place in the grid; the dead places with the largest are grown.
+
+        Places whose score is negative or not finite do not grow; ties go to the lower place; what is said of live
+        places does not matter. None: every dead place is as likely as another. Where a table of all places would be too
+        large, keys of the best dead places instead, int64 [groups, count], see `sparsekern.rewire.growth`.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: a rule must say where to grow; override grow_scores(layer)")
 
     def state_dict(self) -> dict:
         return super().state_dict() | {"carry": {path: list(carry) for path, carry in self._carry.items()}}
@@ -76,25 +98,36 @@ class DropAndGrow(Rule):
     def _event(self, now: float) -> bool:
         fraction = self.drop_fraction(self._progress(now))
         check_fraction(fraction)
-        moved = [self._rewire(path, layer, fraction) for path, layer in self.layers.items()]
-        return any(moved)
+        # every layer is scored before the first is changed, so that scores that are refused leave all as it was
+        counts = {path: self._counts(path, fraction) for path in self.layers}
+        chosen = {path: self._choose(path, layer, counts[path][0]) for path, layer in self.layers.items()}
+        for path, (_, carry) in counts.items():
+            self._carry[path] = carry
+        for path, moves in chosen.items():
+            self._move(path, *moves)
+        return any(len(slots) for slots, _, _ in chosen.values())
 
-    def _rewire(self, path: str, layer: SparseLayer, fraction: float) -> bool:
-        counts = self._counts(path, fraction)
-        if not any(counts):
-            self._moved[path] = (0, 0)
-            return False
+    def _choose(self, path: str, layer: SparseLayer, counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Slots to rewire, int64 [sum(counts)], and their new block rows and columns, -1 where candidates ran out."""
         layout = layer.topology.layout
-        scores = self.drop_scores(path, layer)
+        if not any(counts):
+            return 3 * (layout.block_rows[:0].long(),)
+        scores = self._checked(path, "drop_scores", self.drop_scores(layer), (layout.num_slots,))
+        keys = self._candidates(path, layer, max(counts))
         self._note_nan(path, scores)
         slots = weakest(scores, layout, self._live[path], counts)
-        rows, cols = places(self.growth_candidates(path, layer, max(counts)), layout, counts)
-        kept = rows < 0  # no candidate was left for this slot
+        return slots, *places(keys, layout, counts)
+
+    def _move(self, path: str, slots: Tensor, rows: Tensor, cols: Tensor) -> None:
+        layer = self.layers[path]
+        kept = rows < 0
         self._moved[path] = 2 * ((~kept).sum(),)
+        if not len(slots):
+            return
         for tensor, fresh in self._element_tensors(path):
             _assign(tensor, slots, tensor[slots].masked_fill_(~kept[:, None, None], fresh))
-        rows = torch.where(kept, layout.block_rows[slots], rows)
-        cols = torch.where(kept, layout.block_cols[slots], cols)
+        rows = torch.where(kept, layer.topology.block_rows[slots], rows)
+        cols = torch.where(kept, layer.topology.block_cols[slots], cols)
         for copy in self._copies(path):
             _assign(copy.topology.block_rows, slots, rows)
             _assign(copy.topology.block_cols, slots, cols)
@@ -102,18 +135,37 @@ class DropAndGrow(Rule):
             if copy is not layer:
                 _assign(copy.weight, slots, torch.where(kept[:, None, None], copy.weight[slots], layer.weight[slots]))
         self._cover(path)
-        return True
 
-    def _counts(self, path: str, fraction: float) -> list[int]:
-        """Blocks to replace in each group: exact, the remainder carried, and no more than there are dead places."""
+    def _candidates(self, path: str, layer: SparseLayer, count: int) -> Tensor:
+        """Keys [groups, count or more] of the dead places that may grow."""
+        layout, scores = layer.topology.layout, self.grow_scores(layer)
+        if scores is None:
+            return random_candidates(layout, count, stream(self.seed, self._index[path], self.events))
+        if isinstance(scores, Tensor) and scores.dtype == torch.int64:
+            return scores
+        grid = (layout.groups, layout.num_rows // layout.groups, layout.num_cols // layout.groups)
+        table = self._checked(path, "grow_scores", scores, grid) + 0.0  # -0.0 becomes 0.0, which may grow
+        return best_candidates(layout, count, lambda strip, _: float_bits(table[:, strip].flatten(1)))
+
+    def _checked(self, path: str, function: str, scores: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The scores that a rule gave, as float32."""
+        if not isinstance(scores, Tensor) or scores.shape != shape or not scores.is_floating_point():
+            got = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(
+                f"{type(self).__name__}.{function}: layer {path!r} wants floating-point scores {shape}, got {got}"
+            )
+        return scores.float()
+
+    def _counts(self, path: str, fraction: float) -> tuple[list[int], list[float]]:
+        """Blocks to replace in each group, no more than there are dead places, and the remainders to carry."""
         topology = self.layers[path].topology
-        counts = []
-        for g, live in enumerate(self._live[path]):
-            exact = fraction * live + self._carry[path][g]
+        counts, carry = [], []
+        for live, carried in zip(self._live[path], self._carry[path], strict=True):
+            exact = fraction * live + carried
             count = math.floor(exact + 1e-9)  # 0.29 * 100 is 28.999... in floating point
-            self._carry[path][g] = exact - count
+            carry.append(exact - count)
             counts.append(min(count, live, topology.num_blocks // topology.groups - live))
-        return counts
+        return counts, carry
 
 
 class SET(DropAndGrow):
@@ -126,8 +178,11 @@ class SET(DropAndGrow):
         ...     rule.step()
     """
 
-    def growth_candidates(self, path: str, layer: SparseLayer, count: int) -> Tensor:
-        return random_candidates(layer.topology.layout, count, stream(self.seed, self._index[path], self.events))
+    def drop_scores(self, layer: SparseLayer) -> Tensor:
+        return block_l1(layer)
+
+    def grow_scores(self, layer: SparseLayer) -> None:
+        return None  # at random
 
 
 class RigL(DropAndGrow):
@@ -145,8 +200,12 @@ class RigL(DropAndGrow):
         super().__init__(*args, **kwargs)
         self._prepare(1.0)
 
-    def growth_candidates(self, path: str, layer: SparseLayer, count: int) -> Tensor:
-        return _sum_over_ranks(layer.growth.keys)
+    def drop_scores(self, layer: SparseLayer) -> Tensor:
+        return block_l1(layer)
+
+    def grow_scores(self, layer: SparseLayer) -> Tensor:
+        scores = layer.growth.scores  # a table, or keys where blocks are single weights
+        return _sum_keys_over_ranks(scores) if layer.block_size == 1 else _sum_over_ranks(scores)
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
@@ -157,8 +216,9 @@ class RigL(DropAndGrow):
 
     def _adopted(self, paths: list[str]) -> None:
         super()._adopted(paths)
+        growth = {path: GrowthScores(self.layers[path].topology) for path in paths}
         for path in paths:
-            self.layers[path].growth = GrowthScores(self.layers[path].topology)
+            self.layers[path].growth = growth[path]
         self._arm(False)  # what was scored were other blocks, so an event that is due waits for the next step
 
     def _ready(self) -> bool:
@@ -179,13 +239,19 @@ def _assign(tensor: Tensor, slots: Tensor, values: Tensor) -> None:
     tensor.index_copy_(0, slots, values.to(tensor.dtype))
 
 
-def _sum_over_ranks(keys: Tensor) -> Tensor:
+def _sum_over_ranks(scores: Tensor) -> Tensor:
+    """Add tables of scores; -1 where no rank scored anything. In float64, so that the order of ranks is no matter."""
+    if not distributed():
+        return scores
+    ranks = gathered(scores)
+    return torch.where((ranks < 0).all(0), -1.0, ranks.clamp(min=0).double().sum(0).float())
+
+
+def _sum_keys_over_ranks(keys: Tensor) -> Tensor:
     """Add the scores of data-parallel ranks position by position; each rank may hold another selection of positions."""
     if not distributed():
         return keys
-    ranks = [torch.empty_like(keys) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(ranks, keys)
-    keys = torch.cat(ranks, dim=1)
+    keys = torch.cat(gathered(keys).unbind(), dim=1)
     positions, order = positions_of(keys).sort(dim=1)
     totals = scores_of(keys).gather(1, order).double().cumsum(dim=1)
     last = torch.ones_like(positions, dtype=torch.bool)

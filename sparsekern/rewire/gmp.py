@@ -3,16 +3,17 @@
 from collections.abc import Iterable
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsekern import choose
+from sparsekern.rewire.arguments import check_finite, check_flag
 from sparsekern.rewire.optimizer_state import element_state
-from sparsekern.rewire.rewire import weakest
-from sparsekern.rewire.rule import Rule, distributed
+from sparsekern.rewire.ranks import distributed
+from sparsekern.rewire.rule import Rule
 from sparsekern.rewire.schedule import cubic_density
 from sparsekern.rewire.scores import block_l1, sortable
+from sparsekern.rewire.select import weakest
 from sparsekern.topology import live_count
 
 
@@ -51,18 +52,19 @@ class GMP(Rule):
         compact: bool = True,
         followers: Iterable[nn.Module] = (),
     ):
+        check_finite("GMP", "final_density", final_density)
         live_count(final_density, 1)  # checks the range
+        check_flag("GMP", "compact", compact)
         if scope not in ("global", "layer"):
             raise ValueError(f"GMP: scope must be 'global' or 'layer', got {scope!r}")
         if end_step is None:
             raise ValueError("GMP: end_step is the time at which final_density is reached; it must be given, got None")
+        self._live: dict[str, list[int]] = {}
         super().__init__(model, optimizer, update_every, start_step, end_step, 0, followers, False)
         self.final_density, self.scope = final_density, scope
         self.compact = compact and not distributed()
         self.compactions = 0
         self._done = False
-        self._live: dict[str, list[int]] = {}
-        self._adopted(list(self.layers))
         self._initial = {path: layer.topology.live_per_group() for path, layer in self.layers.items()}
         # How many live blocks each layer has, on the way from device to host, and the event that says it arrived.
         self._counts: Tensor | None = None
@@ -174,8 +176,8 @@ class GMP(Rule):
         """Keep the first `live` live slots, in order, in smaller storages of the same Parameters."""
         layer = self.layers[path]
         kept = torch.sort((layer.topology.block_rows < 0).int(), stable=True).indices[:live]
-        for name, value, _ in [] if self.optimizer is None else list(element_state(self.optimizer, layer.weight)):
-            self.optimizer.state[layer.weight][name] = value[kept]
+        for state, name, value, _ in list(element_state(self._optimizers, layer.weight)):
+            state[name] = value[kept]
         for copy in self._copies(path):
             grad, copy.weight.grad = copy.weight.grad, None
             copy.weight.set_(copy.weight[kept])

@@ -5,7 +5,7 @@ parameter's shape belongs to the elements, a tensor of one element (a step count
 else cannot be followed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,54 +23,123 @@ _FRESH = {
 _NOT_ELEMENTWISE = ("Adafactor", "LBFGS", "Muon", "SparseAdam")
 
 
-def check_elementwise(name: str, optimizer: Optimizer) -> None:
-    """Refuse optimisers whose state does not belong to single elements, by class."""
-    kind = type(optimizer).__name__
-    if kind in _NOT_ELEMENTWISE:
-        raise ValueError(
-            f"{name}: the state of {kind} is not element-wise, so it cannot follow a rewire; "
-            "use an element-wise optimiser such as torch.optim.AdamW for the sparse layers"
-        )
+# Where wrappers (accelerate, Lightning, Lookahead, SAM, ZeroRedundancyOptimizer) keep the optimiser that they wrap.
+_WRAPPED = ("optimizer", "_optimizer", "base_optimizer", "_base_optimizer", "optim")
 
 
-def element_state(optimizer: Optimizer, param: nn.Parameter) -> Iterator[tuple[str, Tensor, float]]:
-    """Yield (name, tensor, fresh value) of each state tensor with the parameter's shape.
+def unwrap(where: str, optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
+    """The optimisers in what a caller gave: one, a wrapper of one, or a list; wrappers that hold state count too.
 
     Raises:
-        ValueError: the state is factored or quantised: a tensor of another shape, or of a tensor subclass.
+        ValueError: it is no optimiser, or one whose state does not belong to single elements.
     """
-    kind = type(optimizer).__name__
-    group = next(g for g in optimizer.param_groups if any(p is param for p in g["params"]))
-    for name, value in optimizer.state.get(param, {}).items():
-        if not isinstance(value, Tensor) or value.numel() <= 1 and value.shape != param.shape:
-            continue
-        if value.shape != param.shape or type(value) not in (Tensor, nn.Parameter) or not value.is_floating_point():
+    found: list[Optimizer] = []
+    for outer in optimizer if isinstance(optimizer, list | tuple) else [optimizer]:
+        chain = [outer]
+        while inner := _wrapped(chain):
+            chain.append(inner)
+        if not isinstance(chain[-1], Optimizer):
             raise ValueError(
-                f"rewire: {kind} keeps {name!r} as {type(value).__name__} {tuple(value.shape)} ({value.dtype}) "
-                f"for a weight of shape {tuple(param.shape)}: factored or quantised state cannot follow a rewire; "
-                "use an element-wise optimiser such as torch.optim.AdamW for the sparse layers"
+                f"{where}: optimizer must be a torch optimiser, a wrapper with an attribute `optimizer`, "
+                f"or a list of them, got {type(outer).__name__}"
             )
-        fresh = _FRESH.get((kind, name), lambda group: 0.0)(group)
-        yield name, value, float(fresh)
+        for kind in (cls.__name__ for cls in type(chain[-1]).__mro__):
+            if kind in _NOT_ELEMENTWISE:
+                raise ValueError(
+                    f"{where}: the state of {kind} is not element-wise, so it cannot follow a rewire; "
+                    "use an element-wise optimiser such as torch.optim.AdamW for the sparse layers"
+                )
+        states = {id(getattr(o, "state", None)) for o in found} | {id(None)}
+        for one in reversed(chain):
+            # a wrapper may show the state of the optimiser inside as its own
+            if one is chain[-1] or id(getattr(one, "state", None)) not in states:
+                found.append(one)
+                states.add(id(getattr(one, "state", None)))
+    if not found:
+        raise ValueError(f"{where}: optimizer is an empty list; give the optimisers that train the sparse layers")
+    return found
+
+
+def _wrapped(chain: list) -> Optimizer | None:
+    for name in _WRAPPED:
+        inner = getattr(chain[-1], name, None)
+        if hasattr(inner, "param_groups") and all(inner is not outer for outer in chain):
+            return inner
+    return None
+
+
+def held_by(optimizers: list[Optimizer]) -> set[int]:
+    """Ids of all parameters that these optimisers train."""
+    groups = [group for optimizer in optimizers for group in getattr(optimizer, "param_groups", ())]
+    return {id(p) for group in groups for p in group["params"]}
+
+
+def element_state(optimizers: list[Optimizer], param: nn.Parameter) -> Iterator[tuple[dict, str, Tensor, float]]:
+    """Yield (state dictionary, name, tensor, fresh value) of each state tensor with the parameter's shape.
+
+    Raises:
+        ValueError: the state is factored or quantised: a tensor of another shape, or of a tensor subclass, or tensors
+            inside of lists and objects, as Kronecker-factored optimisers keep them.
+    """
+    for optimizer in optimizers:
+        kind, state = type(optimizer).__name__, optimizer.state.get(param, {})
+        for name, value in state.items():
+            if not isinstance(value, Tensor):
+                if _hides_tensors(value):
+                    raise _refusal(kind, name, f"{type(value).__name__} with tensors in it", param)
+                continue
+            if value.numel() <= 1 and value.shape != param.shape:
+                continue
+            if value.shape != param.shape or type(value) not in (Tensor, nn.Parameter) or not value.is_floating_point():
+                raise _refusal(kind, name, f"{type(value).__name__} {tuple(value.shape)} ({value.dtype})", param)
+            yield state, name, value, _fresh(optimizer, name, param)
+
+
+def _refusal(kind: str, name: str, found: str, param: Tensor) -> ValueError:
+    return ValueError(
+        f"rewire: {kind} keeps {name!r} as {found} for a weight of shape {tuple(param.shape)}: factored or quantised "
+        "state cannot follow a rewire; use an element-wise optimiser such as torch.optim.AdamW for the sparse layers"
+    )
+
+
+def _hides_tensors(value, depth: int = 6) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() > 1
+    inside = list(getattr(value, "__dict__", {}).values())
+    inside += value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
+    return depth > 0 and any(_hides_tensors(v, depth - 1) for v in inside)
+
+
+def _fresh(optimizer: Optimizer, name: str, param: Tensor) -> float:
+    for cls in type(optimizer).__mro__:
+        if value := _FRESH.get((cls.__name__, name)):
+            return float(value(next(g for g in optimizer.param_groups if any(p is param for p in g["params"]))))
+    return 0.0
 
 
 @torch.no_grad()
-def reset_state(optimizer: Optimizer, layer: nn.Module | nn.Parameter, mask: Tensor) -> None:
+def reset_state(optimizer: Optimizer | Sequence[Optimizer], layer: nn.Module | nn.Parameter, mask: Tensor) -> None:
     """Set the optimiser's state of some elements of a weight to what a fresh optimiser holds.
 
     This is what ReDo and Reset need. Step counts stay, as torch keeps one for the whole tensor.
 
     Args:
+        optimizer: a torch optimiser, a wrapper of one, or a list of them.
         layer: a module whose `weight` is meant (sparse or dense), or a parameter.
         mask: boolean, of the parameter's shape or broadcastable to it; for a sparse layer also [out, in].
     Raises:
         ValueError: the optimiser does not hold the parameter, or its state is factored or quantised.
     """
-    param = layer if isinstance(layer, nn.Parameter) else layer.weight
-    if not any(p is param for group in optimizer.param_groups for p in group["params"]):
-        raise ValueError(
-            f"reset_state: {type(optimizer).__name__} does not hold this parameter of shape {tuple(param.shape)}"
-        )
+    optimizers = unwrap("reset_state", optimizer)
+    param = layer if isinstance(layer, nn.Parameter) else getattr(layer, "weight", None)
+    if not isinstance(param, nn.Parameter):
+        raise ValueError(f"reset_state: layer must be a module with a weight, or a parameter, got {layer!r}")
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"reset_state: the mask must be a boolean tensor, got {got}")
+    if id(param) not in held_by(optimizers):
+        kinds = ", ".join(type(o).__name__ for o in optimizers)
+        raise ValueError(f"reset_state: {kinds} does not hold this parameter of shape {tuple(param.shape)}")
     if isinstance(layer, SparseLayer) and mask.shape == layer.topology.shape:
         mask = _gather_mask(mask, layer)
     try:
@@ -78,7 +147,7 @@ def reset_state(optimizer: Optimizer, layer: nn.Module | nn.Parameter, mask: Ten
     except RuntimeError:
         shapes = f"{tuple(mask.shape)} and {tuple(param.shape)}"
         raise ValueError(f"reset_state: the mask must fit the parameter, got shapes {shapes}") from None
-    for _, value, fresh in element_state(optimizer, param):
+    for _, _, value, fresh in list(element_state(optimizers, param)):  # all of it is checked before any is changed
         value.masked_fill_(mask, fresh)
 
 
@@ -86,7 +155,7 @@ def _gather_mask(mask: Tensor, layer: SparseLayer) -> Tensor:
     """[out, in] -> [num_slots, B, B]; False in padding and dead slots."""
     topology = layer.topology
     groups, (out, into) = topology.groups, topology.shape
-    parts = mask.view(groups, out // groups, groups, into // groups)
+    parts = mask.reshape(groups, out // groups, groups, into // groups)
     parts = torch.stack([parts[g, :, g] for g in range(groups)])
     padded = mask.new_zeros(groups, *(blocks // groups * topology.block_size for blocks in topology.grid))
     padded[:, : out // groups, : into // groups] = parts

@@ -2,16 +2,25 @@
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Sequence
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsekern.layer import SparseLayer
-from sparsekern.rewire.optimizer_state import check_elementwise, element_state
-from sparsekern.rewire.scores import uniform_hash
+from sparsekern.rewire.arguments import (
+    check_finite,
+    check_flag,
+    check_rewirable,
+    check_seed,
+    check_times,
+    list_of_modules,
+    sparse_layers,
+)
+from sparsekern.rewire.optimizer_state import element_state, held_by, unwrap
+from sparsekern.rewire.ranks import checksum, distributed, gathered
 
 
 class Rule:
@@ -19,12 +28,18 @@ class Rule:
 
     Events are due at start_step + k * update_every for k = 1, 2, ... up to end_step, and fire at the first call at or
     past their time. Times are in calls of `step()`, or in the units of the clock that is given to it.
+
+    Copies of the model that live on beside it, such as target networks and running averages, must be given as
+    `followers`. A copy that is not knows nothing of a rewire: it keeps the old topology, and weights that are then
+    averaged or copied into it, slot by slot, land in blocks of other places.
     """
+
+    _moves = True  # whether blocks move, and so the optimiser's state with them
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer | None,
+        optimizer: Optimizer | Sequence[Optimizer] | None,
         update_every: float,
         start_step: float,
         end_step: float | None,
@@ -33,22 +48,28 @@ class Rule:
         coverage: bool,
     ):
         name = type(self).__name__
-        self.optimizer, self.seed = optimizer, seed
+        # all checks come before anything is attached: a rule that fails leaves model and optimiser as they were
+        check_times(name, update_every, start_step, end_step)
+        check_flag(name, "coverage", coverage)
         self.update_every, self.start_step, self.end_step = update_every, start_step, end_step
-        if update_every <= 0:
-            raise ValueError(f"{name}: update_every must be positive, got {update_every}")
-        if end_step is not None and end_step < start_step:
-            raise ValueError(f"{name}: end_step must not be before start_step, got {end_step} and {start_step}")
-        layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, SparseLayer)}
-        if not layers:
-            raise ValueError(
-                f"{name}: the model has no sparse layers; build it with SparseLinear or call sparsify(model)"
-            )
+        self.seed = check_seed(name, seed)
+        layers = sparse_layers(name, model)
+        if self._moves:
+            for path, layer in layers.items():
+                check_rewirable(name, path, layer)
         self.layers = {path: layer for path, layer in layers.items() if layer.weight.requires_grad}
         """The sparse layers by name; a frozen layer (weight.requires_grad is False) is left alone."""
         self._index = {path: i for i, path in enumerate(layers)}
-        self._check_optimizer(name)
-        self.followers = [self._follower(f) for f in followers]
+        self.optimizer = optimizer
+        self._optimizers = self._checked_optimizers(name)
+        self.followers = [self._follower(f) for f in list_of_modules(name, followers)]
+        for path in self.layers:
+            copies = self._copies(path)
+            if len({id(copy) for copy in copies} | {id(copy.weight) for copy in copies}) < 2 * len(copies):
+                raise ValueError(
+                    f"{name}: layer {path!r} of a follower is that of the model or of another follower, or shares its "
+                    "weight; give each copy (copy.deepcopy) once"
+                )
         self.clock = 0.0
         self.events = 0
         """Events that fired so far."""
@@ -60,9 +81,11 @@ class Rule:
         self._seen = self._adoptions()
         self._with_state = self._layers_with_state()
         self._state_loads = self._state_loads_seen = 0
-        if optimizer is not None:
-            optimizer.register_load_state_dict_post_hook(self._note_state_load)
         self._check_ranks()
+        self._adopted(list(self.layers))
+        for one in self._optimizers:
+            if hasattr(one, "_optimizer_load_state_dict_post_hooks"):  # wrappers may lack what Optimizer.__init__ makes
+                one.register_load_state_dict_post_hook(self._note_state_load)
 
     def step(self, clock: float | None = None) -> bool:
         """Count one training step, and rewire if an event is due.
@@ -72,6 +95,8 @@ class Rule:
         Returns:
             True when blocks were rewired.
         """
+        if clock is not None:
+            check_finite(f"{type(self).__name__}.step", "clock", clock)
         now = self.clock + 1 if clock is None else clock
         if now < self.clock:
             raise ValueError(
@@ -83,6 +108,8 @@ class Rule:
         fires = due is not None and self._reached(now, due) and self._ready()
         changed = False
         if fires:
+            for layer in self.layers.values():  # state that cannot follow is refused before the first layer changes
+                deque(element_state(self._optimizers, layer.weight), maxlen=0)
             with torch.no_grad():
                 changed = self._event(now)
             self.events += 1
@@ -123,6 +150,12 @@ class Rule:
 
     def load_state_dict(self, state: dict) -> None:
         """Continue where `state_dict` was taken. Load the model's and the optimiser's state first."""
+        missing = self.state_dict().keys() - {"covered"} - (state.keys() if isinstance(state, dict) else set())
+        if missing:
+            raise ValueError(
+                f"{type(self).__name__}.load_state_dict: this is no state of a {type(self).__name__}; "
+                f"it lacks {', '.join(sorted(missing))}"
+            )
         if set(state["moved"]) != set(self.layers):
             raise ValueError(
                 f"{type(self).__name__}.load_state_dict: the state is for layers {sorted(state['moved'])}, "
@@ -168,28 +201,31 @@ class Rule:
 
     # Checks.
 
-    def _check_optimizer(self, name: str) -> None:
-        if self.optimizer is None:
-            return
-        check_elementwise(name, self.optimizer)
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+    def _checked_optimizers(self, name: str) -> list[Optimizer]:
+        """The optimisers that train the layers; none for a rule that was given none because it moves nothing."""
+        if not self._moves:
+            return []
+        optimizers = unwrap(name, self.optimizer)
+        held = held_by(optimizers)
         owners: dict[int, str] = {}
         for path, layer in self.layers.items():
             if id(layer.weight) not in held:
                 raise ValueError(
                     f"{name}: the optimiser does not hold the weight of layer {path!r}; "
-                    "build the optimiser after sparsify(model), from model.parameters()"
+                    "build the optimiser after sparsify(model), from model.parameters(), "
+                    "or freeze the layer with requires_grad_(False)"
                 )
             other = owners.setdefault(id(layer.weight), path)
             if other != path:
                 raise ValueError(
                     f"{name}: layers {other!r} and {path!r} share one weight but not one topology; use one layer"
                 )
+        return optimizers
 
     def _follower(self, model: nn.Module) -> dict[str, SparseLayer]:
-        modules = dict(model.named_modules())
+        modules = {_bare(path): module for path, module in model.named_modules()}
         for path, layer in self.layers.items():
-            other = modules.get(path)
+            other = modules.get(_bare(path))
             if not isinstance(other, SparseLayer) or other.topology.shape != layer.topology.shape:
                 found = "nothing" if other is None else type(other).__name__
                 raise ValueError(
@@ -205,7 +241,7 @@ class Rule:
                     f"{type(self).__name__}: layer {path!r} of a follower has another topology than the model; "
                     "copy the model (copy.deepcopy, or load_state_dict) before making the rule"
                 )
-        return {path: modules[path] for path in self.layers}
+        return {path: modules[_bare(path)] for path in self.layers}
 
     def _adoptions(self) -> dict[str, int]:
         return {path: layer.topology.adoptions for path, layer in self.layers.items()}
@@ -214,8 +250,8 @@ class Rule:
         self._state_loads += 1
 
     def _layers_with_state(self) -> set[str]:
-        state = {} if self.optimizer is None else self.optimizer.state
-        return {path for path, layer in self.layers.items() if state.get(layer.weight)}
+        states = [optimizer.state for optimizer in self._optimizers]
+        return {path for path, layer in self.layers.items() if any(state.get(layer.weight) for state in states)}
 
     def _check_adoptions(self) -> None:
         # state that came up since the last step belongs to the blocks that were loaded, not to those before
@@ -238,10 +274,8 @@ class Rule:
     def _check_ranks(self) -> None:
         if not distributed():
             return
-        own = torch.stack([_checksum(layer) for layer in self.layers.values()])
-        sums = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(sums, own)
-        for path, *values in zip(self.layers, *(s.tolist() for s in sums), strict=True):
+        sums = gathered(torch.stack([checksum(layer.topology) for layer in self.layers.values()]))
+        for path, *values in zip(self.layers, *sums.tolist(), strict=True):
             if len(set(values)) > 1:
                 raise RuntimeError(
                     f"{type(self).__name__}: ranks start with different topologies in layer {path!r} ({values}); "
@@ -268,8 +302,7 @@ class Rule:
         """Weight, gradient and optimiser state of a layer, with the value that a rewired slot starts from."""
         weight = self.layers[path].weight
         tensors = [(weight, 0.0)] if weight.grad is None else [(weight, 0.0), (weight.grad, 0.0)]
-        state = [] if self.optimizer is None else element_state(self.optimizer, weight)
-        return tensors + [(value, fresh) for _, value, fresh in state]
+        return tensors + [(value, fresh) for _, _, value, fresh in element_state(self._optimizers, weight)]
 
     def _cover(self, path: str) -> None:
         if self._covered is not None:
@@ -285,6 +318,8 @@ class Static(Rule):
         False
     """
 
+    _moves = False
+
     def __init__(self, model: nn.Module):
         super().__init__(model, None, 1, 0, 0, 0, (), False)
 
@@ -292,13 +327,9 @@ class Static(Rule):
         return False
 
 
-def distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _checksum(layer: SparseLayer) -> Tensor:
-    """int64 that depends on which block is in which slot."""
-    topology = layer.topology
-    positions = topology.layout.positions()
-    slots = torch.arange(len(positions), device=positions.device)
-    return uniform_hash(0, positions * len(positions) + slots).sum()
+def _bare(path: str) -> str:
+    """A module's name without the prefixes of wrappers: AveragedModel, DistributedDataParallel, torch.compile."""
+    for prefix in ("module.", "_orig_mod."):
+        if path.startswith(prefix):
+            return _bare(path.removeprefix(prefix))
+    return path

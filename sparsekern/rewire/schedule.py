@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from sparsekern.rewire.arguments import check_finite
+
 
 @dataclass(frozen=True)
 class Constant:
@@ -43,5 +45,6 @@ def cubic_density(progress: float, initial: float, final: float) -> float:
 
 
 def check_fraction(fraction: float) -> None:
+    check_finite("rewire", "drop_fraction", fraction)
     if not 0 <= fraction <= 1:
         raise ValueError(f"drop_fraction must be in [0, 1], got {fraction}")

@@ -1,20 +1,25 @@
-"""Scores that rank blocks: the L1 norm for dropping, a counter-based hash for growing at random."""
+"""Scores that rank blocks for dropping: the L1 norm, and integers that sort as floats do."""
 
 import torch
 from torch import Tensor
 
 from sparsekern.layer import SparseLayer
 
-_MASK = 2**64 - 1
-_GAMMA = 0x9E3779B97F4A7C15
-
 
 def block_l1(layer: SparseLayer, mean: bool = False) -> Tensor:
-    """float32 [num_slots]: sum of |w| of each block, or its mean over unpadded elements where layers are compared."""
-    norms = layer.weight.detach().abs().sum(dim=(1, 2), dtype=torch.float32)
+    """float32 [num_slots]: sum of |w| of each block, or its mean over its elements where layers are compared.
+
+    Padding and dead slots stand for no weight and count nothing, whatever a user's code has written there.
+    """
+    lanes, weight = layer.lanes(), layer.weight.detach()  # [num_slots, B, B]; [num_slots, 1, 1] without padding
+    padded = lanes.shape == weight.shape and layer.block_size > 1
+    if padded:  # where, not a product: NaN times zero is NaN
+        weight = torch.where(lanes, weight, 0)
+    norms = weight.abs().sum(dim=(1, 2), dtype=torch.float32)
+    if not padded:
+        norms.masked_fill_(~lanes.view(-1), 0)
     if mean:
-        lanes = layer.lanes().expand_as(layer.weight).sum(dim=(1, 2))
-        norms = norms / lanes.clamp(min=1)
+        norms /= lanes.sum(dim=(1, 2)).clamp(min=1) if padded else layer.block_size**2
     return norms
 
 
@@ -22,34 +27,3 @@ def sortable(scores: Tensor) -> Tensor:
     """int32 that order as float32 scores do, NaN lowest: sorting integers takes a CPU a tenth of the time."""
     bits = (torch.where(scores.isnan(), -torch.inf, scores) + 0.0).view(torch.int32)  # -0.0 becomes 0.0
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-def stream(*keys: int) -> int:
-    """One 64-bit starting point for a sequence of keys, such as (seed, layer, step)."""
-    state = 0
-    for key in keys:
-        state = _mix((state + key * _GAMMA + _GAMMA) & _MASK)
-    return state
-
-
-def uniform_hash(start: int, positions: Tensor) -> Tensor:
-    """31 random bits for each int64 position: high bits of splitmix64(start + position), the same on every device."""
-    z = (positions * _signed(_GAMMA)).add_(_signed(start))  # in place from here on: a layer has many positions
-    z.bitwise_xor_(_shift(z, 30)).mul_(_signed(0xBF58476D1CE4E5B9))
-    z.bitwise_xor_(_shift(z, 27)).mul_(_signed(0x94D049BB133111EB))
-    return _shift(z.bitwise_xor_(_shift(z, 31)), 33)
-
-
-def _mix(z: int) -> int:
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return z ^ (z >> 31)
-
-
-def _signed(value: int) -> int:
-    return value - 2**64 if value >= 2**63 else value
-
-
-def _shift(z: Tensor, bits: int) -> Tensor:
-    """Logical right shift; torch's own is arithmetic."""
-    return (z >> bits).bitwise_and_(2 ** (64 - bits) - 1)

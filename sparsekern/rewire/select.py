@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from sparsekern.growth import best_candidates, positions_of
-from sparsekern.rewire.scores import sortable, uniform_hash
+from sparsekern.rewire.growth import best_candidates, positions_of
+from sparsekern.rewire.hash import uniform_hash
+from sparsekern.rewire.scores import sortable
 from sparsekern.topology import Layout
 
 

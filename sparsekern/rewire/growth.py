@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsekern import choose
 from sparsekern.backends import reference
-from sparsekern.operators import LAYOUT_SCHEMA, library
+from sparsekern.operators import LAYOUT_SCHEMA, check_unchanged, in_transform, library
 from sparsekern.topology import Layout, Topology
 
 # Elements looked at in one go: 2 MB of keys for SET, 1 MB of gradient for RigL, about a core's cache.
@@ -74,14 +74,11 @@ class GrowthScores:
     """RigL's scores of one layer: while armed, every backward adds its squared gradient norms.
 
     Several micro-batches between arming and reading sum up. Block sizes above 1 keep a float32 sum for every block,
-    [groups, rows, cols], negative where nothing was scored. Block size 1 keeps the keys of its `num_slots` best dead
-    blocks: a block must be among the best so far to keep its sum.
+    [groups, rows, cols], negative where nothing was scored. Block size 1 keeps the keys [groups, count] of its
+    `num_slots` best dead blocks, best first: a block must be among the best so far to keep its sum.
     """
 
     def __init__(self, topology: Topology):
-        self.topology = topology
-        dead = topology.num_blocks // topology.groups - min(topology.live_per_group())
-        self._count = dead if topology.block_size > 1 else min(dead, topology.num_slots)
         device = topology.block_rows.device
         # plain tensors: as buffers, DistributedDataParallel would overwrite every rank's scores with those of rank 0
         self.armed = torch.zeros((), dtype=torch.bool, device=device)
@@ -89,16 +86,9 @@ class GrowthScores:
             rows, cols = (n // topology.groups for n in topology.grid)
             self.scores = torch.full((topology.groups, rows, cols), -1.0, device=device)
         else:
-            self.scores = torch.full((topology.groups, self._count), -1, dtype=torch.int64, device=device)
-
-    @property
-    def keys(self) -> Tensor:
-        """int64 [groups, count]: the best dead blocks, best first."""
-        if self.topology.block_size == 1:
-            return self.scores
-        return best_candidates(
-            self.topology.layout, self._count, lambda strip, places: float_bits(self.scores[:, strip].flatten(1))
-        )
+            dead = topology.num_blocks // topology.groups - min(topology.live_per_group())
+            count = min(dead, topology.num_slots)
+            self.scores = torch.full((topology.groups, count), -1, dtype=torch.int64, device=device)
 
     def arm(self, armed: bool) -> None:
         """Begin (or stop) scoring, with no scores; a device flag, so that compiled and captured steps obey it."""
@@ -106,19 +96,32 @@ class GrowthScores:
         self.scores.fill_(-1)
 
     def watch(self, y: Tensor, x: Tensor, token_offsets: Tensor | None, layout: Layout) -> Tensor:
-        """Return y = x Wᵀ unchanged, and score its gradient when it comes."""
+        """Return y = x Wᵀ unchanged, and score its gradient when it comes.
+
+        Raises:
+            RuntimeError: a transform of torch.func is at work, where nothing outside may be written.
+        """
+        if not torch.compiler.is_compiling() and in_transform():
+            raise RuntimeError(
+                "RigL: the gradient of a layer cannot be scored inside torch.func.grad, vmap or jvp; "
+                "compute the loss without them, or use SET, which needs no scores"
+            )
         return _Watch.apply(y, x, token_offsets, self.armed, self.scores, layout)
 
 
 class _Watch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, x, token_offsets, armed, scores, layout):
-        ctx.save_for_backward(x, token_offsets, armed, *layout[:3])
-        ctx.scores, ctx.geometry = scores, layout[3:]
+        ctx.save_for_backward(x, token_offsets, armed, *layout.tensors)
+        ctx.scores, ctx.geometry = scores, layout.geometry
+        if not torch.compiler.is_compiling():
+            ctx.layout, ctx.versions = layout, layout.versions()
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, dy):
+        if not torch.compiler.is_compiling():
+            check_unchanged(ctx.layout, ctx.versions)
         x, token_offsets, armed, *tensors = ctx.saved_tensors
         torch.ops.sparsekern.score_growth(dy, x, token_offsets, *tensors, *ctx.geometry, armed, ctx.scores)
         return dy, None, None, None, None, None
@@ -130,7 +133,8 @@ library.define(
 
 
 def _score_growth(dy, x, token_offsets, *args):
-    layout, (armed, scores) = Layout(*args[:-2]), args[-2:]
+    *layout, armed, scores = args
+    layout = Layout.from_flat(layout)
     if armed.device.type == "cpu" and not armed:  # elsewhere reading the flag would synchronise
         return
     dy, x = dy.detach().contiguous(), x.detach()
