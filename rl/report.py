@@ -19,9 +19,9 @@ if not __package__:
 
 from rl.config import PARTS, Config, SETConfig
 from rl.envs import SUITES
-from rl.iqm import interval, iqm
-from rl.paper import TABLE, TABLE_MT10, Score
-from rl.runs import Run, find, identity
+from rl.reporting.iqm import interval, iqm
+from rl.reporting.paper import TABLE, TABLE_MT10, Score
+from rl.reporting.runs import Run, find, identity
 
 CELL = (
     "suite",

@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rl import paper
+from rl.reporting import paper
 from rl.config import Config, GMPConfig, PPOConfig, ReDoConfig, ResetConfig, SETConfig
 from rl.envs import SUITES
-from rl.iqm import interval, iqm
+from rl.reporting.iqm import interval, iqm
 from rl.report import by_protocol, describe, draw, orderings, reference, show, single_task
-from rl.runs import find, identity
+from rl.reporting.runs import find, identity
 
 LOGGED = ("time/steps_per_second", "time/update_ms", "time/acting_ms", "time/rewire_ms")
 LOGGED += ("time/evaluate_ms", "time/metrics_ms")
