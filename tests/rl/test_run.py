@@ -174,14 +174,19 @@ def test_a_gpu_that_is_not_there_is_a_sentence_and_no_run(tmp_path, monkeypatch)
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("suite", "evaluate_every", "episodes"), [("mt3", 10_000, 25), ("mt10", 20_000, 50)])
-def test_command_line_evaluates_as_the_paper_does_on_each_suite(tmp_path, monkeypatch, suite, evaluate_every, episodes):
+@pytest.mark.parametrize(
+    ("suite", "evaluate_every", "episodes", "prune_every"), [("mt3", 10_000, 25, 500), ("mt10", 20_000, 50, 5000)]
+)
+def test_command_line_evaluates_as_the_paper_does_on_each_suite(
+    tmp_path, monkeypatch, suite, evaluate_every, episodes, prune_every
+):
     if suite == "mt10":
         pytest.importorskip("metaworld", reason="needs the extra metaworld")
     monkeypatch.setattr(run, "environment", lambda: "")  # it takes seconds
     monkeypatch.setattr(sys, "argv", ["rl/run.py", "--suite", suite, "--runs", str(tmp_path)])
     _, config = run.chosen_run()
     assert (config.suite, config.evaluate_every, config.episodes) == (suite, evaluate_every, episodes)
+    assert config.gmp.update_every == prune_every
 
 
 @pytest.mark.parametrize(
