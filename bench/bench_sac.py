@@ -5,9 +5,9 @@ import torch
 import sparsekern as sk
 from bench.case import THREADS, Case
 from bench.networks import check_close
+from rl.algorithms.replay import Replay
+from rl.algorithms.sac import SAC
 from rl.config import Config, SACConfig
-from rl.replay import Replay
-from rl.sac import SAC
 
 TASKS, FEATURES, ACTIONS, PER_TASK = 10, 49, 4, 128
 

@@ -70,7 +70,8 @@ class PPOConfig:
 
 @dataclass(frozen=True)
 class MT10PPOConfig:
-    """Of PPO on mt10, as metaworld-algorithms has it: a linear baseline, fitted to each rollout, is the critic."""
+    """Of PPO on mt10, where a linear baseline, fitted to each rollout, is the critic. The values are those of
+    metaworld-algorithms; rl/algorithms/train_ppo_mt10.py says in what the algorithm differs from theirs."""
 
     rollout_steps: int = 10_000
     """Timesteps between two fits, 20 episodes of every task; every rollout starts fresh ones."""
@@ -133,8 +134,9 @@ class GMPConfig:
     """Share of the run after which pruning starts."""
     end: float = 0.8
     """Share of the run after which the final density is reached."""
-    update_every: int = 500
-    """Timesteps between two prunings; those that fall into one rollout are done at once, after its fit."""
+    update_every: int | None = None
+    """Timesteps between two prunings; those that fall into one rollout are done at once, after its fit. If not given,
+    the paper's 500, on mt10 5000."""
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,9 @@ class Config:
         for name, value in papers.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)  # frozen from here on
+        if self.gmp.update_every is None:
+            gmp = dataclasses.replace(self.gmp, update_every=self.papers_gmp_update_every)
+            object.__setattr__(self, "gmp", gmp)
         if not 0 < self.density <= 1:
             raise ValueError(f"density must be in (0, 1], got {self.density}")
         for name in ("timesteps", "evaluate_every", "episodes", "threads", "workers"):
@@ -258,6 +263,11 @@ class Config:
         return self.algorithm == "ppo_mt10"
 
     @property
+    def papers_gmp_update_every(self) -> int:
+        """What gmp.update_every is where it is not given."""
+        return 5000 if self.suite == "mt10" else 500
+
+    @property
     def experiment(self) -> str:
         """What runs that differ only in seed share."""
         parts = [self.suite, self.agent, self.treatment]
@@ -265,6 +275,8 @@ class Config:
             parts += [f"density{self.density:g}", f"block{self.block_size}"]
         if self.treatment == "set" and self.set.initial != SETConfig.initial:
             parts.append(self.set.initial)
+        if self.treatment.startswith("gmp") and self.gmp.update_every != self.papers_gmp_update_every:
+            parts.append(f"every{self.gmp.update_every}")
         if self.treatment != "dense" and self.networks != "both":
             parts.append(self.networks)
         return "-".join(parts)

@@ -5,14 +5,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import nn
 
+from rl.agents.policy import Policy
 from rl.envs.minigrid import Task
 from rl.envs.pool import EnvPool
 from rl.envs.workers import Workers
-from rl.rollout import Policy
 from rl.seeds import Stream, numpy_generator
 
 
-def evaluate(pool: EnvPool, actor: nn.Module, num_tasks: int, episodes: int, seed: int, clock: int) -> np.ndarray:
+def evaluate_minigrid(
+    pool: EnvPool, actor: nn.Module, num_tasks: int, episodes: int, seed: int, clock: int
+) -> np.ndarray:
     """Play `episodes` episodes of every task at once; undiscounted returns [num_tasks, episodes].
 
     The policy is sampled, as the paper has it. Environment e * num_tasks + i of the pool plays task i's episode e,
@@ -32,7 +34,7 @@ def evaluate(pool: EnvPool, actor: nn.Module, num_tasks: int, episodes: int, see
     return returns.reshape(episodes, num_tasks).T
 
 
-def judge(tasks: Sequence[Task], returns: np.ndarray) -> dict[str, float]:
+def minigrid_metrics(tasks: Sequence[Task], returns: np.ndarray) -> dict[str, float]:
     """Evaluated returns [num_tasks, episodes] as metrics: mean return, normalised return and success of each task."""
     metrics = {}
     for task, of_task in zip(tasks, returns, strict=True):
@@ -73,7 +75,7 @@ def evaluate_mt10(
     return returns, solved
 
 
-def judge_mt10(names: Sequence[str], returns: np.ndarray, solved: np.ndarray) -> dict[str, float]:
+def mt10_metrics(names: Sequence[str], returns: np.ndarray, solved: np.ndarray) -> dict[str, float]:
     """What `evaluate_mt10` returned as metrics: mean return and success of each task; the score is the success."""
     metrics = {f"return/{name}": of_task.mean() for name, of_task in zip(names, returns, strict=True)}
     for kind in ("score", "success"):

@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsekern as sk
-from rl.learner import Learner
-from rl.neurons import activity, watching
-from rl.seeds import Stream, torch_generator
+from rl.agents.neurons import activity, watching
 from rl.treatments.layer_norm import LayerNorm
 
 TAUS = (0.001, 0.025, 0.1)
@@ -27,19 +25,7 @@ DELTA = 0.01
 LogProbs = Callable[[Tensor, torch.Generator], Tensor]
 
 
-def plasticity(learners: dict[str, Learner], log_probs: LogProbs, seed: int, clock: int) -> dict[str, float]:
-    """All metrics of an agent's networks, by role, of which "actor" is one; log_probs: of its policy."""
-    metrics = {}
-    for role, learner in learners.items():
-        generator = torch_generator(seed, Stream.METRICS, clock)  # anew: all networks see the same entries
-        sample = learner.buffer.sample(generator)
-        metrics |= describe_network(role, learner.network, *sample)
-        if role == "actor":
-            metrics["fisher/actor"] = fisher_trace(learner.network, *sample, log_probs, generator)
-    return metrics
-
-
-def describe_network(name: str, network: nn.Module, observations: Tensor, tasks: Tensor) -> dict[str, float]:
+def network_metrics(name: str, network: nn.Module, observations: Tensor, tasks: Tensor) -> dict[str, float]:
     """Dormancy and rank of one network, on [N, 7, 7, 3] observations of these tasks [N]."""
     measured = activity(network, observations, tasks)
     neurons = sum(int(layer.counted.sum()) for layer in measured)

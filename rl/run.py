@@ -51,12 +51,13 @@ def main() -> None:
 def train(config: Config, folder: Path, quiet: bool = False) -> None:
     """Train in this run folder, from its last checkpoint where it has one; quiet: without a progress bar."""
     if config.algorithm == "sac":
-        from rl.train_sac import train
+        from rl.algorithms.train_sac import SACTrainer as Trainer
     elif config.algorithm == "ppo_mt10":
-        from rl.train_ppo_mt10 import train
+        from rl.algorithms.train_ppo_mt10 import MT10PPOTrainer as Trainer
     else:
-        from rl.train_ppo import train
-    train(config, folder, quiet)
+        from rl.algorithms.train_ppo import PPOTrainer as Trainer
+    with contextlib.closing(Trainer(config, folder, quiet)) as trainer:
+        trainer.train()
 
 
 def chosen_run() -> tuple[Path, Config]:
@@ -115,19 +116,22 @@ def show(folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from rl.logger import CSV
+    from rl.reporting.logger import CSV
 
     metrics = pandas.read_csv(folder / CSV)
     last = metrics.groupby("name")["value"].last()
     typical = metrics.groupby("name")["value"].median()  # of times, which other work on the machine disturbs
 
-    earned = Table("task", "return", "normalised", "success", title=f"after {metrics['step'].max():,} timesteps")
+    kinds = {"return": "return", "score": "normalised", "success": "success"}
+    if Config.load(folder).suite == "mt10":
+        del kinds["score"]  # it is the success
+    earned = Table("task", *kinds.values(), title=f"after {metrics['step'].max():,} timesteps")
     for name in last.index[last.index.str.startswith("return/")]:
         task = name.removeprefix("return/")
-        values = (last[f"{kind}/{task}"] for kind in ("return", "score", "success"))
+        values = (last[f"{kind}/{task}"] for kind in kinds)
         earned.add_row(task, *(f"{value:.3f}" for value in values))
     earned.add_section()
-    earned.add_row("mean", "", f"{last['score/mean']:.3f}", f"{last['success/mean']:.3f}")
+    earned.add_row("mean", *(f"{last[f'{kind}/mean']:.3f}" if kind != "return" else "" for kind in kinds))
 
     cost = Table("all networks", "this run", "dense", "ratio", title="cost")
     for label, name in (("live parameters", "parameters"), ("bytes: weights, gradients, Adam, index", "bytes")):

@@ -23,9 +23,9 @@ if not __package__:
 
 from rl import checkpoint
 from rl.config import Agent, BlockSize, Config, Networks, Suite, Treatment
+from rl.reporting.runs import Run, find, identity
 from rl.run import CHECKOUT, new_folder
 from rl.run import train as train_one
-from rl.runs import Run, find, identity
 
 POLL = 10  # seconds between two looks at how far the runs are
 
@@ -125,7 +125,7 @@ def run_all(cells: list[Config], sweep: Sweep) -> int:
                 else:
                     run = Run(folder, Config.load(folder))
                     run.publish(sweep.results)
-                    progress.write(f"{folder}: normalised score {run.evaluated['score/mean'].iloc[-1]:.3f}")
+                    progress.write(f"{folder}: score {run.evaluated['score/mean'].iloc[-1]:.3f}")
             progress.n = sum(run.clock for run in find([sweep.runs]) if identity(run.config) in todo)
             progress.refresh()
     return failures

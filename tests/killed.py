@@ -1,4 +1,4 @@
-"""A job for test_rl_sweep.py, in a module that a fresh process imports at once."""
+"""A job for rl/test_sweep.py, in a module that a fresh process imports at once."""
 
 import os
 import signal

@@ -8,11 +8,11 @@ from oracle import random_topology
 from torch import nn
 
 import sparsekern as sk
+from rl.algorithms.gaussian import log_probs_of_draws
+from rl.algorithms.replay import Replay
+from rl.algorithms.sac import SAC
+from rl.algorithms.trainer import plasticity_metrics
 from rl.config import Config, ReDoConfig, ResetConfig, SACConfig, SETConfig
-from rl.gaussian import log_probs_of_draws
-from rl.metrics import plasticity
-from rl.replay import Replay
-from rl.sac import SAC
 from sparsekern import choose
 from sparsekern.backends import reference, triton
 
@@ -266,5 +266,5 @@ def test_a_sac_agent_is_treated_and_looked_at_on_the_gpu(treatment):
     for clock in (5, 10, 15):
         agent.rewire(clock)
         assert agent.update(torch.Generator(DEVICE).manual_seed(clock)).isfinite().all()
-    metrics = plasticity({"actor": agent.actor, "critic": agent.critic}, log_probs_of_draws, seed=0, clock=15)
+    metrics = plasticity_metrics({"actor": agent.actor, "critic": agent.critic}, log_probs_of_draws, seed=0, clock=15)
     assert metrics["rank/critic"] >= 1 and metrics["fisher/actor"] > 0

@@ -18,6 +18,10 @@ RANK |= {
 RANK |= {"rewire.drop_and_grow": 11, "rewire.gmp": 11, "rewire.density": 1, "table": 0}
 RANK |= {"untrained": 0, "devices": 0, "cost": 1, "vendor": 1.5}
 
+# The same of rl. A room's modules may import one another; a file in no room is named by itself.
+RL_RANK = {"": 0, "config": 0, "seeds": 0, "checkpoint": 0, "envs": 1, "agents": 1, "treatments": 2}
+RL_RANK |= {"evaluate": 3, "metrics": 3, "reporting": 3, "algorithms": 4, "run": 5, "report": 5, "sweep": 6}
+
 
 def imported(path: Path) -> set[str]:
     """Dotted names that a file imports; `from a import b` counts as a.b."""
@@ -57,3 +61,13 @@ def test_rl_uses_only_public_names_of_sparsekern(path):
         room, *rest = name.split(".")
         assert room not in ("tests", "bench"), f"{path} imports {name}"
         assert room != "sparsekern" or rest == [] or rest[0] in public, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", files("rl"))
+def test_rooms_of_rl_import_one_way(path):
+    own = path.relative_to(ROOT / "rl").with_suffix("").parts[0].removesuffix("__init__")
+    for name in imported(path):
+        room, _, module = name.partition(".")
+        other = module.partition(".")[0]
+        if room == "rl" and other != own:
+            assert other in RL_RANK and RL_RANK[other] < RL_RANK[own], f"{path} imports {name}"

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rl.config import Config
+from rl.treatments.context import Context
 
 
-def prepare(network: nn.Module, config: Config, role: str) -> None:
-    encoder, heads = network.encoder, network.heads
+def prepare(context: Context) -> None:
+    encoder, heads = context.network.encoder, context.network.heads
     for i, neurons, positions in zip((0, 2, 4), encoder.neurons, encoder.positions, strict=True):
         encoder[i] = Normalised(encoder[i], LayerNorm(encoder.experts, neurons * positions))
     if heads.hidden is not None:

@@ -4,22 +4,21 @@ The ticket is a run folder of the same suite, agent and seed: the seed gives the
 the weights that live. These never change again, so there is nothing to do during training.
 """
 
-from torch import nn
-
 import sparsekern as sk
 from rl import checkpoint
 from rl.config import Config
+from rl.treatments.context import Context
 
 
-def prepare(network: nn.Module, config: Config, role: str) -> None:
-    saved = checkpoint.load(checked(config))
-    kept = saved.get("agent", saved)[role]["network"]  # SAC saves its networks as one agent
+def prepare(context: Context) -> None:
+    saved = checkpoint.load(checked(context.config))
+    kept = saved.get("agent", saved)[context.role]["network"]  # SAC saves its networks as one agent
     plan = sk.plan_from(kept)
     masks = {}
     for layer in plan.layers:
         rows, cols = (kept[f"{layer.name}.topology.block_{side}"] for side in ("rows", "cols"))
         masks[layer.name] = sk.Topology(rows, cols, layer.shape, layer.block_size, layer.groups).mask()
-    sk.sparsify(network, plan, keep=masks)
+    sk.sparsify(context.network, plan, keep=masks)
 
 
 def checked(config: Config):

@@ -10,34 +10,27 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import sparsekern as sk
-from rl.buffer import PlasticityBuffer
-from rl.config import Config
-from rl.neurons import Hidden, activity
+from rl.agents.neurons import Hidden, activity
 from rl.seeds import Stream, torch_generator
+from rl.treatments.context import Context
 from rl.treatments.periodic import Periodic
 
 
-def make_rule(
-    network: nn.Module,
-    optimizer: Optimizer,
-    config: Config,
-    seed: int,
-    buffer: PlasticityBuffer,
-    followers: list[nn.Module],
-) -> "ReDo":
-    return ReDo(network, optimizer, config.redo.every, config.redo.tau, seed, buffer)
+def make_rule(context: Context) -> "ReDo":
+    return ReDo(context)
 
 
 class ReDo(Periodic):
-    def __init__(self, network, optimizer, every: int, tau: float, seed: int, buffer: PlasticityBuffer):
-        super().__init__(every)
-        self.network, self.optimizer, self.tau, self.seed, self.buffer = network, optimizer, tau, seed, buffer
+    def __init__(self, context: Context):
+        super().__init__(context.config.redo.every)
+        self.context = context
 
     def act(self, clock: int) -> None:
-        generator = torch_generator(self.seed, Stream.TREATMENT, clock)
-        for neurons in activity(self.network, *self.buffer.sample(generator)):
+        context = self.context
+        generator = torch_generator(context.seed, Stream.TREATMENT, clock)
+        for neurons in activity(context.network, *context.buffer.sample(generator)):
             if neurons.layer.outgoing is not None:
-                recycle(neurons.layer, neurons.dormant(self.tau), self.optimizer, generator)
+                recycle(neurons.layer, neurons.dormant(context.config.redo.tau), context.optimizer, generator)
 
 
 @torch.no_grad()

@@ -5,15 +5,12 @@ masks a dense network, so its live weights begin at the small scale of the dense
 them for the inputs that a neuron really has.
 """
 
-from torch import nn
-from torch.optim import Optimizer
-
 import sparsekern as sk
-from rl.buffer import PlasticityBuffer
-from rl.config import Config
+from rl.treatments.context import Context
 
 
-def prepare(network: nn.Module, config: Config, role: str) -> None:
+def prepare(context: Context) -> None:
+    network, config = context.network, context.config
     heads = {name: layer for name, layer in network.named_modules() if isinstance(layer, sk.SparseLinear)}
     stay_dense = [name for name, layer in heads.items() if layer.block_size != config.block_size]  # too small for it
     sk.sparsify(
@@ -29,19 +26,13 @@ def prepare(network: nn.Module, config: Config, role: str) -> None:
         network.heads.initialise()
 
 
-def make_rule(
-    network: nn.Module,
-    optimizer: Optimizer,
-    config: Config,
-    seed: int,
-    buffer: PlasticityBuffer,
-    followers: list[nn.Module],
-) -> sk.SET:
+def make_rule(context: Context) -> sk.SET:
+    options = context.config.set
     return sk.SET(
-        network,
-        optimizer,
-        drop_fraction=config.set.drop_fraction,
-        update_every=config.set.update_every,
-        seed=seed,
-        followers=followers,
+        context.network,
+        context.optimizer,
+        drop_fraction=options.drop_fraction,
+        update_every=options.update_every,
+        seed=context.seed,
+        followers=context.followers,
     )

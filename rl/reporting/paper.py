@@ -1,7 +1,7 @@
 """What the paper reports (arXiv 2508.06871), IQM and 95% interval.
 
 TABLE is its Table 1, normalised scores after 400,000 timesteps, 30 seeds; TABLE_MT10 the success of MTSAC on MT10 after
-20,000,000 environment steps, 10 seeds, under the names of rl/report.py.
+20,000,000 environment steps, 10 seeds, under the names that rl/reporting/cells.py gives.
 """
 
 from typing import NamedTuple

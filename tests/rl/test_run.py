@@ -10,14 +10,15 @@ import pandas
 import pytest
 import torch
 
-from rl import buffer, checkpoint, envs, run, train_ppo
+from rl import checkpoint, envs, run
 from rl.agents import AGENTS
+from rl.algorithms import buffer, train_ppo
 from rl.config import Config, PPOConfig, ReDoConfig, ResetConfig
 from rl.envs.minigrid import Task
+from rl.reporting.runs import find
 from rl.run import new_folder
-from rl.runs import find
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 pytestmark = pytest.mark.usefixtures("small_sample")
@@ -59,7 +60,7 @@ def test_same_seed_repeats_and_a_killed_run_resumes_to_the_same_metrics(tmp_path
     settings = short(tmp_path, agent=agent, treatment=treatment, **often)
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     straight.mkdir(), killed.mkdir()
-    train_ppo.train(settings, straight)
+    run.train(settings, straight)
     expected = metrics(straight)
     names = {"score/mean", "success/MemoryS11", "return/LavaGapS7", "loss/policy"}
     names |= {"dormant/critic", "rank/actor", "fisher/actor"}
@@ -76,10 +77,10 @@ def test_same_seed_repeats_and_a_killed_run_resumes_to_the_same_metrics(tmp_path
 
     monkeypatch.setattr(train_ppo, "fit", die_in_the_fourth_fit)
     with pytest.raises(KeyboardInterrupt):
-        train_ppo.train(settings, killed)
+        run.train(settings, killed)
     pandas.testing.assert_frame_equal(metrics(killed), expected[expected["step"] <= 300])  # repeats so far
     assert checkpoint.load(killed)["clock"] == 200  # and goes on from before what it has logged
-    train_ppo.train(settings, killed)
+    run.train(settings, killed)
     pandas.testing.assert_frame_equal(metrics(killed), expected)
 
 
@@ -89,7 +90,7 @@ def test_agents_learn_empty_rooms(tmp_path, monkeypatch, agent):
     monkeypatch.setitem(envs.SUITES, "mt3", rooms)
     ppo = PPOConfig(rollout_steps=500, minibatch=64)
     settings = {"timesteps": 3500, "evaluate_every": 3500, "episodes": 10, "ppo": ppo}
-    train_ppo.train(Config(agent=agent, treatment="dense", **settings), tmp_path, quiet=True)
+    run.train(Config(agent=agent, treatment="dense", **settings), tmp_path, quiet=True)
     table = metrics(tmp_path).groupby("name")["value"]
     early = sum(table.first()[f"rollout/{task.name}"] for task in rooms) / 3
     assert early < 0.6 < 0.8 < table.last()["score/mean"]
@@ -98,7 +99,7 @@ def test_agents_learn_empty_rooms(tmp_path, monkeypatch, agent):
 def test_another_seed_gives_another_run(tmp_path):
     for seed in (0, 1):
         (tmp_path / str(seed)).mkdir()
-        train_ppo.train(short(tmp_path, treatment="dense", timesteps=100, seed=seed), tmp_path / str(seed))
+        run.train(short(tmp_path, treatment="dense", timesteps=100, seed=seed), tmp_path / str(seed))
     assert not metrics(tmp_path / "0").equals(metrics(tmp_path / "1"))
 
 
@@ -173,14 +174,19 @@ def test_a_gpu_that_is_not_there_is_a_sentence_and_no_run(tmp_path, monkeypatch)
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("suite", "evaluate_every", "episodes"), [("mt3", 10_000, 25), ("mt10", 20_000, 50)])
-def test_command_line_evaluates_as_the_paper_does_on_each_suite(tmp_path, monkeypatch, suite, evaluate_every, episodes):
+@pytest.mark.parametrize(
+    ("suite", "evaluate_every", "episodes", "prune_every"), [("mt3", 10_000, 25, 500), ("mt10", 20_000, 50, 5000)]
+)
+def test_command_line_evaluates_as_the_paper_does_on_each_suite(
+    tmp_path, monkeypatch, suite, evaluate_every, episodes, prune_every
+):
     if suite == "mt10":
         pytest.importorskip("metaworld", reason="needs the extra metaworld")
     monkeypatch.setattr(run, "environment", lambda: "")  # it takes seconds
     monkeypatch.setattr(sys, "argv", ["rl/run.py", "--suite", suite, "--runs", str(tmp_path)])
     _, config = run.chosen_run()
     assert (config.suite, config.evaluate_every, config.episodes) == (suite, evaluate_every, episodes)
+    assert config.gmp.update_every == prune_every
 
 
 @pytest.mark.parametrize(

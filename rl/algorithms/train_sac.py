@@ -5,56 +5,62 @@ longer: stepping overlaps learning, and a seed repeats its run.
 """
 
 import time
-from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from rl.algorithms.gaussian import log_probs_of_draws
+from rl.algorithms.learner import sizes
+from rl.algorithms.replay import Replay
+from rl.algorithms.sac import SAC, STATS
+from rl.algorithms.trainer import Metrics, Trainer
 from rl.config import Config
-from rl.envs.metaworld import MT10, STEPS, make_mt10
+from rl.envs.metaworld import ACTIONS, MT10, OBSERVATIONS, STEPS, make_mt10
 from rl.envs.workers import Workers
-from rl.evaluate import evaluate_mt10, judge_mt10
-from rl.gaussian import log_probs_of_draws
-from rl.learner import sizes
-from rl.loop import loop
-from rl.metrics import plasticity
-from rl.replay import Replay
-from rl.sac import SAC, STATS
+from rl.evaluate import evaluate_mt10, mt10_metrics
 from rl.seeds import Stream, numpy_generator, torch_generator
 
 
-def train(config: Config, folder: Path, quiet: bool = False) -> None:
-    """Train in this run folder, from its last checkpoint where it has one; quiet: without a progress bar."""
-    torch.set_num_threads(config.threads)
-    device = config.sac.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    with closing(make_mt10(config.seed, config.workers)) as envs:
-        features, actions = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-        replay = Replay(config.sac.capacity, len(MT10), features, actions, device)
-        agent = SAC(config, replay, len(MT10), features, actions, device)
-        observations = None  # what the environments show; None: they must be reset
+class SACTrainer(Trainer):
+    def __init__(self, config: Config, folder: Path, quiet: bool = False):
+        super().__init__(config, folder, quiet)
+        device = config.sac.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        features, actions = OBSERVATIONS.shape[0], ACTIONS.shape[0]
+        self.steps = STEPS
+        self.replay = Replay(config.sac.capacity, len(MT10), features, actions, device)
+        self.agent = SAC(config, self.replay, len(MT10), features, actions, device)
+        self.learners = {"actor": self.agent.actor, "critic": self.agent.critic}
+        self.log_probs = log_probs_of_draws
+        self.observations = None  # what the environments show; None: they must be reset
+        self.envs = make_mt10(config.seed, config.workers)  # last: whatever fails before it leaves no process
 
-        def learn(clock: int, steps: int) -> dict[str, float]:
-            nonlocal observations
-            if observations is None:  # a run starts or resumes, or an evaluation is over
-                seeds = numpy_generator(config.seed, Stream.RESET, clock).integers(2**31, size=len(MT10))
-                observations, _ = envs.reset(seed=seeds.tolist())
-            observations, metrics = episode(config, envs, agent, replay, observations, clock, steps)
-            return metrics | sizes(agent.actor, agent.critic)
+    def learn(self, steps: int) -> Metrics:
+        config = self.config
+        if self.observations is None:  # a run starts or resumes, or an evaluation is over
+            seeds = numpy_generator(config.seed, Stream.RESET, self.clock).integers(2**31, size=len(MT10))
+            self.observations, _ = self.envs.reset(seed=seeds.tolist())
+        self.observations, metrics = episode(
+            config, self.envs, self.agent, self.replay, self.observations, self.clock, steps
+        )
+        return metrics | sizes(*self.learners.values())
 
-        def judged(clock: int) -> dict[str, float]:
-            nonlocal observations
-            observations = None
-            found = evaluate_mt10(envs, agent.best, config.episodes, config.seed, clock)
-            return judge_mt10([task.name for task in MT10], *found)
+    def evaluate(self) -> Metrics:
+        self.observations = None
+        found = evaluate_mt10(self.envs, self.agent.best, self.config.episodes, self.config.seed, self.clock)
+        return mt10_metrics([task.name for task in MT10], *found)
 
-        def described(clock: int) -> dict[str, float]:
-            return plasticity({"actor": agent.actor, "critic": agent.critic}, log_probs_of_draws, config.seed, clock)
+    def rewire(self) -> None:
+        self.agent.rewire(self.clock)
 
-        parts = {"agent": agent, "replay": replay}
-        loop(config, folder, quiet, parts, STEPS, learn, judged, described, agent.rewire)
+    def parts(self) -> dict[str, Any]:
+        return {"agent": self.agent, "replay": self.replay}
+
+    def close(self) -> None:
+        self.envs.close()
 
 
 def episode(

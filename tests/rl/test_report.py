@@ -1,17 +1,21 @@
-"""rl/report.py and rl/runs.py: the statistics by hand, and that only comparable finished runs are compared."""
+"""rl/report.py and rl/reporting: the statistics by hand, and that only comparable finished runs are compared."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from rl import paper
 from rl.config import Config, GMPConfig, PPOConfig, ReDoConfig, ResetConfig, SETConfig
 from rl.envs import SUITES
-from rl.iqm import interval, iqm
-from rl.report import by_protocol, describe, draw, orderings, reference, show, single_task
-from rl.runs import find, identity
+from rl.reporting import paper
+from rl.reporting.cells import by_protocol, protocol_title, reference
+from rl.reporting.iqm import interval, iqm
+from rl.reporting.plots import DORMANT, draw
+from rl.reporting.runs import find, identity
+from rl.reporting.tables import orderings, show, single_task, with_interval
 
+RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results" / "rl"
 LOGGED = ("time/steps_per_second", "time/update_ms", "time/acting_ms", "time/rewire_ms")
 LOGGED += ("time/evaluate_ms", "time/metrics_ms")
 LOGGED += ("dormant/actor", "dormant/critic", "rank/actor", "rank/critic", "fisher/actor", "sparse/density")
@@ -69,7 +73,7 @@ def test_report_compares_finished_runs_of_one_protocol_only(tmp_path, capsys):
     runs = find([tmp_path])
     assert [run.folder.name for run in runs if not run.finished] == ["unfinished"]
     tables = by_protocol(run for run in runs if run.finished)
-    described = {describe(protocol): cells for protocol, cells in tables.items()}
+    described = {protocol_title(protocol): cells for protocol, cells in tables.items()}
     names = {title: [(cell.name, cell.seeds) for cell in cells] for title, cells in described.items()}
     same, short, other = sorted(names, key=lambda title: (title.startswith("40,"), "epochs" in title))
     assert names[same] == [("dense", [0, 1]), ("set", [0, 1]), ("set, block 16", [0])]
@@ -80,11 +84,6 @@ def test_report_compares_finished_runs_of_one_protocol_only(tmp_path, capsys):
     dense, sets, blocks = cells
     assert reference(dense) == paper.TABLE["mtppo", "mt5", "dense"] and reference(blocks) is None
     np.testing.assert_allclose(sets.scores, [[0.7] * 5, [0.9] * 5])
-    (line, warning) = orderings(cells)
-    assert line.startswith(
-        "mt5 mtppo: set - dense = +0.100, paper +0.15: the paper's order appears (2 and 2 seeds, intervals overlap)"
-    )
-    assert "Some cells have 1 seed," in warning and "none of this proves anything" in warning
 
     for protocol, of_table in tables.items():
         show(protocol, of_table)
@@ -92,28 +91,103 @@ def test_report_compares_finished_runs_of_one_protocol_only(tmp_path, capsys):
     assert "0.700 [0.600, 0.800]" in printed and "0.65 [0.61, 0.71]" in printed and "0, 1" in printed
     assert printed.count("0.65 [0.61, 0.71]") == 1  # beside the paper's protocol only
     assert "40,000 timesteps; not the paper's protocol" in printed
-    (picture,) = draw(next(iter(tables)), cells, tmp_path / "plots", number=1)
-    assert picture.name == "1-mt5-mtppo.png" and picture.stat().st_size > 10_000
+    pictures = draw(next(iter(tables)), cells, tmp_path / "plots", number=1)
+    assert [picture.name for picture in pictures] == ["1-mt5-mtppo.png", "1-mt5-mtppo-tasks.png"]
+    assert all(picture.stat().st_size > 10_000 for picture in pictures)
 
 
-def test_few_seeds_are_held_against_the_papers_number_of_them(tmp_path):
-    for suite, agent, timesteps in (("mt3", "mtppo", 400_000), ("mt10", "mtsac", 2_000_000)):
-        for treatment in ("dense", "gmp"):
-            config = Config(suite=suite, agent=agent, treatment=treatment, timesteps=timesteps)
-            write(tmp_path / suite / treatment, config, 0.5, steps=(10_000, timesteps))
-    for suite, seeds in (("mt3", 30), ("mt10", 10)):
-        (cells,) = by_protocol(find([tmp_path / suite])).values()
-        assert f"the paper {seeds}:" in orderings(cells)[-1]
+def cells_of(tmp_path, seeds, **scores):
+    """Cells of MT5 by treatment, of so many seeds each, all with one score."""
+    for treatment, score in scores.items():
+        for seed in range(seeds[treatment]):
+            config = Config(suite="mt5", treatment=treatment, timesteps=400_000, seed=seed)
+            write(tmp_path / f"{treatment}{seed}", config, score)
+    (cells,) = by_protocol(find([tmp_path])).values()
+    return cells
+
+
+def test_the_papers_order_is_looked_for_in_cells_of_ten_seeds(tmp_path):
+    cells = cells_of(tmp_path, {"dense": 10, "set": 10, "gmp": 9}, dense=0.6, set=0.7, gmp=0.9)
+    line, few = orderings(cells)
+    assert line == (
+        "mt5 mtppo: set - dense = +0.100, paper +0.15: the paper's order appears (10 and 10 seeds, intervals are apart)"
+    )
+    assert few == "Fewer than 10 seeds, and so no statement about treatments: mt5 mtppo gmp (9)"
+
+
+def test_nothing_is_compared_with_a_dense_network_of_nine_seeds(tmp_path):
+    (few,) = orderings(cells_of(tmp_path, {"dense": 9, "set": 10}, dense=0.6, set=0.7))
+    assert "order" not in few and "mt5 mtppo dense (9)" in few and "set" not in few
 
 
 def test_paper_without_a_difference_has_no_order(tmp_path):
     for treatment, score in (("dense", 0.5), ("reset", 0.6)):
-        write(tmp_path / treatment, Config(treatment=treatment, timesteps=400_000), score)
+        for seed in range(10):
+            config = Config(treatment=treatment, timesteps=400_000, seed=seed)
+            write(tmp_path / f"{treatment}{seed}", config, score)
     (cells,) = by_protocol(find([tmp_path])).values()
-    line, _ = orderings(cells)
+    (line,) = orderings(cells)
     assert line.startswith(
-        "mt3 mtppo: reset - dense = +0.100, paper +0.00: the paper sees no difference (1 and 1 seeds"
+        "mt3 mtppo: reset - dense = +0.100, paper +0.00: the paper sees no difference (10 and 10 seeds"
     )
+
+
+def test_the_iqm_of_fewer_than_four_numbers_is_named_a_mean():
+    assert with_interval(np.array([[0.25], [0.5], [0.75]])) == "mean 0.500 [0.250, 0.750]"
+    assert with_interval(np.array([[0.0], [0.5], [0.5], [0.5]])).startswith("IQM 0.500 [")
+    assert with_interval(np.array([[0.0, 0.5, 0.5, 0.5]])) == "IQM 0.500"
+
+
+def axes_of(figures, protocol, cells, folder):
+    """The axes of the two figures that are drawn, by title."""
+    from matplotlib import pyplot
+
+    figures.setattr(pyplot, "close", lambda figure: None)
+    before = set(pyplot.get_fignums())
+    draw(protocol, cells, folder, number=1)
+    figures.undo()
+    drawn = [pyplot.figure(number) for number in pyplot.get_fignums() if number not in before]
+    found = [{axis.get_title(): axis for axis in figure.axes} for figure in drawn]
+    pyplot.close("all")
+    return found
+
+
+def test_a_share_of_dormant_neurons_is_drawn_on_a_scale_that_makes_no_cliff_of_a_thousandth(tmp_path, monkeypatch):
+    config = Config(suite="mt5", treatment="dense", timesteps=400_000)
+    write(tmp_path / "run", config, 0.5)
+    file = tmp_path / "run" / "metrics.csv"
+    file.write_text(file.read_text().replace("dormant/actor,1", "dormant/actor,0.001"))
+    ((protocol, cells),) = by_protocol(find([tmp_path])).items()
+    metrics, tasks = axes_of(monkeypatch, protocol, cells, tmp_path / "plots")
+    assert metrics["dormant neurons, actor"].get_ylim() == (0, DORMANT)
+    assert metrics["dormant neurons, critic"].get_ylim()[1] > 1  # of which all are dormant
+    assert [*tasks] == [task.name for task in SUITES["mt5"]]
+    for axis in tasks.values():
+        (line,) = axis.get_lines()
+        assert line.get_ydata().tolist() == [0, 0.5]
+
+
+def test_success_is_not_repeated_as_a_score_on_mt10(tmp_path, monkeypatch, capsys):
+    config = Config(suite="mt10", agent="mtsac", treatment="dense", timesteps=2_000_000)
+    write(tmp_path / "run", config, 0.5, steps=(20_000, 2_000_000))
+    ((protocol, cells),) = by_protocol(find([tmp_path])).items()
+    show(protocol, cells)
+    printed = capsys.readouterr().out
+    assert "success after 2,000,000 timesteps" in printed and "score" not in printed
+    metrics, _ = axes_of(monkeypatch, protocol, cells, tmp_path / "plots")
+    assert "success" in metrics and "normalised score" not in metrics
+
+
+def test_runs_of_gmp_on_mt10_prune_as_the_paper_does_and_committed_ones_as_they_did(tmp_path):
+    assert Config(suite="mt10", agent="mtsac", treatment="gmp").gmp.update_every == 5000
+    assert Config(treatment="gmp").gmp.update_every == 500
+    committed = [run for run in find([RESULTS]) if run.config.suite == "mt10" and run.config.treatment == "gmp"]
+    assert committed and {run.config.gmp.update_every for run in committed} == {500}
+    for run in committed:
+        assert run.folder.parent.name == run.config.experiment  # a run of today has another folder
+    ((cells),) = by_protocol(find([RESULTS / "mt10-mtsac-dense", *(run.folder for run in committed)])).values()
+    assert [cell.name for cell in cells] == ["dense", "gmp, actor only, every 500", "gmp, every 500"]
+    assert [reference(cell) for cell in cells] == [None] * 3
 
 
 def test_run_costs_rollouts_updates_rewires_and_evaluations(tmp_path):

@@ -1,17 +1,17 @@
-"""rl/ppo.py and rl/train_ppo.py: advantages by hand, and the policy's loss against its definition."""
+"""rl/algorithms, ppo and train_ppo: advantages by hand, and the policy's loss against its definition."""
 
 import math
 
 import pytest
 import torch
 
-from rl.buffer import PlasticityBuffer
+from rl.algorithms.buffer import PlasticityBuffer
+from rl.algorithms.ppo import gae, policy_loss
+from rl.algorithms.rollout import collect_minigrid
+from rl.algorithms.train_ppo import chosen, fit, make_learner
 from rl.config import Config, PPOConfig
 from rl.envs import SUITES
 from rl.envs.pool import EnvPool
-from rl.ppo import gae, policy_loss
-from rl.rollout import collect
-from rl.train_ppo import chosen, fit, learner
 
 
 def test_gae_matches_a_trajectory_computed_by_hand():
@@ -52,8 +52,8 @@ def test_policy_loss_and_its_gradient_match_the_definition_transition_by_transit
 @pytest.mark.parametrize(("suite", "critic_steps"), [("mt3", 1), ("LavaGapS7", 4)])
 def test_critic_takes_one_step_on_everything_but_minibatches_of_a_single_task(suite, critic_steps):
     config = Config(suite=suite, treatment="dense", ppo=PPOConfig(epochs=2, minibatch=10))
-    actor, critic = (learner(config, role, out, PlasticityBuffer()) for role, out in (("actor", 7), ("critic", 1)))
-    rollout = collect(EnvPool(SUITES[suite]), actor.network, len(SUITES[suite]), steps=40, seed=0, clock=0)
+    actor, critic = (make_learner(config, role, out, PlasticityBuffer()) for role, out in (("actor", 7), ("critic", 1)))
+    rollout = collect_minigrid(EnvPool(SUITES[suite]), actor.network, len(SUITES[suite]), steps=40, seed=0, clock=0)
     fit(actor, critic, rollout, config.ppo, seed=0, clock=0)
     for trained, steps in ((critic, critic_steps), (actor, 8)):
         assert {int(state["step"]) for state in trained.optimizer.state.values()} == {steps}
@@ -61,9 +61,9 @@ def test_critic_takes_one_step_on_everything_but_minibatches_of_a_single_task(su
 
 def test_fit_minimises_the_losses_of_plain_ppo_first_of_the_critic_then_of_the_actor(monkeypatch):
     config = Config(suite="mt3", treatment="dense", ppo=PPOConfig(epochs=2, minibatch=30))
-    actor, critic = (learner(config, role, out, PlasticityBuffer()) for role, out in (("actor", 7), ("critic", 1)))
+    actor, critic = (make_learner(config, role, out, PlasticityBuffer()) for role, out in (("actor", 7), ("critic", 1)))
     steps, tasks = 90, 3
-    rollout = collect(EnvPool(SUITES["mt3"]), actor.network, tasks, steps, seed=0, clock=0)
+    rollout = collect_minigrid(EnvPool(SUITES["mt3"]), actor.network, tasks, steps, seed=0, clock=0)
     assert rollout.terminated.any()
 
     # transition by transition, from the networks as they are before the fit

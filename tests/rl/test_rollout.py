@@ -1,12 +1,13 @@
-"""rl/rollout.py: what a rollout says happened, against the networks and environments themselves."""
+"""rl/algorithms/rollout.py: what a rollout says happened, against the networks and environments themselves."""
 
 import numpy as np
 import torch
 
 from rl.agents import MTPPO
+from rl.agents.policy import Policy
+from rl.algorithms.rollout import collect_minigrid, episode_sums
 from rl.envs import SUITES
 from rl.envs.pool import EnvPool
-from rl.rollout import Policy, collect, episode_returns
 
 TASKS = SUITES["mt3"]
 
@@ -14,7 +15,7 @@ TASKS = SUITES["mt3"]
 def test_rollout_keeps_what_was_seen_and_how_the_actor_answered():
     torch.manual_seed(0)
     actor = MTPPO(num_tasks=3, out_features=7, block_size=1)
-    rollout = collect(EnvPool(TASKS), actor, num_tasks=3, steps=200, seed=0, clock=0)
+    rollout = collect_minigrid(EnvPool(TASKS), actor, num_tasks=3, steps=200, seed=0, clock=0)
     assert len(rollout.observations) < 400  # of 600: the rest had been seen before
 
     seen, following = rollout.observations[rollout.seen], rollout.next_observations
@@ -44,5 +45,5 @@ def test_the_same_view_of_two_tasks_is_two_questions():
 
 def test_returns_are_of_whole_episodes_only():
     rewards, ended = np.array([1.0, 2, 4, 8, 16]), np.array([False, True, True, False, False])
-    assert episode_returns(rewards, ended) == [3, 4]
-    assert episode_returns(rewards, np.zeros(5, bool)) == []
+    of_tasks = episode_sums(np.stack([rewards, rewards], axis=1), np.stack([ended, np.zeros(5, bool)], axis=1))
+    assert of_tasks == [[3, 4], []]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas
 
 from rl.config import CONFIG, ENVIRONMENT, Config
-from rl.logger import CSV
+from rl.reporting.logger import CSV
 
 
 def identity(config: Config) -> Config:

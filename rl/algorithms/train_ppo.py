@@ -1,67 +1,67 @@
 """Multi-task PPO on MiniGrid: rollouts of all tasks in lock-step, and one fit of actor and critic after each."""
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rl.agents import AGENTS
-from rl.buffer import PlasticityBuffer
+from rl.algorithms.buffer import PlasticityBuffer
+from rl.algorithms.learner import Learner, sizes
+from rl.algorithms.ppo import explained_variance, gae, improve, minibatches, normalised
+from rl.algorithms.rollout import MiniGridRollout, collect_minigrid
+from rl.algorithms.trainer import Metrics, Trainer
 from rl.config import Config, PPOConfig
 from rl.envs import SUITES
-from rl.envs.minigrid import Task
 from rl.envs.pool import EnvPool
-from rl.evaluate import evaluate, judge
-from rl.learner import Learner, sizes
-from rl.logger import timed
-from rl.loop import loop
-from rl.metrics import categorical, plasticity
-from rl.ppo import explained_variance, gae, improve, minibatches, normalised
-from rl.rollout import Rollout, collect
+from rl.evaluate import evaluate_minigrid, minigrid_metrics
+from rl.metrics import categorical
+from rl.reporting.logger import timed
 from rl.seeds import Stream, torch_generator
 
 
-def train(config: Config, folder: Path, quiet: bool = False) -> None:
-    """Train in this run folder, from its last checkpoint where it has one; quiet: without a progress bar."""
-    torch.set_num_threads(config.threads)
-    tasks = SUITES[config.suite]
-    # rollouts share the evaluation's first environments: both begin with fresh episodes, so neither disturbs the other
-    pool = EnvPool(tasks * config.episodes)
-    buffer = PlasticityBuffer()
-    actor = learner(config, "actor", int(pool.action_space.n), buffer)
-    critic = learner(config, "critic", 1, buffer)
+class PPOTrainer(Trainer):
+    def __init__(self, config: Config, folder: Path, quiet: bool = False):
+        super().__init__(config, folder, quiet)
+        self.tasks = SUITES[config.suite]
+        self.steps = config.ppo.rollout_steps
+        # evaluation and rollouts share environments: both begin with fresh episodes, so neither disturbs the other
+        self.pool = EnvPool(self.tasks * config.episodes)
+        self.buffer = PlasticityBuffer()
+        self.actor = make_learner(config, "actor", int(self.pool.action_space.n), self.buffer)
+        self.critic = make_learner(config, "critic", 1, self.buffer)
+        self.learners = {"actor": self.actor, "critic": self.critic}
+        self.log_probs = categorical
 
-    def learn(clock: int, steps: int) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        rollout = collect(pool, actor.network, len(tasks), steps, config.seed, clock)
+    def learn(self, steps: int) -> Metrics:
+        config, metrics = self.config, {}
+        rollout = collect_minigrid(self.pool, self.actor.network, len(self.tasks), steps, config.seed, self.clock)
         with timed(metrics, "time/update_ms"):
-            metrics |= fit(actor, critic, rollout, config.ppo, config.seed, clock)
-        buffer.add(rollout.observations[rollout.seen.flatten()], rollout.tasks[rollout.seen.flatten()])
-        return metrics | describe(tasks, rollout) | sizes(actor, critic)
+            metrics |= fit(self.actor, self.critic, rollout, config.ppo, config.seed, self.clock)
+        seen = rollout.seen.flatten()
+        self.buffer.add(rollout.observations[seen], rollout.tasks[seen])
+        return metrics | rollout.metrics([task.name for task in self.tasks]) | sizes(self.actor, self.critic)
 
-    def judged(clock: int) -> dict[str, float]:
-        return judge(tasks, evaluate(pool, actor.network, len(tasks), config.episodes, config.seed, clock))
+    def evaluate(self) -> Metrics:
+        config, num_tasks = self.config, len(self.tasks)
+        returns = evaluate_minigrid(self.pool, self.actor.network, num_tasks, config.episodes, config.seed, self.clock)
+        return minigrid_metrics(self.tasks, returns)
 
-    def described(clock: int) -> dict[str, float]:
-        return plasticity({"actor": actor, "critic": critic}, categorical, config.seed, clock)
-
-    def rewire(clock: int) -> None:
-        actor.rewire(clock)
-        critic.rewire(clock)
-
-    parts = {"actor": actor, "critic": critic, "buffer": buffer}
-    loop(config, folder, quiet, parts, config.ppo.rollout_steps, learn, judged, described, rewire)
+    def parts(self) -> dict[str, Any]:
+        return {**self.learners, "buffer": self.buffer}
 
 
-def learner(config: Config, role: str, out_features: int, buffer: PlasticityBuffer) -> Learner:
+def make_learner(config: Config, role: str, out_features: int, buffer: PlasticityBuffer) -> Learner:
     """Actor or critic, of so many outputs per observation."""
     make_network = partial(AGENTS[config.agent], len(SUITES[config.suite]), out_features)
     return Learner(config, role, make_network, buffer, {"lr": config.ppo.learning_rate})
 
 
-def fit(actor: Learner, critic: Learner, rollout: Rollout, ppo: PPOConfig, seed: int, clock: int) -> dict[str, float]:
+def fit(
+    actor: Learner, critic: Learner, rollout: MiniGridRollout, ppo: PPOConfig, seed: int, clock: int
+) -> dict[str, float]:
     """Improve critic and actor by one rollout; returns their losses and what else says how it went."""
     seen, cut = rollout.seen, rollout.cut
     num_tasks = seen.shape[1]
@@ -92,14 +92,14 @@ def fit(actor: Learner, critic: Learner, rollout: Rollout, ppo: PPOConfig, seed:
         value_losses.append(loss.detach())
         return loss
 
-    def judge_actions(rows: Tensor) -> tuple[Tensor, Tensor]:
+    def evaluate_actions(rows: Tensor) -> tuple[Tensor, Tensor]:
         return chosen(answers(actor.network, rows), actions[rows])
 
     # the paper's critic takes one step on everything; that of its single-task reference takes minibatches
     for batch in minibatches(len(seen), ppo.minibatch if num_tasks == 1 else len(seen), generator):
         critic.minimise(value_loss, batch, tasks[batch], generator)
     minibatch = ppo.minibatch * num_tasks
-    improved = improve(actor, judge_actions, log_probs, advantages, tasks, minibatch, ppo, generator)
+    improved = improve(actor, evaluate_actions, log_probs, advantages, tasks, minibatch, ppo, generator)
     return improved | {"loss/value": torch.stack(value_losses).mean().item()} | metrics
 
 
@@ -107,12 +107,3 @@ def chosen(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities [N] of these actions, int64 [N], and entropies [N] in nats, of softmax(logits) [N, actions]."""
     log_probs = logits.log_softmax(-1)
     return log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1), -(log_probs.exp() * log_probs).sum(-1)
-
-
-def describe(tasks: Sequence[Task], rollout: Rollout) -> dict[str, float]:
-    """How collecting went: the mean return of the episodes that ended, per task that had any, and the time it took."""
-    ended = zip(tasks, rollout.episode_returns, strict=True)
-    return {f"rollout/{task.name}": sum(returns) / len(returns) for task, returns in ended if returns} | {
-        "time/steps_per_second": rollout.rewards.numel() / rollout.seconds,
-        "time/acting_ms": 1e3 * rollout.seconds_acting,
-    }

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rl.agents.mtsac import MTSACActor, MTSACCritics
-from rl.capture import Captured
+from rl.algorithms.capture import Captured
+from rl.algorithms.gaussian import gaussian
+from rl.algorithms.learner import Learner, load_optimizer
+from rl.algorithms.replay import Recent, Replay
 from rl.config import Config
-from rl.gaussian import gaussian
-from rl.learner import Learner, load_optimizer
-from rl.replay import Recent, Replay
 
 STATS = ("loss/policy", "loss/value", "sac/temperature", "sac/entropy", "sac/value")
 

@@ -1,4 +1,4 @@
-"""rl/metrics.py and rl/neurons.py: dormancy, rank and Fisher trace against brute force, sample by sample."""
+"""rl/metrics.py and rl/agents/neurons.py: dormancy, rank and Fisher trace against brute force, sample by sample."""
 
 import copy
 import math
@@ -9,11 +9,12 @@ from torch import nn
 
 import sparsekern as sk
 from rl.agents import AGENTS
-from rl.buffer import CAPACITY, PlasticityBuffer
+from rl.agents.neurons import activity
+from rl.algorithms.buffer import CAPACITY, PlasticityBuffer
 from rl.config import Config
-from rl.metrics import categorical, describe_network, effective_rank, fisher_trace
-from rl.neurons import activity
+from rl.metrics import categorical, effective_rank, fisher_trace, network_metrics
 from rl.treatments import TREATMENTS
+from rl.treatments.context import Context
 
 TASKS = 3  # and two experts
 
@@ -22,11 +23,12 @@ def network(agent, treatment="dense", block_size=1):
     """An agent's actor in blocks of this size, treated and, by gmp, pruned to half of its weights."""
     config = Config(agent=agent, treatment=treatment, density=0.5, block_size=block_size, timesteps=1000)
     made = AGENTS[agent](TASKS, 7, block_size)
+    context = Context(config, "actor", made, seed=0, buffer=PlasticityBuffer())
     for part in TREATMENTS[treatment]:
-        part.prepare(made, config, "actor")
+        part.prepare(context)
         if treatment == "gmp":
-            optimizer = torch.optim.Adam(made.parameters())
-            part.make_rule(made, optimizer, config, 0, PlasticityBuffer(), []).step(clock=1000)
+            context.optimizer = torch.optim.Adam(made.parameters())
+            part.make_rule(context).step(clock=1000)
     return made
 
 
@@ -79,7 +81,7 @@ def test_dormancy_of_every_layer_matches_activations_computed_by_hand(agent):
     assert measured["encoder2"].dormant(0.001).nonzero()[:, 1].tolist() == [27, 28, 29]
     assert measured["head"].dormant(0.001).nonzero().tolist() == [[1, 0], [1, 1]]
     neurons = sum(m.counted.numel() for m in measured.values())
-    assert describe_network("actor", made, observations, tasks)["dormant/actor"] == pytest.approx(8 / neurons)
+    assert network_metrics("actor", made, observations, tasks)["dormant/actor"] == pytest.approx(8 / neurons)
 
     with torch.no_grad():
         x = observations.permute(0, 3, 1, 2).float()
@@ -122,18 +124,18 @@ def test_tasks_that_were_not_seen_do_not_count():
 
 def test_mixtures_report_the_mean_rank_of_their_experts():
     made, (observations, tasks) = network("moore"), batch(40)
-    metrics = describe_network("critic", made, observations, tasks)
+    metrics = network_metrics("critic", made, observations, tasks)
     with torch.no_grad():
         ranks = [effective_rank(expert) for expert in made.encoder(observations).unbind(1)]
     assert metrics["rank/critic_experts"] == sum(ranks) / 2
     assert 1 <= metrics["rank/critic"] <= 40
-    assert "rank/actor_experts" not in describe_network("actor", network("mtppo"), observations, tasks)
+    assert "rank/actor_experts" not in network_metrics("actor", network("mtppo"), observations, tasks)
 
 
 def test_metrics_leave_the_network_and_its_gradients_as_they_were():
     made, (observations, tasks) = network("moe"), batch(10)
     before = copy.deepcopy(made.state_dict())
-    describe_network("actor", made, observations, tasks)
+    network_metrics("actor", made, observations, tasks)
     fisher_trace(made, observations, tasks, categorical, torch.Generator().manual_seed(0))
     assert all(p.grad is None for p in made.parameters())
     assert not any(module._forward_hooks for module in made.modules())

@@ -8,7 +8,7 @@ import pytest
 from gymnasium.vector import SyncVectorEnv
 
 from rl.envs.metaworld import ACTIONS, MT10, OBSERVATIONS, STEPS, make_mt10, require_metaworld
-from rl.evaluate import evaluate_mt10, judge_mt10
+from rl.evaluate import evaluate_mt10, mt10_metrics
 from rl.seeds import Stream, numpy_generator
 
 SEED = 3
@@ -147,7 +147,7 @@ def test_evaluation_is_meta_world_s(envs, here, scripted):
     for env, seed in zip(here.envs, seeds, strict=True):
         env.unwrapped.seed(seed)  # Meta-World's evaluation resets without a seed
     mean_success, mean_return, success, episode_returns = evaluation(Agent(act), here, episodes)
-    metrics = judge_mt10(envs.names, returns, solved)
+    metrics = mt10_metrics(envs.names, returns, solved)
     assert metrics["success/mean"] == pytest.approx(mean_success) and 0 < mean_success < 1
     assert np.mean(returns) == pytest.approx(mean_return, rel=1e-6)
     for name, of_task in zip(envs.names, returns, strict=True):

@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from rl.algorithms.learner import Learner
 from rl.config import MT10PPOConfig, PPOConfig
-from rl.learner import Learner
 
 
 def improve(
     actor: Learner,
-    judge: Callable[[Tensor], tuple[Tensor, Tensor]],
+    evaluate_actions: Callable[[Tensor], tuple[Tensor, Tensor]],
     old_log_probs: Tensor,
     advantages: Tensor,
     tasks: Tensor,
@@ -22,15 +22,16 @@ def improve(
     """Take epochs of minibatches over N transitions; returns the loss and what else says how it went.
 
     Args:
-        judge: from some rows, int64 [M], to the log-probabilities [M] of what was done there, and the policy's
-            entropies [M] in nats, both with gradients.
+        evaluate_actions: from some rows, int64 [M], to the log-probabilities [M] of what was done there, and the
+            policy's entropies [M] in nats, both with gradients.
         old_log_probs, advantages, tasks: [N]; of the policy that acted, and what this earned it.
         minibatch: rows of a step, at most.
     """
     history = []
 
     def loss(rows: Tensor) -> Tensor:
-        value, stats = policy_loss(*judge(rows), old_log_probs[rows], advantages[rows], ppo.clip, ppo.entropy)
+        of_policy = evaluate_actions(rows)
+        value, stats = policy_loss(*of_policy, old_log_probs[rows], advantages[rows], ppo.clip, ppo.entropy)
         history.append(stats)
         return value
 

@@ -19,17 +19,17 @@ class LinearBaseline:
     """
 
     def __init__(self, observations: Tensor, elapsed: Tensor, targets: Tensor):
-        x = described(observations, elapsed).transpose(0, 1)
+        x = baseline_features(observations, elapsed).transpose(0, 1)
         y = targets.to(x.dtype).T.unsqueeze(2)
         ridge = RIDGE * torch.eye(x.shape[2], dtype=x.dtype)
         self._weights = torch.linalg.solve(x.mT @ x + ridge, x.mT @ y).squeeze(2)
 
     def __call__(self, observations: Tensor, elapsed: Tensor, tasks: Tensor) -> Tensor:
         """Values, in the observations' dtype, of observations [..., features] of tasks, int64 [...]."""
-        return (described(observations, elapsed) * self._weights[tasks]).sum(-1).to(observations.dtype)
+        return (baseline_features(observations, elapsed) * self._weights[tasks]).sum(-1).to(observations.dtype)
 
 
-def described(observations: Tensor, elapsed: Tensor) -> Tensor:
+def baseline_features(observations: Tensor, elapsed: Tensor) -> Tensor:
     """What values are linear in: float64 [..., 2 * features + 4]."""
     o, t = observations.double().clamp(-BOUND, BOUND), elapsed.unsqueeze(-1).double() / 100
     return torch.cat((o, o**2, t, t**2, t**3, torch.ones_like(t)), dim=-1)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rl.buffer import BATCH, CAPACITY
+from rl.algorithms.buffer import BATCH, CAPACITY
 
 
 class Batch(NamedTuple):

@@ -7,16 +7,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import killed
 import pytest
-from killed import killed_of_seed_1
 
-from rl import checkpoint, run, sweep, train_ppo
+from rl import checkpoint, run, sweep
+from rl.algorithms import train_ppo
 from rl.config import Config, PPOConfig
+from rl.reporting.runs import find
 from rl.run import new_folder
-from rl.runs import find
 from rl.sweep import Sweep, run_all
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def test_grid_counts_options_of_sparse_treatments_for_these_only():
@@ -45,14 +46,14 @@ def in_this_process(address, workers):
 def test_sweep_resumes_interrupted_runs_and_does_not_repeat_finished_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "launching", in_this_process)
     monkeypatch.setattr(run, "environment", lambda: "")  # it takes seconds
-    trained, train = [], train_ppo.train
+    trained, train = [], run.train
 
     def count(config, folder, quiet):
         state = checkpoint.load(folder)
         trained.append((config.seed, state["clock"] if state else 0))
         train(config, folder, quiet)
 
-    monkeypatch.setattr(train_ppo, "train", count)
+    monkeypatch.setattr(sweep, "train_one", count)
     ppo = PPOConfig(rollout_steps=100, epochs=1)
     base = Config(treatment="dense", timesteps=200, evaluate_every=100, episodes=1, ppo=ppo, runs=tmp_path / "runs")
     cells = [replace(base, seed=seed) for seed in range(3)]
@@ -66,9 +67,9 @@ def test_sweep_resumes_interrupted_runs_and_does_not_repeat_finished_ones(tmp_pa
         rollouts.append(collect(*args, **kwargs))
         return rollouts[0]
 
-    collect = train_ppo.collect
+    collect = train_ppo.collect_minigrid
     with monkeypatch.context() as patch:
-        patch.setattr(train_ppo, "collect", die)
+        patch.setattr(train_ppo, "collect_minigrid", die)
         assert run_all([cells[1]], options) == 1  # the sweep survives
     assert checkpoint.load(broken)["clock"] == 100
 
@@ -87,8 +88,8 @@ def test_killed_process_fails_its_own_run_only(tmp_path, monkeypatch, capsys, ad
     if address:
         pytest.importorskip("ray", reason="Ray, of the extra `cluster`, is not installed")
         monkeypatch.setenv("HOME", str(tmp_path))  # where Ray keeps the token of its own cluster
-        monkeypatch.setattr(sweep, "CHECKOUT", Path(__file__).parent)  # its processes must find what follows
-    monkeypatch.setattr(sweep, "train", killed_of_seed_1)
+        monkeypatch.setattr(sweep, "CHECKOUT", Path(killed.__file__).parent)  # its processes must find what follows
+    monkeypatch.setattr(sweep, "train", killed.killed_of_seed_1)
     cells = Sweep(seeds=(1, 2), treatments=("dense",), runs=tmp_path / "runs").cells()
     options = Sweep(workers=1, address=address, runs=tmp_path / "runs", results=tmp_path / "results")
     assert run_all(cells, options) == 1

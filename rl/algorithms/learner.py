@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 import sparsekern as sk
-from rl.buffer import PlasticityBuffer
 from rl.config import Config
 from rl.seeds import Stream, numpy_generator
 from rl.treatments import TREATMENTS
+from rl.treatments.context import Buffer, Context
 
 
 class Learner:
@@ -30,21 +30,23 @@ class Learner:
         config: Config,
         role: str,
         make_network: Callable[[int], nn.Module],
-        buffer: PlasticityBuffer,
+        buffer: Buffer,
         adam: dict,
         max_gradient_norm: float | None = None,
         with_target: bool = False,
         device: str = "cpu",
     ):
         seeds = numpy_generator(config.seed, Stream[role.upper()])
+        first_values, of_treatment = int(seeds.integers(2**63)), int(seeds.integers(2**31))
         with torch.random.fork_rng(devices=()):
-            torch.manual_seed(int(seeds.integers(2**63)))
+            torch.manual_seed(first_values)
             self._parts = TREATMENTS[config.treatment] if config.networks in ("both", role) else ()
             # a dense layer in blocks of 1 is a matrix as it stands
             self.network = make_network(config.block_size if self._parts and config.sparse else 1)
             self.dense_parameters = self.live_parameters()
+            context = Context(config, role, self.network, of_treatment, buffer)
             for prepare in self._offered("prepare"):
-                prepare(self.network, config, role)
+                prepare(context)
         self.network.to(device)
         self.target = deepcopy(self.network).requires_grad_(False) if with_target else None
         options = {"fused": True} | adam
@@ -53,12 +55,8 @@ class Learner:
         self.optimizer = torch.optim.Adam(self.network.parameters(), **options)
         self._max_gradient_norm = max_gradient_norm
         self.buffer = buffer
-        seed = int(seeds.integers(2**31))  # another one per network, else actor and critic would grow alike
-        followers = [self.target] if with_target else []
-        self.rules = [
-            make_rule(self.network, self.optimizer, config, seed, buffer, followers)
-            for make_rule in self._offered("make_rule")
-        ]
+        context.optimizer, context.followers = self.optimizer, [self.target] if with_target else []
+        self.rules = [make_rule(context) for make_rule in self._offered("make_rule")]
         (self._backward,) = self._offered("backward") or [backward]
 
     def _offered(self, function: str) -> list[Callable]:

@@ -12,20 +12,21 @@ import pytest
 import torch
 
 import sparsekern as sk
-from rl import buffer, checkpoint, gaussian, run, train_ppo_mt10
+from rl import checkpoint, run
 from rl.agents import AGENTS
 from rl.agents.encoder import StateEncoder
-from rl.baseline import RIDGE, LinearBaseline
-from rl.buffer import PlasticityBuffer
+from rl.agents.neurons import activity, hidden_layers
+from rl.algorithms import buffer, gaussian, train_ppo_mt10
+from rl.algorithms.baseline import RIDGE, LinearBaseline
+from rl.algorithms.buffer import PlasticityBuffer
+from rl.algorithms.rollout import TASKS, MT10Rollout, collect_mt10, episode_sums
+from rl.algorithms.train_ppo_mt10 import MT10, baseline_advantages, best, fit, make_learner
 from rl.config import Config, GMPConfig, MT10PPOConfig, ReDoConfig, ResetConfig, SETConfig
 from rl.metrics import fisher_trace
-from rl.neurons import activity, hidden_layers
-from rl.rollout import episode_returns
-from rl.runs import find, identity
-from rl.train_ppo_mt10 import MT10, TASKS, Rollout, best, collect, fit, judged_by_baseline, learner
+from rl.reporting.runs import find, identity
 from rl.treatments.redo import matrices
 
-RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results" / "rl"
+RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results" / "rl"
 WIDTH = 40
 GOALS = torch.linspace(-0.5, 0.5, 40).view(10, 4).numpy()  # the actions that the ten tasks want
 
@@ -107,7 +108,7 @@ def actor_of(agent, treatment="dense", observations=64, **settings):
     seen = PlasticityBuffer((49,), torch.float32)
     seen.add(torch.randn(observations, 49), torch.arange(observations) % 10)
     config = replace(SHORT, agent=agent, treatment=treatment, **settings)
-    return learner(config, seen), seen.observations, seen.tasks
+    return make_learner(config, seen), seen.observations, seen.tasks
 
 
 def test_log_density_and_entropy_are_those_of_independent_normals():
@@ -158,7 +159,20 @@ def rollout_of(rewards, observations, following, elapsed, terminated, cut):
     tasks = [x.unsqueeze(1).expand(-1, 10, *x.shape[1:]) for x in (observations, rewards, terminated, cut, following)]
     seen, rewards, terminated, cut, following = tasks
     elapsed = elapsed.unsqueeze(1).expand(-1, 10)
-    return Rollout(seen, None, None, rewards, terminated, cut, following, elapsed, [], [], 0.0, 0.0)
+    return MT10Rollout(
+        observations=seen,
+        actions=None,
+        log_probs=None,
+        rewards=rewards,
+        terminated=terminated,
+        cut=cut,
+        next_observations=following,
+        elapsed=elapsed,
+        episode_returns=[],
+        solved=[],
+        seconds=0.0,
+        seconds_acting=0.0,
+    )
 
 
 def test_a_time_out_bootstraps_with_the_baseline_s_value_of_the_final_observation():
@@ -170,7 +184,7 @@ def test_a_time_out_bootstraps_with_the_baseline_s_value_of_the_final_observatio
     terminated, cut = last & (torch.arange(steps) < 100), last & (torch.arange(steps) >= 100)
     rollout = rollout_of(rewards, observations, following, elapsed, terminated, cut)
     ppo = MT10PPOConfig(gamma=0.9, gae_lambda=0.8)
-    advantages, metrics = judged_by_baseline(rollout, ppo)
+    advantages, metrics = baseline_advantages(rollout, ppo)
 
     returns, episode = torch.zeros(steps), 0.0
     for t in reversed(range(steps)):
@@ -196,7 +210,7 @@ def test_a_time_out_bootstraps_with_the_baseline_s_value_of_the_final_observatio
 def test_rollout_says_what_happened():
     actor = actor_of("moe")[0].network
     torch.nn.init.normal_(actor.heads.output.bias, std=0.5)
-    envs, rollout = FakeEnvs(), collect(FakeEnvs(), actor, steps=50, seed=3, clock=40)
+    envs, rollout = FakeEnvs(), collect_mt10(FakeEnvs(), actor, steps=50, seed=3, clock=40)
     assert torch.equal(rollout.elapsed[:, 0], torch.arange(50) % 20)
     assert rollout.cut.nonzero()[:, 0].unique().tolist() == [19, 39, 49] and not rollout.terminated.any()
     outputs = actor(rollout.observations.flatten(0, 1), TASKS.repeat(50))
@@ -213,10 +227,10 @@ def test_rollout_says_what_happened():
         shown, rewards, _, truncated, infos = envs.step(rollout.actions[t].numpy().clip(-1, 1))
         assert np.array_equal(rollout.next_observations[t], infos["final_obs"])
         assert np.array_equal(rollout.rewards[t], np.float32(rewards))
+    ended = np.broadcast_to(np.arange(50)[:, None] % 20 == 19, (50, 10))
+    assert rollout.episode_returns == episode_sums(rollout.rewards.numpy(), ended)
     for task in range(10):
-        rewards = rollout.rewards[:, task].numpy()
-        assert rollout.episode_returns[task] == episode_returns(rewards, np.arange(50) % 20 == 19)
-        solved = -rewards < 0.1
+        solved = -rollout.rewards[:, task].numpy() < 0.1
         assert rollout.solved[task] == [solved[:20].any(), solved[20:40].any()]
 
 
@@ -226,14 +240,14 @@ def test_a_step_descends_the_surrogate_loss_of_plain_autograd(agent):
     ppo = MT10PPOConfig(epochs=1, minibatches=1, max_gradient_norm=0.01)
     actor, *_ = actor_of(agent, ppo_mt10=ppo)
     plain = copy.deepcopy(actor.network)
-    rollout = collect(FakeEnvs(), actor.network, steps=30, seed=0, clock=0)
+    rollout = collect_mt10(FakeEnvs(), actor.network, steps=30, seed=0, clock=0)
     rollout = replace(
         rollout, log_probs=rollout.log_probs + 0.3 * torch.randn(30, 10)
     )  # so that some ratios are clipped
     actor.optimizer = torch.optim.SGD(actor.network.parameters(), lr=1.0)
     stats = fit(actor, rollout, ppo, seed=0, clock=0)
 
-    advantages, _ = judged_by_baseline(rollout, ppo)
+    advantages, _ = baseline_advantages(rollout, ppo)
     loss, clipped = 0.0, 0
     outputs = plain(rollout.observations.flatten(0, 1), TASKS.repeat(30)).view(30, 10, 8)
     for task in range(10):
@@ -260,7 +274,7 @@ def test_a_fit_takes_epochs_of_minibatches_of_all_tasks():
     actor, *_ = actor_of("mtppo")
     taken, minimise = [], actor.minimise
     actor.minimise = lambda loss, rows, tasks, generator: (taken.append(rows), minimise(loss, rows, tasks, generator))
-    fit(actor, collect(FakeEnvs(), actor.network, 33, seed=0, clock=0), SHORT.ppo_mt10, seed=0, clock=0)
+    fit(actor, collect_mt10(FakeEnvs(), actor.network, 33, seed=0, clock=0), SHORT.ppo_mt10, seed=0, clock=0)
     assert [len(rows) for rows in taken] == [83, 83, 83, 81] * 2
     for epoch in (taken[:4], taken[4:]):
         assert torch.equal(torch.cat(epoch).sort().values, torch.arange(330))

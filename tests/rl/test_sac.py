@@ -1,4 +1,4 @@
-"""rl/sac.py, rl/replay.py, rl/train_sac.py: the update against its definition, the replay, runs that end and resume."""
+"""rl/algorithms, sac, replay and train_sac: the update against its definition, the replay, runs that end and resume."""
 
 import copy
 import math
@@ -11,13 +11,14 @@ import pytest
 import torch
 
 import sparsekern as sk
-from rl import checkpoint, train_sac
+from rl import checkpoint, run
 from rl.agents.mtsac import MTSACActor, MTSACCritics
+from rl.algorithms import train_sac
+from rl.algorithms.gaussian import log_probs_of_draws
+from rl.algorithms.replay import Recent, Replay
+from rl.algorithms.sac import SAC, STATS, squashed
 from rl.config import Config, ReDoConfig, ResetConfig, SACConfig, SETConfig
-from rl.gaussian import log_probs_of_draws
-from rl.metrics import describe_network, fisher_trace
-from rl.replay import Recent, Replay
-from rl.sac import SAC, STATS, squashed
+from rl.metrics import fisher_trace, network_metrics
 
 TASKS, FEATURES, ACTIONS, BATCH = 3, 7, 2, 5
 RATE = 0.01  # of gradient descent
@@ -287,7 +288,7 @@ def test_networks_are_looked_at_where_they_live(treatment):
     tasks = torch.arange(20) % TASKS
     with torch.device("meta"):
         for network, features in ((sac.actor.network, FEATURES), (sac.critic.network, FEATURES + ACTIONS)):
-            describe_network("network", network, torch.ones(20, features, device="cpu"), tasks)
+            network_metrics("network", network, torch.ones(20, features, device="cpu"), tasks)
         sample = torch.ones(20, FEATURES, device="cpu"), tasks
         fisher_trace(sac.actor.network, *sample, lambda outputs, generator: outputs.sum(1), None)
 
@@ -353,7 +354,7 @@ def test_replay_refuses_a_checkpoint_of_another_size():
 
 
 def test_recent_transitions_are_the_plasticity_buffer(monkeypatch):
-    monkeypatch.setattr("rl.replay.CAPACITY", 4 * TASKS)
+    monkeypatch.setattr("rl.algorithms.replay.CAPACITY", 4 * TASKS)
     replay = filled(45)  # of which 40 are kept, and 4 are recent
     sample, tasks = Recent(replay, with_actions=True).sample(torch.Generator().manual_seed(0))
     rows = [replay.storage[i % 40, task, : FEATURES + ACTIONS] for i in range(41, 45) for task in range(TASKS)]
@@ -434,7 +435,7 @@ def measured(folder):
 def test_a_resumed_run_equals_a_straight_one_on_any_number_of_workers(run_folder, monkeypatch):
     monkeypatch.setattr(train_sac, "STEPS", 40)  # shorter than an episode: evaluations begin new ones
     straight, killed = run_folder("straight", SHORT), run_folder("killed", SHORT)
-    train_sac.train(SHORT, straight, quiet=True)
+    run.train(SHORT, straight, quiet=True)
     episode, episodes = train_sac.episode, []
 
     def die_in_the_second(*arguments):
@@ -445,8 +446,8 @@ def test_a_resumed_run_equals_a_straight_one_on_any_number_of_workers(run_folder
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_sac, "episode", die_in_the_second)
-        train_sac.train(SHORT, killed, quiet=True)
-    train_sac.train(replace(SHORT, workers=1), killed, quiet=True)
+        run.train(SHORT, killed, quiet=True)
+    run.train(replace(SHORT, workers=1), killed, quiet=True)
     assert measured(killed) == measured(straight)
     assert any("success/mean" in line for line in measured(straight)) and len(measured(straight)) > 60
 
@@ -462,5 +463,5 @@ def test_a_worker_that_dies_ends_the_run_with_its_tasks_and_leaves_no_process(ru
 
     monkeypatch.setattr(SAC, "update", kill)
     with pytest.raises(RuntimeError, match="died with exit code -9"):
-        train_sac.train(SHORT, run_folder("run", SHORT), quiet=True)
+        run.train(SHORT, run_folder("run", SHORT), quiet=True)
     assert not any(worker.process.is_alive() for worker in made[0]._workers)

@@ -9,19 +9,20 @@ import torch
 from torch import nn
 
 import sparsekern as sk
-from rl import checkpoint, train_ppo
+from rl import checkpoint
 from rl.agents import AGENTS
-from rl.buffer import PlasticityBuffer
+from rl.agents.neurons import activity, hidden_layers
+from rl.algorithms import train_ppo
+from rl.algorithms.buffer import PlasticityBuffer
 from rl.config import Config, ReDoConfig, SETConfig
 from rl.envs import SUITES
-from rl.neurons import activity, hidden_layers
 from rl.treatments import TREATMENTS
 from rl.treatments.pcgrad import project
 from rl.treatments.redo import matrices, recycle
 
 
 def learner(config, role, out_features, buffer=None):
-    return train_ppo.learner(config, role, out_features, buffer or PlasticityBuffer())
+    return train_ppo.make_learner(config, role, out_features, buffer or PlasticityBuffer())
 
 
 def batch(num_tasks=3, samples=20):

@@ -1,0 +1,116 @@
+"""Trainer: what all trainings have in common. It learns, evaluates, measures, rewires, logs and saves."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from rl import checkpoint
+from rl.algorithms.learner import Learner
+from rl.config import Config
+from rl.metrics import LogProbs, fisher_trace, network_metrics
+from rl.reporting.logger import Logger, timed
+from rl.seeds import Stream, torch_generator
+
+Metrics = dict[str, float]
+
+
+class Trainer:
+    """Trains one agent in one run folder. A subclass says how its agent learns and how well it does.
+
+    Args:
+        quiet: without a progress bar.
+    """
+
+    steps: int
+    """Timesteps of one call of learn."""
+    learners: dict[str, Learner]
+    """The networks by role, of which "actor" is one."""
+    log_probs: LogProbs
+    """Of the policy."""
+
+    def __init__(self, config: Config, folder: Path, quiet: bool = False):
+        torch.set_num_threads(config.threads)
+        self.config, self.folder, self.quiet = config, folder, quiet
+        self.clock = 0
+        """Timesteps that have passed."""
+
+    def learn(self, steps: int) -> Metrics:
+        """Learn from the timesteps that follow the clock: self.steps of them, or fewer at the end of the run."""
+        raise NotImplementedError
+
+    def evaluate(self) -> Metrics:
+        """Play whole episodes; score/mean and success/mean are among the metrics."""
+        raise NotImplementedError
+
+    def parts(self) -> dict[str, Any]:
+        """What changes in a run and has a state_dict, by its name in the checkpoint."""
+        raise NotImplementedError
+
+    def train(self) -> None:
+        """Train until the run's timesteps have passed; begin at the folder's last checkpoint, where it has one."""
+        config = self.config
+        csv_bytes = self.resume()
+        progress = tqdm(total=config.timesteps, initial=self.clock, unit="timestep", disable=self.quiet or None)
+        with Logger(self.folder, self.clock, csv_bytes) as logger, progress:
+            while self.clock < config.timesteps:
+                before = self.clock
+                metrics = self.learn(min(self.steps, config.timesteps - before))
+                self.clock = min(before + self.steps, config.timesteps)
+
+                finished = self.clock == config.timesteps
+                evaluating = finished or self.clock // config.evaluate_every > before // config.evaluate_every
+                if evaluating:  # before rewiring: this is the policy that was learned
+                    with timed(metrics, "time/evaluate_ms"):
+                        metrics |= self.evaluate()
+                    with timed(metrics, "time/metrics_ms"):
+                        metrics |= self.measure()
+                    shown = ("success",) if config.suite == "mt10" else ("score", "success")  # there they are equal
+                    progress.set_postfix({name: metrics[f"{name}/mean"] for name in shown})
+                if not finished:  # nobody would train what a last rewire grows
+                    with timed(metrics, "time/rewire_ms"):
+                        self.rewire()
+                logger.record(self.clock, metrics)
+                if evaluating:
+                    self.save(logger.flush())
+                progress.update(self.clock - before)
+
+    def measure(self) -> Metrics:
+        """The plasticity metrics of all networks (rl/metrics.py)."""
+        return plasticity_metrics(self.learners, self.log_probs, self.config.seed, self.clock)
+
+    def rewire(self) -> None:
+        """Tell the treatments the time."""
+        for learner in self.learners.values():
+            learner.rewire(self.clock)
+
+    def resume(self) -> int:
+        """Load the run's last checkpoint, where it has one; returns the length of metrics.csv in bytes at that time."""
+        state = checkpoint.load(self.folder)
+        if state is None:
+            return 0
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
+        self.clock = state["clock"]
+        return state["csv_bytes"]
+
+    def save(self, csv_bytes: int) -> None:
+        """Replace the run's checkpoint."""
+        states = {name: part.state_dict() for name, part in self.parts().items()}
+        checkpoint.save(self.folder, {"clock": self.clock, "csv_bytes": csv_bytes, **states})
+
+    def close(self) -> None:
+        """End the processes that the training began."""
+
+
+def plasticity_metrics(learners: dict[str, Learner], log_probs: LogProbs, seed: int, clock: int) -> Metrics:
+    """What the networks are like, by role, of which "actor" is one; log_probs: of its policy."""
+    metrics = {}
+    for role, learner in learners.items():
+        generator = torch_generator(seed, Stream.METRICS, clock)  # anew: all networks see the same entries
+        sample = learner.buffer.sample(generator)
+        metrics |= network_metrics(role, learner.network, *sample)
+        if role == "actor":
+            metrics["fisher/actor"] = fisher_trace(learner.network, *sample, log_probs, generator)
+    return metrics
