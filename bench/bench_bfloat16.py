@@ -8,6 +8,6 @@ from bench.case import HEADLINES, SMOKE
 
 __all__ = ["bench_forward", "bench_step"]
 CASES = {
-    cases: [replace(case, dtype="bfloat16") for case in chosen]
+    cases: [replace(case, arithmetic="bfloat16") for case in chosen]
     for cases, chosen in {"smoke": SMOKE, "quick": HEADLINES[:1], "full": HEADLINES}.items()
 }

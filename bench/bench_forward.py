@@ -6,7 +6,7 @@ from bench.training import dense_training, sparse_training, work
 CASES = {"smoke": SMOKE, "quick": HEADLINES[:6], "full": HEADLINES}
 
 
-def bench_forward(timer, record, case):
+def bench_forward(compare, record, case):
     ours, dense = sparse_training(case), dense_training(case)
-    found = timer(ours.forward, dense.forward)
+    found = compare(ours.forward, dense.forward)
     record("forward", partner="nn.Linear", **found, **work(ours.layer, case.tokens, step=False))

@@ -34,11 +34,11 @@ def pruned(case: Case) -> Training:
     return ours
 
 
-def bench_step(timer, record, case):
+def bench_step(compare, record, case):
     ours, dense = pruned(case), dense_training(case)
     topology = ours.layer.topology
     assert abs(topology.density - case.density) < 0.02
-    check(ours.layer, case.tokens)
+    check(ours.layer, case)
     live = topology.num_live / topology.num_slots
-    found = timer(ours.step, dense.step)
+    found = compare(ours.step, dense.step)
     record("step", partner="nn.Linear", **found, **work(ours.layer, case.tokens), live_slots=live)

@@ -1,6 +1,6 @@
 """SparseLinear against nn.Linear: a whole training step (forward, backward, Adam)."""
 
-from bench.case import BLOCK_SIZES, HEAD, HEADLINES, SMOKE, SQUARE, THREADS, grid
+from bench.case import BLOCK_SIZES, HEAD, HEADLINES, SMOKE, SQUARE, THREADS, Case, Sizes, grid, main_cases
 from bench.training import dense_training, sparse_training, work
 
 DENSITIES = (1, 0.5, 0.2, 0.1, 0.05, 0.02)
@@ -15,6 +15,11 @@ CASES = {
 }
 
 
-def bench_step(timer, record, case):
+def gpu_cases(sizes: Sizes) -> list[Case]:
+    return main_cases(sizes)[: len(sizes.block_sizes)]
+
+
+def bench_step(compare, record, case):
     ours, dense = sparse_training(case), dense_training(case)
-    record("step", partner="nn.Linear", **timer(ours.step, dense.step), **work(ours.layer, case.tokens))
+    found = compare(ours.step, dense.step, calls=ours.calls)
+    record("step", partner="nn.Linear", **found, **work(ours.layer, case.tokens))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import sparsekern as sk
-from bench.case import BLOCK_SIZES, SQUARE, TINY, Case, grid
+from bench.case import BLOCK_SIZES, SQUARE, TINY, Case, Sizes, grid, wide_cases
 
 CASES = {
     "smoke": grid([TINY], [16], [0.5], [1, 16]),
@@ -20,18 +20,27 @@ CASES = {
 }
 
 
+def gpu_cases(sizes: Sizes) -> list[Case]:
+    return wide_cases(sizes)
+
+
 def made(case: Case, sparse: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
-    sizes = case.in_features, case.out_features
+    sizes, options = (case.in_features, case.out_features), {"device": case.device, "dtype": case.dtype}
     if sparse:
-        layer = sk.SparseLinear(*sizes, bias=False, density=float(case.density), block_size=case.block_size)
+        options |= {"density": float(case.density), "block_size": case.block_size}
+        layer = sk.SparseLinear(*sizes, bias=False, **options)
     else:
-        layer = nn.Linear(*sizes, bias=False)
+        layer = nn.Linear(*sizes, bias=False, **options)
     return layer, torch.optim.Adam(layer.parameters(), fused=True)
 
 
 def data(case: Case) -> tuple[Tensor, Tensor]:
     """x and dy: other layers'."""
-    return torch.randn(case.tokens, case.in_features, requires_grad=True), torch.randn(case.tokens, case.out_features)
+    x, dy = (
+        torch.randn(case.tokens, features, dtype=case.dtype, device=case.device)
+        for features in (case.in_features, case.out_features)
+    )
+    return x.requires_grad_(), dy
 
 
 def step(layer: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, dy: Tensor) -> None:
@@ -45,6 +54,11 @@ def step(layer: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, dy: Tens
 def kept(case: Case, sparse: bool) -> tuple[nn.Module, int]:
     """The layer, and the bytes of weight, gradient, Adam's state and index, as torch's allocator counts them."""
     x, dy = data(case)
+    if case.device == "cuda":
+        before = torch.cuda.memory_allocated()
+        layer, optimizer = made(case, sparse)
+        step(layer, optimizer, x, dy)
+        return layer, torch.cuda.memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         layer, optimizer = made(case, sparse)
         step(layer, optimizer, x, dy)
@@ -78,11 +92,17 @@ def resident(name: str) -> int:
 
 @lru_cache
 def peak(case: Case, sparse: bool) -> dict[str, int | str]:
+    key = "ours_peak_bytes" if sparse else "dense_peak_bytes"
+    if case.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(*made(case, sparse), *data(case))
+        return {key: torch.cuda.max_memory_allocated() - before}
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["torch", "sparsekern"])
     try:
         with processes.Pool(1) as fresh:
-            return {"ours_peak_bytes" if sparse else "dense_peak_bytes": fresh.apply(most, (case, sparse))}
+            return {key: fresh.apply(most, (case, sparse))}
     except (OSError, AttributeError) as failure:
         return {"reason": f"only Linux with glibc tells the peak: {failure}"}
 

@@ -89,11 +89,11 @@ PARTNERS = {
 
 
 @pytest.mark.parametrize("partner", PARTNERS)
-def bench_step(timer, record, case, partner):
+def bench_step(compare, record, case, partner):
     build = MODELS[case.model]
     model = sk.sparsify(build(case.out_features), case.density, case.block_size, "uniform", keep="fresh")
     check_same(model, masked(model), torch.randn(case.tokens, WIDTH))
     ends = replace(case, out_features=WIDTH)
     ours, theirs = (Training(m, ends) for m in (model, PARTNERS[partner](build, model, case)))
     memory = {"ours_bytes": training_bytes(ours), "partner_bytes": training_bytes(theirs)}
-    record(f"{case.model}: {partner}", partner=partner, **timer(ours.step, theirs.step), **memory)
+    record(f"{case.model}: {partner}", partner=partner, **compare(ours.step, theirs.step), **memory)

@@ -26,12 +26,12 @@ def instruction_set(request):
     cpu.set_instruction_set(own)
 
 
-def bench_step(timer, record, case, instruction_set, monkeypatch):
+def bench_step(compare, record, case, instruction_set, monkeypatch):
     ours = sparse_training(case)
 
     def step(path):
         monkeypatch.setattr(choose, "backend_for", lambda *_: path)
         ours.step()
 
-    found = timer(lambda: step(cpu), lambda: step(vendor))
-    record(f"step {instruction_set}", partner="vendor path", **found, **work(ours.layer, case.tokens))
+    found = compare(lambda: step(cpu), lambda: step(vendor))
+    record(f"step {instruction_set}", backend="cpu", partner="dense path", **found, **work(ours.layer, case.tokens))

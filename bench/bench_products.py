@@ -1,12 +1,12 @@
-"""The three products of training alone, each against the dense one: y = x Wᵀ, dx = dy W and dW = dyᵀx."""
+"""The products of training, y = x Wᵀ, dx = dy W and dW = dyᵀx, against the dense ones; on a GPU by every path."""
 
 import pytest
 import torch
 
-import sparsekern as sk
-from bench.case import BLOCK_SIZES, HEADLINES, SMOKE, SQUARE, grid
-from bench.measure import rotated
-from bench.training import blocks_to_dense, check_elements, live_elements, sparse_layer, work
+from bench import contenders
+from bench.case import BLOCK_SIZES, HEADLINES, SMOKE, SQUARE, Case, Sizes, float32_cases, grid, main_cases, size_cases
+from bench.contenders import STEP
+from bench.problem import PRODUCTS
 
 CASES = {
     "smoke": SMOKE,
@@ -16,35 +16,37 @@ CASES = {
         *(case for case in grid([SQUARE], [2048], [0.5, 0.1, 0.02], BLOCK_SIZES) if case not in HEADLINES),
     ],
 }
-# As functions of the layer, its dense matrix, x and dy.
-PRODUCTS = {
-    "dds transposed": (
-        lambda layer, dense, x, dy: sk.dds(x, layer.weight, layer.topology, transpose=True),
-        lambda layer, dense, x, dy: x @ dense.t(),
-    ),
-    "dds": (
-        lambda layer, dense, x, dy: sk.dds(dy, layer.weight, layer.topology),
-        lambda layer, dense, x, dy: dy @ dense,
-    ),
-    "sdd": (
-        lambda layer, dense, x, dy: sk.sdd(dy, x, layer.topology),
-        lambda layer, dense, x, dy: dy.t() @ x,
-    ),
-}
+
+
+def gpu_cases(sizes: Sizes) -> list[Case]:
+    return [*main_cases(sizes), *float32_cases(sizes), *size_cases(sizes)]
+
+
+def work(problem, product: str) -> dict[str, float]:
+    """Operations and bytes of live weights that the product cannot do without."""
+    case, live = problem.case, problem.layer.topology.num_live * problem.case.block_size**2
+    activations, products = case.tokens * (case.out_features + case.in_features), 3 if product == STEP else 1
+    elements = 3 * live + 2 * activations if product == STEP else live + activations
+    return {"flop": 2 * products * case.tokens * live, "bytes": case.dtype.itemsize * elements}
+
+
+def measured(compare, record, problem, backend: str, product: str) -> None:
+    ours = contenders.right(problem, contenders.OURS[backend], product)
+    dense = contenders.right(problem, contenders.dense, product)
+    found = compare(*(lambda f=f: f(*problem.next_set()) for f in (ours, dense)), calls=problem.calls)
+    record(product, backend=backend, partner="dense", **found, **work(problem, product))
 
 
 @torch.no_grad()
+@pytest.mark.device("cpu")
 @pytest.mark.parametrize("product", PRODUCTS)
-def bench_product(timer, record, case, product):
-    layer = sparse_layer(case)
-    dense = layer.to_dense()
-    rows, gradients = (rotated(case.tokens, count) for count in (case.in_features, case.out_features))
-    ours, theirs = PRODUCTS[product]
+def bench_product(compare, record, problem, product):
+    measured(compare, record, problem, "chosen", product)
 
-    data = layer, dense, next(rows), next(gradients)
-    found, expected = ours(*data), theirs(*data)
-    if product == "sdd":
-        found, expected = blocks_to_dense(layer, found), expected * live_elements(layer)
-    check_elements(found, expected)
-    found = timer(*(lambda f=f: f(layer, dense, next(rows), next(gradients)) for f in (ours, theirs)))
-    record(product, partner="dense", **found, **work(layer, case.tokens, step=False))
+
+@torch.no_grad()
+@pytest.mark.device("cuda")
+@pytest.mark.parametrize("product", (*PRODUCTS, STEP))
+@pytest.mark.parametrize("backend", contenders.OURS)
+def bench_path(compare, record, problem, backend, product):
+    measured(compare, record, problem, backend, product)

@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
+import pytest
+
 import sparsekern as sk
-from bench.case import SQUARE, THREADS, TINY, grid
+from bench.case import SQUARE, THREADS, TINY, Case, Sizes, grid, wide_cases
 from bench.training import Training, sparse_layer, sparse_training
 
 CASES = {
@@ -16,14 +18,20 @@ CASES = {
 }
 
 
-def bench_set(timer, record, case):
+def gpu_cases(sizes: Sizes) -> list[Case]:
+    return wide_cases(sizes)
+
+
+@pytest.mark.clocks("graph", "host", "launch")
+def bench_set(compare, record, case):
     ours = sparse_training(case)
     rule = sk.SET(ours.layer, ours.optimizer, update_every=1)
     ours.step()
-    record("SET", partner="a training step", **timer(rule.step, ours.step))
+    record("SET", partner="a training step", **compare(rule.step, ours.step))
 
 
-def bench_rigl(timer, record, case):
+@pytest.mark.device("cpu")
+def bench_rigl(compare, record, case):
     """RigL also scores dead blocks in the backward of its step, so steps with and without an event are compared."""
     ours = sparse_training(case)
     rule = sk.RigL(ours.layer, ours.optimizer, update_every=2)
@@ -32,7 +40,7 @@ def bench_rigl(timer, record, case):
         ours.step()
         rule.step()
 
-    found = timer(step, step)
+    found = compare(step, step)
     assert rule.events == rule.clock // 2
     plain = found["partner_us"]
     cost = found["time_us"] - plain
@@ -41,7 +49,8 @@ def bench_rigl(timer, record, case):
     )
 
 
-def bench_gmp(timer, record, case):
+@pytest.mark.device("cpu")
+def bench_gmp(compare, record, case):
     """An event that drops half of the live blocks, so that the layer is compacted to the case's density."""
     ours = sparse_training(case)
     rules = []
@@ -52,6 +61,6 @@ def bench_gmp(timer, record, case):
         training.step()
         rules.append(sk.GMP(training.layer, training.optimizer, final_density=case.density, end_step=1))
 
-    found = timer(lambda: rules[-1].step(), ours.step, before=half_way)
+    found = compare(lambda: rules[-1].step(), ours.step, before=half_way)
     assert all(rule.compactions == 1 for rule in rules)
     record("GMP, compacting", partner="a training step", **found)

@@ -110,10 +110,10 @@ def check(network: nn.Module, rows: tuple[Tensor, Tensor | None]) -> None:
     check_close(*found)
 
 
-def bench_update(timer, record, case):
+def bench_update(compare, record, case):
     batch = minibatch(case)
     ours = Update([sparse(network, case) for network in networks(case, case.block_size)], batch)
     dense = Update(networks(case), batch)
     for network, rows in zip(ours.networks, batch, strict=True):
         check(network, rows)
-    record(f"{case.network} x{case.width}", partner="dense", **timer(ours.step, dense.step))
+    record(f"{case.network} x{case.width}", partner="dense", **compare(ours.step, dense.step))

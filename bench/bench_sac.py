@@ -1,9 +1,12 @@
 """The whole update of MTSAC on MT10 (two critics, actor, temperatures, targets; 128 transitions per task)."""
 
+from contextlib import nullcontext
+
+import pytest
 import torch
 
 import sparsekern as sk
-from bench.case import THREADS, Case
+from bench.case import GPU, THREADS, Case, Sizes
 from bench.networks import check_close
 from rl.algorithms.replay import Replay
 from rl.algorithms.sac import SAC
@@ -20,34 +23,42 @@ def cases(block_sizes, threads) -> list[Case]:
 CASES = {"smoke": cases([16], [1]), "quick": cases([1, 16], [1]), "full": cases([1, 16], THREADS)}
 
 
+def gpu_cases(sizes: Sizes) -> list[Case]:
+    if GPU == "cpu":  # no kernels of block 1 to rehearse
+        return []
+    shape = 400, 400, TASKS * PER_TASK, 0.05
+    return [Case(*shape, block_size, 1, device=GPU, arithmetic="float32") for block_size in sizes.block_sizes[::-1]]
+
+
 def agent(case: Case, treatment: str) -> SAC:
     """With a replay of random transitions; the same call makes the same agent."""
-    sac = SACConfig(batch=PER_TASK, device="cpu")
+    sac = SACConfig(batch=PER_TASK, device=case.device)
     settings = {"density": case.density, "block_size": case.block_size, "sac": sac}
     config = Config(suite="mt10", agent="mtsac", treatment=treatment, **settings)
-    replay = Replay(1000, TASKS, FEATURES, ACTIONS)
+    replay = Replay(1000, TASKS, FEATURES, ACTIONS, case.device)
     generator = torch.Generator().manual_seed(0)
     for _ in range(1000):
-        replay.add(*(torch.rand(TASKS, width, generator=generator) for width in replay.widths))
-    return SAC(config, replay, TASKS, FEATURES, ACTIONS, "cpu")
+        replay.add(*(torch.rand(TASKS, width, generator=generator).to(case.device) for width in replay.widths))
+    return SAC(config, replay, TASKS, FEATURES, ACTIONS, case.device)
 
 
 def check(case: Case) -> None:
     """Compare what an update reports, and the parameters it leaves, with those of the reference backend."""
     found = []
-    for backend in ("cpu", "reference"):
+    for backend in (None, "reference"):
         own = agent(case, "set")
-        with sk.use(backend):
-            stats = own.update(torch.Generator().manual_seed(1))
+        with sk.use(backend) if backend else nullcontext():
+            stats = own.update(torch.Generator(case.device).manual_seed(1))
         found.append([stats, *(p.detach() for p in own.critic.network.parameters())])
     check_close(*found)
 
 
-def bench_update(timer, record, case):
+@pytest.mark.clocks("host")  # rl captures the update in a graph of its own
+def bench_update(compare, record, case):
     check(case)
     ours, dense = agent(case, "set"), agent(case, "dense")
-    generator = torch.Generator().manual_seed(2)
-    found = timer(lambda: ours.update(generator), lambda: dense.update(generator))
+    generator = torch.Generator(case.device).manual_seed(2)
+    found = compare(lambda: ours.update(generator), lambda: dense.update(generator))
     learners = (ours.actor, ours.critic)
     live = sum(l.live_parameters() for l in learners) / sum(l.dense_parameters for l in learners)
     record("update", partner="dense", **found, live=live)

@@ -26,7 +26,7 @@ def theirs(layer: sk.SparseLinear) -> nn.Module:
     return other
 
 
-def bench_step(timer, record, case):
+def bench_step(compare, record, case):
     ours = sparse_training(case)
     try:
         other = theirs(ours.layer)
@@ -34,5 +34,5 @@ def bench_step(timer, record, case):
         record("step", partner="SparseLab", reason=str(failure))
         pytest.skip(str(failure))
     check_same(ours.layer, other, torch.randn(case.tokens, case.in_features))
-    found = timer(ours.step, Training(other, case).step)
+    found = compare(ours.step, Training(other, case).step)
     record("step", partner=f"SparseLab {metadata.version('sparselab')}", **found, **work(ours.layer, case.tokens))

@@ -59,12 +59,12 @@ def fullest(topology: Topology) -> dict[str, float]:
     return {f"fullest_{name}": float(count.max() / count.mean()) for name, count in counts.items()}
 
 
-def bench_step(timer, record, case):
+def bench_step(compare, record, case):
     topology = trained.load(case.block_size) if case.topology == "trained" else row_balanced(case)
     random = Topology.random(topology.shape, topology.live_per_group(), case.block_size, topology.groups)
     ours, theirs = (sk.SparseLinear(case.in_features, case.out_features, topology=each) for each in (topology, random))
-    check(ours, case.tokens)
-    found = timer(Training(ours, case).step, Training(theirs, case).step)
+    check(ours, case)
+    found = compare(Training(ours, case).step, Training(theirs, case).step)
     record(
         case.topology, partner="random", groups=topology.groups, **found, **work(ours, case.tokens), **fullest(topology)
     )

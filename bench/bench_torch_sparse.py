@@ -29,7 +29,7 @@ CALLS = [("x Wᵀ", text) for text in FORWARD] + [("dy W", text) for text in INP
 
 @pytest.mark.parametrize(("product", "text"), CALLS)
 @pytest.mark.parametrize("format", ["CSR", "BSR"])
-def bench_torch_sparse(timer, record, case, format, product, text):
+def bench_torch_sparse(compare, record, case, format, product, text):
     forward = product == "x Wᵀ"
     layer = sparse_training(case).layer
     dense = layer.to_dense()
@@ -52,6 +52,6 @@ def bench_torch_sparse(timer, record, case, format, product, text):
     record(
         name,
         partner=f"torch {format}",
-        **timer(ours, lambda: theirs(w, wt, next(rows))),
+        **compare(ours, lambda: theirs(w, wt, next(rows))),
         **work(layer, case.tokens, step=False),
     )

@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threshold", type=float, default=0.1, help="smallest loss of speed that counts (0.1: 10%%)")
     options = parser.parse_args(arguments)
     old, new = results.load(options.old), results.load(options.new)
-    devices = set(old.device) | set(new.device)
+    devices = set(old.device_name) | set(new.device_name)
     if len(devices) > 1:
         sys.exit(f"bench.compare: results are of different devices: {'; '.join(sorted(devices))}")
     slower = compare(old, new, options.threshold)

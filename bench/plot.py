@@ -1,4 +1,4 @@
-"""The README's plot of one layer: speed-up against density with the break-even marked, share of the bound, memory."""
+"""The plots of the results: speed-up against density with the break-even marked, share of the bound, memory."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,25 +12,96 @@ from matplotlib import pyplot  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.ticker import PercentFormatter  # noqa: E402
 
-WIDE = 2048  # tokens
+WIDE = 2048  # tokens, of a CPU
 
 
 def path_for(results: Path) -> Path:
     return results.with_suffix(".png")
 
 
+def steps(rows: DataFrame) -> DataFrame:
+    """Training steps of one layer by density: with Adam on a CPU, without on a GPU, where a graph replays them."""
+    if of_gpu(rows):
+        return widest(rows[rows.suite == "gradients"])
+    rows = rows[(rows.suite == "layer") & (rows["name"] == "step") & (rows.threads == 1)]
+    return rows[rows.out_features == 1024]
+
+
+def of_gpu(rows: DataFrame) -> bool:
+    """A CPU's results name its instruction set."""
+    return "instruction_set" not in rows or rows.instruction_set.isna().all()
+
+
+def widest(rows: DataFrame) -> DataFrame:
+    """Of a GPU's: replays of the layer that was measured at most densities, in 16 bits."""
+    rows = rows[(rows.clock == "graph") & rows.arithmetic.isin(["bfloat16", "float16"])]
+    return rows[rows.out_features.isin(rows.out_features.mode()[:1])]
+
+
 def draw(rows: DataFrame, conditions: str, path: Path) -> None:
-    rows = rows[(rows.threads == 1) & (rows.out_features == 1024)]
-    steps = rows[(rows.suite == "layer") & (rows["name"] == "step")]
+    """Everything of one device."""
+    (draw_gpu if of_gpu(rows) else draw_cpu)(rows, conditions, path)
+
+
+def draw_cpu(rows: DataFrame, conditions: str, path: Path) -> None:
+    own = steps(rows)
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 8.8), layout="constrained")
-    for axis, (tokens, panel) in zip(axes[0], steps.groupby("tokens"), strict=True):
+    for axis, (tokens, panel) in zip(axes[0], own.groupby("tokens"), strict=True):
         speed_up(axis, panel)
         axis.set_title(f"Speed of a training step, {tokens} tokens")
     axes[0, 1].sharey(axes[0, 0])
-    share_of_bound(axes[1, 0], steps[steps.tokens == WIDE])
-    memory(axes[1, 1], rows[(rows.suite == "memory") & (rows.tokens == WIDE)])
+    share_of_bound(axes[1, 0], own[own.tokens == WIDE])
+    layers = rows[(rows.suite == "memory") & (rows.tokens == WIDE) & (rows.threads == 1) & (rows.out_features == 1024)]
+    memory(axes[1, 1], layers)
     figure.suptitle("A 1024 x 1024 layer, one thread; a training step is forward + backward + Adam")
-    figure.supxlabel(f"Diamonds: as fast as dense. Medians of paired ratios.\n{conditions}", size=7)
+    save(figure, f"Diamonds: as fast as dense. Medians of paired ratios.\n{conditions}", path)
+
+
+def draw_gpu(rows: DataFrame, conditions: str, path: Path) -> None:
+    own = steps(rows)
+    kernels = rows[(rows.suite == "products") & (rows["name"] == "three products") & (rows.backend == "triton")]
+    kernels, counts = widest(kernels), sorted(own.tokens.unique())
+    if not counts:
+        return
+    figure, axes = pyplot.subplots(1, len(counts), figsize=(5 * len(counts), 5), squeeze=False, layout="constrained")
+    for axis, tokens in zip(axes[0], counts, strict=True):
+        speed_up(axis, own[own.tokens == tokens])
+        for _, ratios, color in by_block_size(kernels[kernels.tokens == tokens], "ratio"):
+            axis.plot(ratios.index, ratios, ":", lw=1.2, color=color)
+        axis.set_title(f"Speed of a training step, {tokens} tokens")
+        axis.set_ylim(0.2, 24)
+    case = own.iloc[0]
+    figure.suptitle(
+        f"A {case.out_features} x {case.in_features} layer, {case.arithmetic}; "
+        "a training step is forward + both gradients, replayed as a CUDA graph"
+    )
+    save(
+        figure,
+        "Solid: SparseLinear as it comes. Dotted: the Triton kernels alone, also where the chooser takes the dense "
+        f"path. Diamonds: as fast as dense.\n{conditions}",
+        path,
+    )
+
+
+def draw_together(measured: dict[str, DataFrame], path: Path) -> None:
+    """The README's plot: one panel for each device, its widest case."""
+    figure, axes = pyplot.subplots(
+        1, len(measured), figsize=(5 * len(measured), 4.6), squeeze=False, layout="constrained"
+    )
+    for axis, (name, rows) in zip(axes[0], measured.items(), strict=True):
+        own = steps(rows)
+        own = own[own.tokens == own.tokens.max()]
+        speed_up(axis, own)
+        case = own.iloc[0]
+        axis.set_title(
+            f"{name}\n{case.out_features} x {case.in_features}, {case.tokens} tokens, {case.arithmetic}", fontsize=10
+        )
+    figure.suptitle("Speed of a layer's training step over nn.Linear")
+    save(figure, "Diamonds: as fast as dense. Medians.", path)
+
+
+def save(figure, small_print: str, path: Path) -> None:
+    figure.supxlabel(small_print, size=7)
     figure.savefig(path, dpi=130, metadata={"Software": None})
     pyplot.close(figure)
 
@@ -44,6 +115,7 @@ def speed_up(axis: Axes, steps: DataFrame) -> None:
             axis.plot(crossing, 1, "D", ms=7, mfc="white", color=color, zorder=3)
     axis.axhline(1, color="black", lw=1)
     axis.set_yscale("log")
+    axis.minorticks_off()
     axis.set_yticks([0.5, 1, 2, 4, 8, 16, 32], ["0.5x", "dense", "2x", "4x", "8x", "16x", "32x"])
     axis.set_ylabel("speed-up over nn.Linear")
     over_density(axis, steps)

@@ -2,13 +2,15 @@
 
 It writes sparsekern/devices/<device>.json, anew after every entry, and never half of it: the constants of the model;
 then, bfloat16 before float32, the densities where dense becomes faster, the fastest tiles, and these densities again
-with such tiles. The fields are explained in sparsekern/devices/README.md.
+with such tiles. It goes on where a run of the same commit and versions stopped. The fields are explained in
+sparsekern/devices/README.md.
 """
 
 import argparse
 import json
 import multiprocessing
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import date
@@ -17,34 +19,49 @@ from pathlib import Path
 
 import torch
 
-from bench.gpu import clock, contenders, limits
-from bench.gpu.clock import REHEARSAL
-from bench.gpu.problem import BOUND, DTYPE, Case, Problem
+from bench import case as cases
+from bench import contenders, limits, results
+from bench.case import Case, on_gpu
+from bench.clock import ON_GPU
+from bench.contenders import reason
+from bench.measure import microseconds
+from bench.problem import Problem
 from sparsekern import cost, devices
 from sparsekern.backends.triton import launch
 from sparsekern.backends.triton.launch import Tile
 
-NAME = "rehearsal on a CPU" if REHEARSAL else torch.cuda.get_device_name()
-CASE = Case(64, 64, 32, 0.5, 16, "half") if REHEARSAL else Case(4096, 4096, 16384, 0.1, 64, "half")
-FEW_TOKENS = 16 if REHEARSAL else 256
-BREAK_EVEN_TOKENS = (32,) if REHEARSAL else (16384, 4096, 1024)
-DENSITIES = (0.25, 0.75) if REHEARSAL else (0.1, 0.5)
+SIZES = cases.SIZES["full" if ON_GPU else "smoke"]
+NAME = torch.cuda.get_device_name() if ON_GPU else "rehearsal on a CPU"
+ARITHMETICS = limits.arithmetics(SIZES)
+DENSITIES = (0.1, 0.5) if ON_GPU else (0.25, 0.75)  # between which both paths take time linear in the density
+FEW_TOKENS = SIZES.tokens[-1]
+BREAK_EVEN_TOKENS = (*SIZES.tokens[:2], 1024) if ON_GPU else SIZES.tokens
 PROCESSES = 8  # that compile at once
 MOST_SHARED = 220_000  # bytes of a program's buffers, of the 232 448 that there are on Hopper
 MOST_SUMS = 128  # float32 sums that a thread keeps in registers
 
 SHAPES = [(4, 3), (4, 4), (8, 3)]  # warps, stages
+NAMES = {"dds": ("dds transposed", "dds"), "sdd": ("sdd",)}  # dds in both orientations together
+
+Key = tuple[str, int, str]
 
 
-problem_of = lru_cache(maxsize=2)(Problem)  # the same for both products and both paths
+def case_of(block_size: int, kind: str, tokens: int = SIZES.tokens[0], density: float = SIZES.densities[0]) -> Case:
+    return on_gpu(SIZES.width, tokens, density, block_size, ARITHMETICS[kind])
+
+
+@lru_cache(maxsize=2)
+def problem_of(case: Case) -> Problem:
+    """The same for both products and both paths."""
+    return Problem(case, SIZES.rotated_bytes)
 
 
 def candidates(product: str, block_size: int, arithmetic: str) -> list[Tile]:
     """The table's tiles first, then whatever fits a multiprocessor."""
     table = list(launch.TILES[product, block_size, arithmetic])
-    if REHEARSAL:
+    if not ON_GPU:
         return table[:1]
-    element = DTYPE[arithmetic].itemsize
+    element = cost.ELEMENT[arithmetic]
     tiles = [Tile(m, k, *shape) for m in (64, 128, 256) for k in (32, 64) for shape in SHAPES]
     tiles = [
         tile
@@ -59,7 +76,7 @@ def candidates(product: str, block_size: int, arithmetic: str) -> list[Tile]:
 def compile_tile(case: Case, product: str, tile: Tile) -> None:
     """In a process of its own, to fill Triton's cache; a tile that does not compile shows again where it is timed."""
     try:
-        launched(Problem(case), product, tile)
+        launched(problem_of(case), product, tile)
     except Exception:  # noqa: BLE001
         pass
 
@@ -67,40 +84,37 @@ def compile_tile(case: Case, product: str, tile: Tile) -> None:
 def launched(problem: Problem, product: str, tile: Tile):
     """The results of a product with this tile."""
     case = problem.case
-    launch.TILES[product, case.block_size, case.arithmetic] = (tile,)
+    launch.TILES[product, case.block_size, case.kind] = (tile,)
     calls = contenders.kernels(problem)
-    names = ("dds", "dds_back") if product == "dds" else ("sdd",)
-    return {name: calls[name](*problem.sets[0]) for name in names}
+    return {name: calls[name](*problem.first) for name in NAMES[product]}
 
 
-def microseconds(problem: Problem, product: str, build=contenders.kernels) -> float:
+def times(problem: Problem, product: str, build=contenders.kernels) -> float:
     """Of a product; of dds in both orientations together."""
     calls = build(problem)
-    names = ("dds", "dds_back") if product == "dds" else ("sdd",)
-    every = [
-        clock.replayed(lambda call=calls[name]: call(*problem.next_set()), len(problem.sets)).median for name in names
-    ]
-    return sum(every)
+    return sum(
+        microseconds(lambda call=calls[name]: call(*problem.next_set()), problem.calls) for name in NAMES[product]
+    )
 
 
 def fastest(case: Case, product: str) -> Tile | None:
     """The tile that takes the least time and is right."""
-    problem, times = Problem(case), {}
-    for tile in candidates(product, case.block_size, case.arithmetic):
+    problem, found = problem_of(case), {}
+    for tile in candidates(product, case.block_size, case.kind):
         try:
-            errors = [problem.error(name, result) for name, result in launched(problem, product, tile).items()]
-            if all(error < BOUND[case.arithmetic] for error in errors):
-                times[tile] = microseconds(problem, product)
+            for name, result in launched(problem, product, tile).items():
+                problem.check(name, result)
+            found[tile] = times(problem, product)
         except Exception as error:
-            print(f"  {product} {case.block_size} {case.arithmetic} {tuple(tile)}: {contenders.reason(error)}")
-    return min(times, key=times.get, default=None)
+            print(f"  {product} {case.block_size} {case.arithmetic} {tuple(tile)}: {reason(error)}")
+    return min(found, key=found.get, default=None)
 
 
 def tuned_tiles(product: str, block_size: int, arithmetic: str, pool) -> tuple[Tile, ...]:
     """The fastest tile for many tokens and, for dds, a smaller one for few; they stay in force in this process."""
     key = product, block_size, arithmetic
     before = launch.TILES[key]
-    case = replace(CASE, block_size=block_size, arithmetic=arithmetic)
+    case = case_of(block_size, arithmetic)
     if pool is not None:
         list(pool.map(compile_tile, *zip(*((case, product, t) for t in candidates(*key)), strict=True)))
     many = fastest(case, product)
@@ -112,11 +126,9 @@ def tuned_tiles(product: str, block_size: int, arithmetic: str, pool) -> tuple[T
 
 def break_even(product: str, block_size: int, arithmetic: str, tokens: int) -> dict:
     """Where the two paths cross, as both take time linear in the density."""
-    case = replace(CASE, block_size=block_size, arithmetic=arithmetic, tokens=tokens)
+    case = case_of(block_size, arithmetic, tokens)
     problems = [problem_of(replace(case, density=density)) for density in DENSITIES]
-    gaps = [
-        microseconds(problem, product, contenders.densified) - microseconds(problem, product) for problem in problems
-    ]
+    gaps = [times(problem, product, contenders.densified) - times(problem, product) for problem in problems]
     slope = (gaps[0] - gaps[1]) / (DENSITIES[1] - DENSITIES[0])
     density = min(1.0, max(0.0, DENSITIES[0] + gaps[0] / slope)) if slope > 0 else float(gaps[0] > 0)
     row = {"product": product, "block_size": block_size, "arithmetic": arithmetic}
@@ -134,41 +146,66 @@ def write(folder: Path, facts: dict) -> None:
     unfinished.replace(path)
 
 
+def started(folder: Path) -> dict:
+    """What a run of the same commit and versions has found so far, or the constants."""
+    folder.mkdir(parents=True, exist_ok=True)
+    versions = f"at {results.commit()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+    path = folder / devices.path_for(NAME).name
+    if path.exists() and (facts := json.loads(path.read_text()))["source"].endswith(versions):
+        return facts
+    facts = {"device": NAME, "source": f"measured {date.today().isoformat()} {versions}"} | limits.constants(SIZES)
+    if ON_GPU:
+        facts["num_sms"] = torch.cuda.get_device_properties(0).multi_processor_count
+        facts["compute_capability"] = list(torch.cuda.get_device_capability())
+    return facts | {"tiles": {}, "break_even": []}
+
+
+def plan() -> Iterator[tuple[Key, int | None, bool]]:
+    """Entries, the most important first: kind of product, tokens of a break-even (None: tiles), whether with tiles."""
+    for kind in ARITHMETICS:
+        keys = [(product, block_size, kind) for block_size in SIZES.block_sizes for product in cost.PRODUCTS]
+        yield from ((key, tokens, False) for tokens in BREAK_EVEN_TOKENS for key in keys)
+        yield from ((key, None, True) for key in keys)
+        yield from ((key, tokens, True) for tokens in BREAK_EVEN_TOKENS for key in keys)
+
+
+def same(row: dict, key: Key, tokens: int) -> bool:
+    return (row["product"], row["block_size"], row["arithmetic"], row["tokens"]) == (*key, tokens)
+
+
+def done(facts: dict, key: Key, tokens: int, tuned: bool) -> bool:
+    """Whether a break-even is there, with such tiles or newer ones."""
+    return any(same(row, key, tokens) and row["tuned"] >= tuned for row in facts["break_even"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=3600, help="no new entry is begun after these")
     parser.add_argument("--folder", type=Path, default=devices.FOLDER, help="where the device's file is written")
     arguments = parser.parse_args()
     stop = time.monotonic() + arguments.seconds
-    versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}"
-    facts = {"device": NAME, "source": f"measured {date.today().isoformat()}, {versions}"} | limits.constants()
-    if not REHEARSAL:
-        facts["num_sms"] = torch.cuda.get_device_properties(0).multi_processor_count
-    facts |= {"tiles": {}, "break_even": []}
+    facts = started(arguments.folder)
+    for entry in facts["tiles"]:
+        product, block_size, kind = entry.split()
+        launch.TILES[product, int(block_size), kind] = tuple(Tile(*tile) for tile in facts["tiles"][entry])
     write(arguments.folder, facts)
 
-    block_sizes = (16,) if REHEARSAL else (64, 128, 32, 16)
-    keys = [(p, b, a) for a in limits.ARITHMETICS for b in block_sizes for p in cost.PRODUCTS]
     context = multiprocessing.get_context("spawn")
-    pool = None if REHEARSAL else ProcessPoolExecutor(PROCESSES, mp_context=context)
-    for arithmetic in limits.ARITHMETICS:
-        own = [key for key in keys if key[2] == arithmetic]
-        plan = [(key, tokens) for tokens in BREAK_EVEN_TOKENS for key in own]
-        for key, tokens in [*plan, *((key, None) for key in own), *plan]:
-            if time.monotonic() > stop:
-                break
-            if tokens is None:
-                facts["tiles"][" ".join(map(str, key))] = [list(tile) for tile in tuned_tiles(*key, pool)]
-            else:
-                row = break_even(*key, tokens)
-                older = [r for r in facts["break_even"] if r | {"density": row["density"]} != row]
-                facts["break_even"] = [*older, row]
-            write(arguments.folder, facts)
+    pool = ProcessPoolExecutor(PROCESSES, mp_context=context) if ON_GPU else None
+    for key, tokens, tuned in plan():
+        if time.monotonic() > stop:
+            break
+        entry = " ".join(map(str, key))
+        if tokens is None and entry not in facts["tiles"]:
+            facts["tiles"][entry] = [list(tile) for tile in tuned_tiles(*key, pool)]
+        elif tokens is not None and not done(facts, key, tokens, tuned):
+            row = break_even(*key, tokens) | {"tuned": tuned}
+            older = [r for r in facts["break_even"] if not same(r, key, tokens)]
+            facts["break_even"] = [*older, row]
+        write(arguments.folder, facts)
     if pool is not None:
         pool.shutdown(cancel_futures=True)
-    print(
-        f"{len(facts['tiles'])} tile lists and {len(facts['break_even'])} break-evens of {len(keys)} kinds of product"
-    )
+    print(f"{len(facts['tiles'])} tile lists and {len(facts['break_even'])} break-evens")
 
 
 if __name__ == "__main__":

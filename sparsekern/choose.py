@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch import Tensor
 
-from sparsekern import cost, vendor
+from sparsekern import cost, devices, vendor
 from sparsekern.backends import cpu, reference, triton
 from sparsekern.topology import Layout
 
@@ -133,7 +133,7 @@ def _fastest_on_gpu(device, dtype, arithmetic, tokens, ragged, num_slots, num_ro
     return SimpleNamespace(dds=paths["dds"].dds, sdd=paths["sdd"].sdd)
 
 
-_device_name = torch.cuda.get_device_name
+_device_name = devices.name_of
 
 
 def _find(backend: str) -> ModuleType:

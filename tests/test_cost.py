@@ -11,6 +11,7 @@ from sparsekern import choose, cost, devices, vendor
 from sparsekern.backends import reference, triton
 
 GPU = "a GPU that nobody measured"
+DEFAULT = (devices.FOLDER / "default.json").read_text()
 
 
 class OnGpu:
@@ -87,6 +88,42 @@ def test_a_measured_break_even_takes_the_models_place_and_moves_with_the_shape(m
     finally:
         devices.known.cache_clear()
         cost.break_even.cache_clear()
+
+
+@pytest.fixture
+def other_devices(monkeypatch, tmp_path):
+    """A folder of device files of its own, to be written by `name, facts`."""
+    monkeypatch.setattr(devices, "FOLDER", tmp_path)
+    (tmp_path / "default.json").write_text(DEFAULT)
+    for cached in (devices.known, devices.nearest, cost.break_even):
+        cached.cache_clear()
+    yield lambda name, facts: devices.path_for(name).write_text(json.dumps({"device": name} | facts))
+    monkeypatch.undo()
+    for cached in (devices.known, devices.nearest, cost.break_even):
+        cached.cache_clear()
+
+
+def test_a_gpu_without_a_file_takes_the_measured_device_of_its_compute_capability(other_devices):
+    other_devices("NVIDIA H200", {"compute_capability": [9, 0]})
+    other_devices("NVIDIA B200", {"compute_capability": [10, 0]})
+    other_devices("NVIDIA GH200", {"compute_capability": [9, 0]})
+    assert devices.nearest("NVIDIA H100 80GB HBM3", (9, 0)) in ("NVIDIA H200", "NVIDIA GH200")
+    assert devices.nearest("NVIDIA GB300", (10, 0)) == "NVIDIA B200"
+    assert devices.nearest("NVIDIA GH200", (9, 0)) == "NVIDIA GH200"
+    assert devices.nearest("NVIDIA A100-SXM4-40GB", (8, 0)) == "NVIDIA A100-SXM4-40GB"
+
+
+def test_an_h100_breaks_even_where_the_measured_hopper_card_does_and_not_where_the_model_says(gpu, monkeypatch):
+    """By the files that are committed."""
+    monkeypatch.setattr(choose, "_device_name", devices.name_of)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    key = 16, "half", 4096, 4096, 16384
+    model, measured = (cost.break_even("sdd", *key, name) for name in (GPU, "NVIDIA H200"))
+    assert measured == 0.024 < model / 1.5
+    between = layout((measured + model) / 2, 16)
+    path = choose.backend_for(OnGpu(16384, 4096), between)
+    assert path is not triton and path.sdd is vendor.sdd
 
 
 @pytest.mark.parametrize("path", sorted(devices.FOLDER.glob("*.json")), ids=lambda path: path.stem)

@@ -66,8 +66,8 @@ for _block_size in (16, 32, 64, 128):  # the tile of a dense product, whatever b
     TILES["norms", _block_size, "half"] = (Tile(128, 64, 8, 3),)
     TILES["norms", _block_size, "tf32"] = TILES["norms", _block_size, "ieee"] = (Tile(128, 32, 8, 3),)
 
-if torch.cuda.is_available():  # what `python -m bench.tune` found to be faster on this device
-    for _key, _tiles in devices.known(torch.cuda.get_device_name())["tiles"].items():
+if torch.cuda.is_available():  # what `python -m bench.tune` found to be faster on this device, or on one like it
+    for _key, _tiles in devices.known(devices.name_of())["tiles"].items():
         _product, _block_size, _arithmetic = _key.split()
         TILES[_product, int(_block_size), _arithmetic] = tuple(Tile(*tile) for tile in _tiles)
 

@@ -14,7 +14,7 @@ BUSY = 4  # times as slow as the machine where the budget was set, or as busy as
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_a_forward_costs_little_more_than_its_launch():
-    root, environment = Path(__file__).parent.parent, os.environ | {"TRITON_INTERPRET": "0"}
+    root, environment = Path(__file__).parent.parent.parent, os.environ | {"TRITON_INTERPRET": "0"}
     command = [sys.executable, "-m", "bench.call_overhead"]
     run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
