@@ -117,19 +117,20 @@ def build_index(layout: Layout) -> Tensor:
     return torch.cat((row_pairs, col_pairs, row_offsets, col_offsets, row_order, col_order)).int()
 
 
-# Derived state is never stale: the index carries, as `built_from`, the versions of the coordinates it was built from.
+# Derived state is never stale: the index carries, as `built_from`, the coordinates it was built from and their versions.
 # A rewire writes coordinates, rebuilds the index and stamps it. Whoever else writes coordinates in place (a checkpoint
 # library, an average of models) leaves an older stamp behind, which the next product sees.
 
 
 def stamp(layout: Layout) -> None:
     """Note that the index agrees with the coordinates as they are now."""
-    layout.index.built_from = layout.versions()
+    layout.index.built_from = layout.block_rows, layout.block_cols, layout.versions()
 
 
 def is_current(layout: Layout) -> bool:
-    """Whether the index was built from the coordinates as they are now; reads no tensor."""
-    return getattr(layout.index, "built_from", None) == layout.versions()
+    """Whether the index was built from these coordinates as they are now; reads no tensor."""
+    rows, cols, versions = getattr(layout.index, "built_from", (None, None, None))
+    return rows is layout.block_rows and cols is layout.block_cols and versions == layout.versions()
 
 
 def catch_up(layout: Layout) -> bool:
