@@ -21,6 +21,7 @@ from sparsekern import choose
 from sparsekern.topology import Layout, catch_up, is_current
 
 _PLAIN = (Tensor, nn.Parameter)
+_LEGACY_VMAP = torch._C.DispatchKey.VmapMode
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
@@ -32,6 +33,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
         torch._C._len_torch_dispatch_stack()  # FakeTensorMode, make_fx, FlopCounterMode, ...
         or in_transform()
         or torch._C._get_tracing_state() is not None  # torch.jit.trace
+        or torch._C._dispatch_tls_is_dispatch_key_included(_LEGACY_VMAP)  # torch.autograd.grad(is_grads_batched=True)
     )
 
 
@@ -262,7 +264,8 @@ def _batched_dds(size: int, dims: tuple, operands: tuple, product: Callable[...,
     if weight_dim is not None or offsets_dim is not None or token_offsets is not None or x_dim is None:
         return _one_by_one(size, dims, operands, product)
     x = x.movedim(x_dim, 0)
-    y = product(x.flatten(0, 1), weight, bias if bias_dim is None else None, None).unflatten(0, x.shape[:2])
+    y = product(x.flatten(0, 1), weight, bias if bias_dim is None else None, None)
+    y = y.reshape(*x.shape[:2], y.shape[1])
     return y if bias_dim is None else y + bias.movedim(bias_dim, 0)[:, None]
 
 

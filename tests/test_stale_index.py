@@ -168,7 +168,9 @@ def test_a_backward_through_coordinates_of_another_time_is_refused(mode, rewire)
         y = run(x)
     assert rule.step()
     # compiled code is torch's: its sentence is of the version of a saved tensor
-    message = "modified by an inplace operation" if mode == "compiled" else "rewired, pruned or loaded after the forward"
+    message = (
+        "modified by an inplace operation" if mode == "compiled" else "rewired, pruned or loaded after the forward"
+    )
     with pytest.raises(RuntimeError, match=message):
         y.sum().backward()
 
