@@ -21,7 +21,7 @@ from sparsekern import choose
 from sparsekern.topology import Layout, catch_up, is_current
 
 _PLAIN = (Tensor, nn.Parameter)
-_LEGACY_VMAP = torch._C.DispatchKey.VmapMode
+_LEGACY_VMAP = torch._C._dispatch_key_parse("VmapMode")
 
 
 def is_plain(*tensors: Tensor | None) -> bool:

@@ -117,7 +117,7 @@ def build_index(layout: Layout) -> Tensor:
     return torch.cat((row_pairs, col_pairs, row_offsets, col_offsets, row_order, col_order)).int()
 
 
-# Derived state is never stale: the index carries, as `built_from`, the coordinates it was built from and their versions.
+# Derived state is never stale. The index carries as `built_from` the coordinates it was built from and their versions.
 # A rewire writes coordinates, rebuilds the index and stamps it. Whoever else writes coordinates in place (a checkpoint
 # library, an average of models) leaves an older stamp behind, which the next product sees.
 

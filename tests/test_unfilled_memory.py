@@ -12,10 +12,10 @@ import sparsekern as sk
 LAYERS = pytest.mark.parametrize(
     "options",
     [
-        dict(density=0.3, block_size=8),
-        dict(density=0.3, block_size=1),
-        dict(density=0.4, block_size=4, groups=2),
-        dict(density=1.0, block_size=8),
+        {"density": 0.3, "block_size": 8},
+        {"density": 0.3, "block_size": 1},
+        {"density": 0.4, "block_size": 4, "groups": 2},
+        {"density": 1.0, "block_size": 8},
     ],
     ids=["block 8", "block 1", "groups", "full"],
 )
