@@ -74,12 +74,4 @@ SPARSEKERN_BOTH uint32_t grow_key_by_score(float score) {
     return bits > GROW_KEY_OF_ZERO ? NO_CANDIDATE : GROW_KEY_OF_ZERO - bits;
 }
 
-// With this many of the best hashes, `count` of them belong to dead places but for one case in 10^30: they are
-// 13 standard deviations more than needed. 0 for none, GROW_KEYS_BY_HASH for all.
-SPARSEKERN_BOTH uint32_t hashes_to_look_at(uint32_t count, uint32_t dead) {
-    const uint64_t wanted = uint64_t(count) + count / 4 + 256;
-    if (count == 0) return 0;
-    return wanted >= dead ? GROW_KEYS_BY_HASH : uint32_t((wanted << 31) / dead);
-}
-
 }  // namespace sparsekern

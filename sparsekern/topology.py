@@ -5,6 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+try:
+    from sparsekern import _C
+except ImportError:  # backends/cpu.py says why, to whoever asks for it
+    _C = None
+
 
 class Layout(NamedTuple):
     """What a product needs to know of a topology: tensors whose contents change in place, and numbers that do not."""
@@ -77,6 +82,10 @@ def build_index(layout: Layout) -> Tensor:
     """Compute the int32 index of a layout by operations of static shape, without a host synchronisation."""
     if layout.full:
         return torch.empty(0, dtype=torch.int32, device=layout.block_rows.device)
+    if (
+        _C is not None and layout.block_rows.device.type == "cpu" and type(layout.block_rows) is Tensor
+    ):  # nor a fake one
+        return _build_index_in_cpp(layout)
     rows, cols = layout.block_rows.long(), layout.block_cols.long()
     dead = rows < 0
     last = layout.num_rows * layout.num_cols
@@ -92,6 +101,15 @@ def build_index(layout: Layout) -> Tensor:
     row_pairs, row_offsets, row_order, _ = view(rows, cols, layout.num_rows, layout.num_cols)
     col_pairs, col_offsets, col_order, _ = view(cols, rows, layout.num_cols, layout.num_rows)
     return torch.cat((row_pairs, col_pairs, row_offsets, col_offsets, row_order, col_order)).int()
+
+
+def _build_index_in_cpp(layout: Layout) -> Tensor:
+    slots, rows, cols, block_size = layout.num_slots, layout.num_rows, layout.num_cols, layout.block_size
+    index = torch.empty(2 * slots if block_size == 1 else 4 * slots + 2 * (rows + cols + 1), dtype=torch.int32)
+    own = (layout.block_rows.contiguous(), layout.block_cols.contiguous())
+    addresses = *(coordinate.data_ptr() for coordinate in own), own[0].element_size(), index.data_ptr()
+    _C.build_index(_C.Layout(*addresses, slots, rows, cols, layout.groups, block_size, False), index.data_ptr())
+    return index
 
 
 _SAVED = ("block_rows", "block_cols", "_extra_state")
