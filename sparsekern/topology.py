@@ -105,7 +105,8 @@ def build_index(layout: Layout) -> Tensor:
 
 def _build_index_in_cpp(layout: Layout) -> Tensor:
     slots, rows, cols, block_size = layout.num_slots, layout.num_rows, layout.num_cols, layout.block_size
-    index = torch.empty(2 * slots if block_size == 1 else 4 * slots + 2 * (rows + cols + 1), dtype=torch.int32)
+    size = 2 * slots if block_size == 1 else 4 * slots + 2 * (rows + cols + 1)
+    index = torch.empty(size, dtype=torch.int32, device="cpu")  # whatever the default device
     own = (layout.block_rows.contiguous(), layout.block_cols.contiguous())
     addresses = *(coordinate.data_ptr() for coordinate in own), own[0].element_size(), index.data_ptr()
     _C.build_index(_C.Layout(*addresses, slots, rows, cols, layout.groups, block_size, False), index.data_ptr())

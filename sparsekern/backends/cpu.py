@@ -97,7 +97,7 @@ def gather(dense: Tensor, layout: Layout) -> Tensor:
 
 def weakest(scores: Tensor, layout: Layout, counts: list[int]) -> Tensor:
     """See `sparsekern.rewire.rewire.weakest`."""
-    slots = torch.empty(sum(counts), dtype=torch.int64)
+    slots = torch.empty(sum(counts), dtype=torch.int64, device="cpu")
     scores = scores.float().contiguous()
     _C.weakest(_native(layout), scores.data_ptr(), counts, slots.data_ptr())
     return slots
@@ -105,7 +105,7 @@ def weakest(scores: Tensor, layout: Layout, counts: list[int]) -> Tensor:
 
 def random_candidates(layout: Layout, count: int, start: int) -> Tensor:
     """See `sparsekern.rewire.rewire.random_candidates`."""
-    keys = torch.empty(layout.groups, count, dtype=torch.int64)
+    keys = torch.empty(layout.groups, count, dtype=torch.int64, device="cpu")
     _C.random_candidates(_native(layout), count, start, keys.data_ptr())
     return keys
 
