@@ -1,10 +1,12 @@
-"""The two native modules and nothing else: sparsekern._C (CPU, C++) and, where nvcc is, sparsekern._cuda.
+"""What is compiled: the native module sparsekern._C (CPU, C++) and, where nvcc is, the kernels of csrc/cuda.
 
-Neither sees a torch header, so the build needs no torch; and a module that cannot be built does not cost the other one.
+Nothing sees a torch header, so the build needs no torch; and what cannot be built does not cost the rest. A kernel
+becomes sparsekern/fatbin/<name>.fatbin, which the driver of a GPU loads at run time: no library of CUDA is linked.
 """
 
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -14,9 +16,34 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CPP_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden"]
+# Machine code for Ampere and for Hopper, and PTX for whatever comes later.
+NVCC_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-gencode=arch=compute_80,code=[sm_80,compute_80]",
+    "-gencode=arch=compute_90a,code=sm_90a",
+]
 
 
 class BuildNative(build_ext):
+    def run(self):
+        super().run()
+        if wants_cuda():
+            self.build_kernels()
+
+    def build_kernels(self):
+        folder = Path("" if self.inplace else self.build_lib, "sparsekern", "fatbin")
+        folder.mkdir(parents=True, exist_ok=True)
+        for source in sorted(Path("csrc/cuda").glob("*.cu")):
+            target = folder / f"{source.stem}.fatbin"
+            target.unlink(missing_ok=True)
+            try:
+                subprocess.run(["nvcc", *NVCC_FLAGS, "-fatbin", str(source), "-o", str(target)], check=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                if os.environ.get("SPARSEKERN_CUDA") == "1":
+                    raise SystemExit(f"SPARSEKERN_CUDA=1 asks for the CUDA kernels, but {error}") from None
+                say(f"{source} was not compiled, and the package works without it: {error}")
+
     def build_extension(self, ext):
         try:
             if not self.compiler_takes():
@@ -47,9 +74,9 @@ def say(sentence: str) -> None:
 
 
 def cuda_problem() -> str | None:
-    """What is missing to build sparsekern._cuda, or None."""
-    if not Path("csrc/cuda").is_dir():
-        return "this version of sparsekern has no CUDA sources (csrc/cuda)"
+    """What is missing to compile the CUDA kernels, or None."""
+    if not any(Path("csrc/cuda").glob("*.cu")):
+        return "this version of sparsekern has no CUDA sources (csrc/cuda/*.cu)"
     if shutil.which("nvcc") is None:
         return "nvcc, the CUDA compiler, is not on the PATH"
     return None
@@ -60,18 +87,17 @@ def wants_cuda() -> bool:
     if choice not in ("auto", "0", "1"):
         raise SystemExit(f"SPARSEKERN_CUDA must be auto, 0 or 1, got {choice!r}")
     if choice == "1" and problem:
-        raise SystemExit(f"SPARSEKERN_CUDA=1 asks for sparsekern._cuda, but {problem}")
+        raise SystemExit(f"SPARSEKERN_CUDA=1 asks for the CUDA kernels, but {problem}")
     return choice != "0" and not problem
 
 
 cpu = Extension(
     "sparsekern._C",
     sources=["csrc/module.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))],
-    depends=sorted(map(str, Path("csrc/cpu").glob("*.h"))),
+    depends=sorted(map(str, [*Path("csrc").glob("*.h"), *Path("csrc/cpu").glob("*.h")])),
     include_dirs=["csrc", pybind11.get_include()],
     language="c++",
     optional=True,  # setup then accepts that it is missing
 )
-# sparsekern._cuda joins this list, `if wants_cuda()`, with a build step for .cu files, once csrc/cuda exists.
-wants_cuda()
+wants_cuda()  # a wrong choice is told before anything is compiled
 setup(ext_modules=[cpu], cmdclass={"build_ext": BuildNative})

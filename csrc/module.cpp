@@ -1,8 +1,10 @@
 // sparsekern._C: the CPU kernels for Python. No torch headers: pointers and sizes arrive as integers, checks are
 // Python's.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "cpu/kernels.h"
+#include "cpu/rewire.h"
 
 namespace py = pybind11;
 namespace sk = sparsekern;
@@ -53,6 +55,26 @@ PYBIND11_MODULE(_C, m) {
         "gather",
         [](const sk::Layout& layout, uintptr_t dense, uintptr_t weight, int element_bytes, int threads) {
             sk::gather(pointer(dense), pointer(weight), layout, element_bytes, threads);
+        },
+        Release());
+
+    m.def(
+        "weakest",
+        [](const sk::Layout& layout, uintptr_t scores, const std::vector<int64_t>& counts, uintptr_t slots) {
+            sk::weakest(static_cast<const float*>(pointer(scores)), layout, counts,
+                        static_cast<int64_t*>(pointer(slots)));
+        },
+        Release());
+    m.def(
+        "random_candidates",
+        [](const sk::Layout& layout, int64_t count, uint64_t start, uintptr_t keys) {
+            sk::random_candidates(layout, count, start, static_cast<int64_t*>(pointer(keys)));
+        },
+        Release());
+    m.def(
+        "build_index",
+        [](const sk::Layout& layout, uintptr_t index) {
+            sk::build_index(layout, static_cast<int32_t*>(pointer(index)));
         },
         Release());
 

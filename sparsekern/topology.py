@@ -6,6 +6,11 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+try:
+    from sparsekern import _C
+except ImportError:  # backends/cpu.py says why, to whoever asks for it
+    _C = None
+
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
@@ -100,6 +105,9 @@ def build_index(layout: Layout) -> Tensor:
     """Compute the int32 index of a layout by operations of static shape, without a host synchronisation."""
     if layout.full:
         return torch.empty(0, dtype=torch.int32, device=layout.block_rows.device)
+    on_cpu = layout.block_rows.device.type == "cpu" and type(layout.block_rows) is Tensor  # and no fake one
+    if _C is not None and on_cpu:
+        return _build_index_in_cpp(layout)
     rows, cols = layout.block_rows.long(), layout.block_cols.long()
     dead = rows < 0
     last = layout.num_rows * layout.num_cols
@@ -115,6 +123,16 @@ def build_index(layout: Layout) -> Tensor:
     row_pairs, row_offsets, row_order, _ = view(rows, cols, layout.num_rows, layout.num_cols)
     col_pairs, col_offsets, col_order, _ = view(cols, rows, layout.num_cols, layout.num_rows)
     return torch.cat((row_pairs, col_pairs, row_offsets, col_offsets, row_order, col_order)).int()
+
+
+def _build_index_in_cpp(layout: Layout) -> Tensor:
+    slots, rows, cols, block_size = layout.num_slots, layout.num_rows, layout.num_cols, layout.block_size
+    size = 2 * slots if block_size == 1 else 4 * slots + 2 * (rows + cols + 1)
+    index = torch.empty(size, dtype=torch.int32, device="cpu")  # whatever the default device
+    own = (layout.block_rows.contiguous(), layout.block_cols.contiguous())
+    addresses = *(coordinate.data_ptr() for coordinate in own), own[0].element_size(), index.data_ptr()
+    _C.build_index(_C.Layout(*addresses, slots, rows, cols, layout.groups, block_size, False), index.data_ptr())
+    return index
 
 
 # Derived state is never stale. The index carries as `built_from` the coordinates it was built from and their versions.

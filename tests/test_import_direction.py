@@ -14,6 +14,7 @@ RANK |= {
     "rewire.schedule": 9,
     "rewire.scores": 8,
     "rewire.select": 9,
+    "rewire.on_device": 10,
 }
 RANK |= {"rewire.drop_and_grow": 11, "rewire.gmp": 11, "rewire.density": 1, "table": 0}
 RANK |= {"untrained": 0, "devices": 0, "cost": 1, "vendor": 1.5}

@@ -95,6 +95,21 @@ def gather(dense: Tensor, layout: Layout) -> Tensor:
     return weight
 
 
+def weakest(scores: Tensor, layout: Layout, counts: list[int]) -> Tensor:
+    """See `sparsekern.rewire.select.weakest`."""
+    slots = torch.empty(sum(counts), dtype=torch.int64, device="cpu")
+    scores = scores.float().contiguous()
+    _C.weakest(_native(layout), scores.data_ptr(), counts, slots.data_ptr())
+    return slots
+
+
+def random_candidates(layout: Layout, count: int, start: int) -> Tensor:
+    """See `sparsekern.rewire.select.random_candidates`."""
+    keys = torch.empty(layout.groups, count, dtype=torch.int64, device="cpu")
+    _C.random_candidates(_native(layout), count, start, keys.data_ptr())
+    return keys
+
+
 def _native(layout: Layout):
     rows, cols, index, num_rows, num_cols, groups, block_size, full = layout
     return _C.Layout(

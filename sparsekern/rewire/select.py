@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sparsekern.backends import cpu
 from sparsekern.rewire.growth import best_candidates, positions_of
 from sparsekern.rewire.hash import uniform_hash
 from sparsekern.rewire.scores import sortable
@@ -16,6 +17,8 @@ def weakest(scores: Tensor, layout: Layout, live: list[int], counts: list[int]) 
         scores: float32 [num_slots]; NaN ranks below every number.
         live: live blocks of each group.
     """
+    if scores.device.type == "cpu" and not cpu.unavailable():
+        return cpu.weakest(scores, layout, counts)
     group = torch.where(layout.block_rows < 0, layout.groups, layout.block_rows // (layout.num_rows // layout.groups))
     slots = torch.sort(sortable(scores), stable=True).indices
     slots = slots[torch.sort(group[slots], stable=True).indices]
@@ -25,6 +28,8 @@ def weakest(scores: Tensor, layout: Layout, live: list[int], counts: list[int]) 
 
 def random_candidates(layout: Layout, count: int, start: int) -> Tensor:
     """Keys [groups, count] of dead blocks, each as likely as another; `start` picks the random stream."""
+    if layout.block_rows.device.type == "cpu" and not cpu.unavailable():
+        return cpu.random_candidates(layout, count, start)
     size = layout.num_rows * layout.num_cols // layout.groups // layout.groups
 
     def score(strip: slice, places: Tensor) -> Tensor:

@@ -1,0 +1,322 @@
+"""An event of all layers at once by the kernels of csrc/cuda/rewire.cu: eight launches, whatever the number of layers.
+
+`ModelTables` are built once for a rule; `event_table` says what one event does; `rewire_model` does it. Nothing
+synchronises, and all addresses but the workspace's are in the tables, so a CUDA graph may hold `rewire_model`: write
+another event into the same tensor with `copy_` before a replay.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsekern.backends import cuda
+from sparsekern.topology import Layout
+
+THREADS, ITEMS, TILE_PLACES = 512, 64, 1024  # as in csrc/cuda/rewire.h
+MAX_TENSORS, MAX_COPIES = 12, 4
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+class Growth(IntEnum):
+    """What is done with the slots that are dropped; the same numbers as in csrc/cuda/rewire.h."""
+
+    BY_HASH = 0
+    BY_SCORES = 1
+    BY_KEYS = 2
+    MARK_DEAD = 3
+
+
+@dataclass(frozen=True)
+class LayerTensors:
+    """One layer as the kernels see it: addresses that stay the same from event to event."""
+
+    layouts: Sequence[Layout]
+    """The layer's own, then each follower's."""
+    shape: tuple[int, int]
+    """(out_features, in_features), unpadded."""
+    weight: Tensor
+    """[num_slots, B, B], for the norms."""
+    tensors: Sequence[tuple[Tensor, float]]
+    """What is reset in rewired slots, with fresh values: weight, state, followers' weights; not the gradient."""
+
+
+@dataclass(frozen=True)
+class LayerEvent:
+    """What one event does with one layer."""
+
+    counts: Sequence[int]
+    """Slots to drop in each group: at most as many as are live, and, to grow, as there are dead places."""
+    live: Sequence[int]
+    """Live blocks of each group."""
+    start: int = 0
+    """Stream of the hash, for Growth.BY_HASH; see `sparsekern.rewire.scores.stream`."""
+    gradient: Tensor | None = None
+    """Like the weight; rewired slots become zero."""
+    scores: Tensor | None = None
+    """float32 [num_slots] to drop by; without it, the L1 norms of the weight."""
+    growth: Tensor | None = None
+    """float32 [groups, rows, cols] for BY_SCORES; int64 [groups, any] in descending order for BY_KEYS."""
+
+
+_LIST = [(name, "u8") for name in ("histogram", "starts", "items", "chosen", "bounds", "selected")]
+_LIST = np.dtype(_LIST + [(name, "i4") for name in ("log_buckets", "ties", "tie_shift", "capacity")])
+_TENSOR = np.dtype([("data", "u8"), ("fresh", "u4"), ("element_bytes", "i4")])
+_COORDINATES = np.dtype([("rows", "u8"), ("cols", "u8"), ("index", "u8")])
+_WORK = "row_bits col_bits row_counts col_counts row_offsets col_offsets dead_counts tickets keys".split()
+_NUMBERS = (
+    "num_tensors num_copies weight_type growth short_coordinates slots num_rows num_cols groups block group_rows "
+    "group_cols row_words col_words last_rows last_cols log_threads_per_slot slot_tiles place_tiles move_tiles "
+    "first_segment padding"
+).split()
+_LAYER = np.dtype(
+    [("drop", _LIST), ("grow", _LIST), *((name, "u8") for name in _WORK), ("weight", "u8"), ("stats", "u8")]
+    + [("tensors", _TENSOR, MAX_TENSORS), ("copies", _COORDINATES, MAX_COPIES), *((name, "i4") for name in _NUMBERS)]
+)
+_EVENT = np.dtype([("start", "u8"), ("gradient", "u8"), ("scores", "u8"), ("growth", "u8"), ("key_stride", "i8")])
+_SEGMENT = np.dtype([("count", "i4"), ("first", "i4"), ("range", "u4"), ("shift", "i4")])
+_TILE = np.dtype([("layer", "i4"), ("part", "i4"), ("number", "i4"), ("of", "i4")])
+_SELECTION_BYTES = 16
+
+_OF_SLOTS, _OF_PLACES, _MOVE, _FILL, _PAIRS, _ROW_ORDER, _COL_ORDER = range(7)
+
+
+@dataclass
+class ModelTables:
+    """The layers of a model, on their device.
+
+    Raises:
+        ValueError: a layer is not what the kernels take; the message says which and why.
+    """
+
+    layers: Sequence[LayerTensors]
+    growth: Growth
+    stats: Tensor = field(init=False)
+    """int32 [layers, 2]: blocks that moved at the last event; 1 since a NaN was dropped, until the caller clears it."""
+
+    def __post_init__(self):
+        for i, layer in enumerate(self.layers):
+            if problem := _problem(layer):
+                raise ValueError(f"rewire_model: layer {i} {problem}")
+        device = self.layers[0].weight.device
+        self.stats = torch.zeros(len(self.layers), 2, dtype=torch.int32, device=device)
+        self._records = np.zeros(len(self.layers), _LAYER)
+        segment = 0
+        for i, (record, layer) in enumerate(zip(self._records, self.layers, strict=True)):
+            _describe(record, layer, self.growth)
+            record["stats"], record["first_segment"] = self.stats.data_ptr() + 8 * i, segment
+            segment += layer.layouts[0].groups
+        self._cleared_bytes, self._workspace_bytes = _lay_out(self._records)
+        phases = [_tiles(self._records, self.layers, phase) for phase in cuda.KERNELS["rewire"]]
+        self._blocks = [len(tiles) for tiles in phases]
+        self._layer_table = _upload(self._records.tobytes(), device)
+        self._tile_tables = [_upload(tiles.tobytes(), device) for tiles in phases]
+
+    def event_table(self, events: Sequence[LayerEvent]) -> Tensor:
+        """One event on the device, uint8; the tensors in it must live until it has run."""
+        table = np.zeros(len(events), _EVENT)
+        segments = []
+        for row, record, event in zip(table, self._records, events, strict=True):
+            row["start"] = event.start
+            for name in ("gradient", "scores", "growth"):
+                tensor = getattr(event, name)
+                row[name] = 0 if tensor is None else tensor.data_ptr()
+            if self.growth is Growth.BY_KEYS:
+                row["key_stride"] = event.growth.shape[1]
+            first, places = 0, int(record["group_rows"]) * int(record["group_cols"])
+            for count, live in zip(event.counts, event.live, strict=True):
+                segments.append((count, first, *_range(count, places - live, int(record["grow"]["log_buckets"]))))
+                first += count
+        return _upload(table.tobytes() + np.array(segments, _SEGMENT).tobytes(), self.stats.device)
+
+
+def rewire_model(tables: ModelTables, event: Tensor) -> None:
+    """Do what `tables.event_table` has prepared: select, move, reset and index the blocks of all layers."""
+    device = tables.stats.device
+    workspace = torch.empty(tables._workspace_bytes, dtype=torch.uint8, device=device)
+    workspace[: tables._cleared_bytes].zero_()
+    segments = event.data_ptr() + len(tables.layers) * _EVENT.itemsize
+    kernels = zip(cuda.KERNELS["rewire"], tables._blocks, tables._tile_tables, strict=True)
+    for kernel, blocks, tiles in kernels:
+        addresses = (tables._layer_table.data_ptr(), tiles.data_ptr(), workspace.data_ptr(), event.data_ptr(), segments)
+        cuda.launch("rewire", kernel, blocks, THREADS, addresses, device)
+
+
+def _problem(layer: LayerTensors) -> str | None:
+    """What the kernels cannot take of a layer, as the end of a sentence."""
+    own, tensors = layer.layouts[0], [layer.weight, *(tensor for tensor, _ in layer.tensors)]
+    if wrong := [t.dtype for t in tensors if t.dtype not in TYPES]:
+        return f"has tensors of {wrong[0]}; the kernels take float32, float16 and bfloat16"
+    if any(not t.is_contiguous() or t.data_ptr() % 16 for t in tensors):
+        return "has a weight or a state tensor that is not contiguous, or not aligned to 16 bytes"
+    if any(t.shape != layer.weight.shape or t.device != layer.weight.device for t in tensors):
+        return "has state tensors of another shape, or on another device, than its weight"
+    if len(layer.tensors) > MAX_TENSORS or len(layer.layouts) > MAX_COPIES:
+        return (
+            f"has {len(layer.tensors)} tensors to reset and {len(layer.layouts)} copies; "
+            f"the kernels take at most {MAX_TENSORS} and {MAX_COPIES}"
+        )
+    if own.num_rows * own.num_cols // own.groups >= 2**31:
+        return f"has {own.num_rows * own.num_cols // own.groups} places for blocks; the kernels take less than 2**31"
+    if any(l.block_rows.dtype != own.block_rows.dtype or l.num_slots != own.num_slots for l in layer.layouts):
+        return "has a follower with another number of slots, or other coordinates"
+    return None
+
+
+def _describe(record: np.void, layer: LayerTensors, growth: Growth) -> None:
+    """All of a layer's record but what lies in the workspace."""
+    own, weight = layer.layouts[0], layer.weight
+    record["weight"] = weight.data_ptr()
+    for row, (tensor, fresh) in zip(record["tensors"], layer.tensors, strict=False):
+        row["data"], row["element_bytes"], row["fresh"] = tensor.data_ptr(), tensor.element_size(), _bits(tensor, fresh)
+    for row, layout in zip(record["copies"], layer.layouts, strict=False):
+        index = layout.index.data_ptr() if layout.index.numel() else 0
+        row["rows"], row["cols"], row["index"] = layout.block_rows.data_ptr(), layout.block_cols.data_ptr(), index
+    rows, cols, block = own.num_rows // own.groups, own.num_cols // own.groups, own.block_size
+    places, slots = rows * cols, own.num_slots
+    vectors = block * block * weight.element_size() // 16
+    numbers = {
+        "num_tensors": len(layer.tensors), "num_copies": len(layer.layouts), "weight_type": TYPES[weight.dtype],
+        "growth": growth, "short_coordinates": own.block_rows.dtype == torch.int16, "slots": slots,
+        "num_rows": own.num_rows, "num_cols": own.num_cols, "groups": own.groups, "block": block,
+        "group_rows": rows, "group_cols": cols, "row_words": -(-cols // 32), "col_words": -(-rows // 32),
+        "last_rows": layer.shape[0] // own.groups - (rows - 1) * block,
+        "last_cols": layer.shape[1] // own.groups - (cols - 1) * block,
+        "log_threads_per_slot": min(9, _log2(max(1, vectors // 4))),
+        "slot_tiles": -(-slots // THREADS), "move_tiles": min(-(-slots // (4 * THREADS)), 264),
+    }  # fmt: skip
+    has_places = growth in (Growth.BY_HASH, Growth.BY_SCORES)
+    numbers["place_tiles"] = -(-own.num_rows * numbers["row_words"] * 32 // TILE_PLACES) if has_places else 0
+    for name, value in numbers.items():
+        record[name] = value
+    # about four items in a bucket, were keys uniform, and half as many buckets again for those that tie
+    drop, grow = record["drop"], record["grow"]
+    drop["log_buckets"] = _log_buckets(slots / own.groups, own.groups)
+    drop["ties"], drop["capacity"] = 1 << max(5, drop["log_buckets"] - 1), slots
+    drop["tie_shift"] = max(0, _log2(slots) - _log2(int(drop["ties"])))
+    most = min(slots, places)
+    if growth is Growth.BY_HASH:
+        grow["log_buckets"] = _log_buckets(_wanted(most), own.groups)
+        grow["capacity"] = own.groups * min(places, most + most // 2 + 1024)
+    elif growth is Growth.BY_SCORES:
+        grow["log_buckets"], grow["capacity"] = _log_buckets(places, own.groups), own.groups * places
+        grow["ties"] = 1 << max(5, grow["log_buckets"] - 1)
+        grow["tie_shift"] = max(0, _log2(places) - _log2(int(grow["ties"])))
+
+
+def _lay_out(records: np.ndarray) -> tuple[int, int]:
+    """Give every list and bitmap its offset in the workspace; return the bytes that begin as zero, and all bytes."""
+    used = 0
+
+    def take(owner: np.void, name: str, count: int, size: int = 4) -> None:
+        nonlocal used
+        owner[name] = used
+        used += -(-count * size // 256) * 256
+
+    def buckets(record: np.void, name: str) -> int:
+        return int(record["groups"]) * ((1 << int(record[name]["log_buckets"])) + int(record[name]["ties"]))
+
+    def lists(record: np.void) -> list[str]:
+        return ["drop", "grow"] if record["place_tiles"] else ["drop"]
+
+    for record in records:
+        for name in lists(record):
+            take(record[name], "histogram", buckets(record, name))
+            take(record[name], "bounds", 2)
+        take(record, "row_bits", int(record["num_rows"]) * int(record["row_words"]))
+        take(record, "col_bits", int(record["num_cols"]) * int(record["col_words"]))
+        take(record, "row_counts", int(record["num_rows"]))
+        take(record, "col_counts", int(record["num_cols"]))
+        take(record, "dead_counts", int(record["slot_tiles"]))
+        take(record, "tickets", 3)
+    cleared = used
+    for record in records:
+        for name in lists(record):
+            take(record[name], "starts", buckets(record, name) + 1)
+            take(record[name], "items", int(record[name]["capacity"]), 8)
+            take(record[name], "chosen", int(record["slots"]))
+        for name in ("drop", "grow"):
+            take(record[name], "selected", int(record["groups"]), _SELECTION_BYTES)
+        take(record, "row_offsets", int(record["num_rows"]) + 1)
+        take(record, "col_offsets", int(record["num_cols"]) + 1)
+        take(record, "keys", int(record["slots"]))
+    return cleared, used
+
+
+def _tiles(records: np.ndarray, layers: Sequence[LayerTensors], kernel: str) -> np.ndarray:
+    """The tiles of a kernel over all layers; parts that end with a serial step come first."""
+    tiles = []
+
+    def add(layer: int, part: int, count: int) -> None:
+        tile = np.zeros(count, _TILE)
+        tile["layer"], tile["part"], tile["number"], tile["of"] = layer, part, np.arange(count), count
+        tiles.append(tile)
+
+    # an event moves 30% of the slots, seldom more: ranking takes half as many blocks as all would
+    ranks = [min(-(-int(record["slots"]) // (2 * ITEMS)), 1056) for record in records]
+    all_bytes = sum(_bytes(layer) for layer in layers)
+    for i, record in enumerate(records):
+        per_tile = THREADS >> int(record["log_threads_per_slot"])
+        slots = {"score": -(-int(record["slots"]) // per_tile), "rank": ranks[i]}
+        if kernel in ("score", "count", "scatter", "rank"):
+            add(i, _OF_SLOTS, slots.get(kernel, int(record["slot_tiles"])))
+        elif kernel == "assign":
+            add(i, _MOVE, int(record["move_tiles"]))
+        else:
+            add(i, _PAIRS, int(record["slot_tiles"]))
+    for i, (record, layer) in enumerate(zip(records, layers, strict=True)):
+        if kernel in ("count", "scatter") or kernel == "score" and record["growth"] == Growth.BY_SCORES:
+            add(i, _OF_PLACES, int(record["place_tiles"]))
+        elif kernel == "rank" and record["place_tiles"]:
+            add(i, _OF_PLACES, ranks[i])
+        elif kernel == "assign":
+            enough = _bytes(layer) // (4 * 16 * THREADS)
+            add(i, _FILL, max(1, min(enough, 792 * _bytes(layer) // max(1, all_bytes))))
+        elif kernel == "index" and record["block"] > 1:
+            add(i, _ROW_ORDER, int(record["num_rows"]) // ITEMS + 1)
+            add(i, _COL_ORDER, int(record["num_cols"]) // ITEMS + 1)
+    return np.concatenate(tiles)
+
+
+def _wanted(count: int) -> int:
+    """How many of the best hashes to look at for `count` dead places: 13 standard deviations more than needed."""
+    return count + count // 4 + 256
+
+
+def _range(count: int, dead: int, log_buckets: int) -> tuple[int, int]:
+    """Hashes below the first number are looked at; the second is how many of their bits a bucket leaves out."""
+    if count == 0:
+        return 0, 0
+    wanted = _wanted(count)
+    hashes = 2**31 if wanted >= dead else (wanted << 31) // dead
+    return hashes, max(0, (hashes - 1).bit_length() - min(log_buckets, max(5, (wanted // 4).bit_length())))
+
+
+def _log_buckets(items: float, groups: int) -> int:
+    return max(5, min(_log2(max(1, int(items / 4))), _log2(max(1, 2**17 // groups))))
+
+
+def _log2(value: int) -> int:
+    """Rounded up."""
+    return max(0, int(value) - 1).bit_length()
+
+
+def _bits(tensor: Tensor, value: float) -> int:
+    """The bits of a value in the tensor's type; a 16-bit number twice."""
+    one = torch.tensor([value], dtype=tensor.dtype, device="cpu")
+    if one.element_size() == 4:
+        return one.view(torch.int32).item() & 0xFFFFFFFF
+    return (one.view(torch.int16).item() & 0xFFFF) * 0x10001
+
+
+def _bytes(layer: LayerTensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor, _ in layer.tensors)
+
+
+def _upload(content: bytes, device: torch.device) -> Tensor:
+    """A copy on the device, without waiting for it."""
+    table = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    return table.clone() if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)

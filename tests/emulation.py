@@ -1,0 +1,44 @@
+"""The CUDA kernels of csrc/cuda compiled for a CPU (tests/emulated), in place of the launches of a GPU."""
+
+import ctypes
+import functools
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from sparsekern.backends import cuda
+
+ROOT = Path(__file__).parent.parent
+
+
+@functools.cache
+def library(source: str) -> ctypes.CDLL:
+    """tests/emulated/<source>, compiled; the test is skipped where that cannot be."""
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None:
+        pytest.skip("no C++ compiler is here, and the emulated kernels need one")
+    if platform.machine() != "x86_64" or platform.system() != "Linux":
+        pytest.skip(f"the emulation switches threads on Linux x86-64 only, and this is {platform.platform()}")
+    target = Path(tempfile.mkdtemp()) / "emulated.so"
+    command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", "-Wno-unknown-pragmas"]
+    subprocess.run([*command, str(ROOT / "tests" / "emulated" / source), "-o", str(target)], check=True)
+    return ctypes.CDLL(str(target))
+
+
+class Launches:
+    """Takes the place of `cuda.launch`: runs the kernel of the emulation, and remembers its name."""
+
+    def __init__(self, run: bool = True):
+        self.names = []
+        self.library = library("rewire.cpp") if run else None
+
+    def __call__(self, file, kernel, blocks, threads, addresses, device):
+        assert blocks > 0 and threads == 512, "an empty grid is an error on a GPU"
+        self.names.append(kernel)
+        if self.library is not None:
+            number = cuda.KERNELS[file].index(kernel)
+            self.library.launch(number, blocks, *map(ctypes.c_void_p, addresses))
