@@ -1,4 +1,4 @@
-"""The vendor's GEMM on a GPU, in the shapes of the chooser's model: what `sparsekern.cost` is compared with."""
+"""The vendor's GEMM on a GPU, in the shapes of the chooser's model: what `sparsekern.choose.cost` is compared with."""
 
 import pytest
 

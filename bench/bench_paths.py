@@ -7,8 +7,8 @@ import pytest
 
 from bench.case import SQUARE, TINY, grid
 from bench.training import sparse_training, work
-from sparsekern import choose, vendor
-from sparsekern.backends import cpu
+from sparsekern import choose
+from sparsekern.backends import cpu, dense
 
 CASES = {
     "smoke": grid([TINY], [16], [0.5], [1, 16]),
@@ -33,5 +33,5 @@ def bench_step(compare, record, case, instruction_set, monkeypatch):
         monkeypatch.setattr(choose, "backend_for", lambda *_: path)
         ours.step()
 
-    found = compare(lambda: step(cpu), lambda: step(vendor))
+    found = compare(lambda: step(cpu), lambda: step(dense))
     record(f"step {instruction_set}", backend="cpu", partner="dense path", **found, **work(ours.layer, case.tokens))

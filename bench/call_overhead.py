@@ -60,7 +60,9 @@ def measure() -> dict[str, float]:
     driver.set_active(Driver())
     triton.unavailable = lambda: None
     choose._device_name = lambda device: "a GPU without a file"
-    choose.backend_for = lambda x, layout, token_offsets=None: choose._on_gpu(x, layout, token_offsets is not None)
+    choose.backend_for = lambda operation, x, layout, token_offsets=None: choose._on_gpu(
+        operation, x, layout, token_offsets is not None
+    )
 
     layer = sk.SparseLinear(128, 128, density=0.25, block_size=16, dtype=torch.bfloat16)
     layout, x = layer.topology.layout, torch.randn(32, 128).bfloat16()
@@ -68,7 +70,7 @@ def measure() -> dict[str, float]:
     weight, bias = layer.weight.detach(), layer.bias.detach()
     leaves = (needs_gradient, layer.weight, layer.bias)
     calls = {
-        "choose": lambda: choose.backend_for(x, layout),
+        "choose": lambda: choose.backend_for("dds", x, layout),
         "dds": lambda: triton.dds(x, weight, layout, bias, True),
         "sdd": lambda: triton.sdd(dy, x, layout),
         "gradient": lambda: layer(needs_gradient),

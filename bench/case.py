@@ -38,7 +38,7 @@ class Case:
 
     @property
     def kind(self) -> str:
-        """The arithmetic in the words of `sparsekern.cost`."""
+        """The arithmetic in the words of `sparsekern.choose.cost`."""
         return {"tf32": "tf32", "float32": "ieee"}.get(self.arithmetic, "half")
 
 

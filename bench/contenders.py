@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.problem import PRODUCTS, Problem
-from sparsekern import choose, vendor
+from sparsekern import choose
+from sparsekern.backends import dense as dense_path
 from sparsekern.backends import triton
 
 Calls = dict[str, Callable[[Tensor, Tensor], Tensor]]
@@ -21,7 +22,8 @@ STEP = "three products"
 
 def chosen(p: Problem) -> Calls:
     """What the chooser takes."""
-    return _backend(p, choose.backend_for(p.first[0], p.layout))
+    dds, sdd = (choose.backend_for(product, p.first[0], p.layout) for product in ("dds", "sdd"))
+    return _backend(p, dds) | {"sdd": _backend(p, sdd)["sdd"]}
 
 
 def kernels(p: Problem) -> Calls:
@@ -31,7 +33,7 @@ def kernels(p: Problem) -> Calls:
 
 def densified(p: Problem) -> Calls:
     """The chooser's other path: the vendor's GEMM between copies."""
-    return _backend(p, vendor)
+    return _backend(p, dense_path)
 
 
 def _backend(p: Problem, backend) -> Calls:

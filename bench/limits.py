@@ -129,7 +129,7 @@ def gemm_microseconds(arithmetic: str, m: int, n: int, k: int) -> float:
 
 
 def arithmetics(sizes: Sizes) -> dict[str, str]:
-    """Those that are measured, by their names in `sparsekern.cost`."""
+    """Those that are measured, by their names in `sparsekern.choose.cost`."""
     names = [sizes.half, *dict.fromkeys(name for name, _, _ in sizes.single)]
     return {Case(1, 1, 1, 1.0, 1, 1, arithmetic=name).kind: name for name in names}
 

@@ -16,7 +16,7 @@ from pandas import DataFrame, Series
 
 from bench import plot, results
 from bench.case import HEADLINES, KEYS, Case
-from sparsekern import cost
+from sparsekern.choose import cost
 
 README = Path(__file__).parent.parent / "README.md"
 TOGETHER = results.FOLDER / "speed-up.png"
@@ -74,7 +74,7 @@ def products(rows: DataFrame) -> str:
 def paths(rows: DataFrame) -> str:
     """Times of our Triton kernels alone and of the vendor's GEMM, and how much faster than that are the kernels, what
     the chooser took, and the dense path, which copies the blocks into a dense matrix. The bound is that of the
-    chooser's model (`sparsekern/cost.py`) with the limits of this device."""
+    chooser's model (`sparsekern/choose/cost.py`) with the limits of this device."""
     rows = rows[rows.clock == "graph"].dropna(subset="ratio")
     wide = rows.pivot_table(index=[*KEYS, "name"], columns="backend", values="ratio")
     wide = wide.reindex(columns=list(PATHS.values())).reset_index()
@@ -96,12 +96,13 @@ PATHS = {"kernels": "triton", "chosen": "chosen", "dense path": "dense path"}
 
 
 def model_us(rows: DataFrame) -> Series:
-    """The lower bound of `sparsekern.cost`."""
+    """The lower bound of `sparsekern.choose.cost`."""
 
     def one(row) -> float:
         own = Case(*(row[key] for key in KEYS[:6]), arithmetic=row.arithmetic)
-        sizes = own.block_size, own.kind, own.out_features, own.in_features, own.tokens, own.density, row.device_name
-        dds, sdd = (cost.sparse_seconds(product, *sizes) * 1e6 for product in cost.PRODUCTS)
+        sizes = own.block_size, own.kind, own.out_features, own.in_features, own.tokens, row.device_name
+        products = (cost.Product(name, *sizes) for name in cost.PRODUCTS)
+        dds, sdd = (cost.sparse_seconds(product, own.density) * 1e6 for product in products)
         return {"sdd": sdd, "three products": 2 * dds + sdd}.get(row["name"], dds)
 
     return rows.apply(one, axis=1)

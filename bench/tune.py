@@ -26,9 +26,10 @@ from bench.clock import ON_GPU
 from bench.contenders import reason
 from bench.measure import microseconds
 from bench.problem import Problem
-from sparsekern import cost, devices
+from sparsekern import devices
 from sparsekern.backends.triton import launch
 from sparsekern.backends.triton.launch import Tile
+from sparsekern.choose import cost
 
 SIZES = cases.SIZES["full" if ON_GPU else "smoke"]
 NAME = torch.cuda.get_device_name() if ON_GPU else "rehearsal on a CPU"

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsekern.backends import cpu
+from sparsekern import choose
+from sparsekern.backends import cpu, dense
 from sparsekern.backends.reference import densify
-from sparsekern.choose import break_even
 from sparsekern.layer import SparseLayer
 from sparsekern.operators import at_these_coordinates
 from sparsekern.products import dds
@@ -89,7 +89,7 @@ class SparseConv2d(SparseLayer):
         if self.padding_mode != "zeros" or padding != (bottom, right):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x, padding = F.pad(x, self._edges, mode=mode), (0, 0)
-        if self.topology.full or self.growth is None and not self._im2col_pays(x):
+        if self._is_dense() or self.growth is None and not self._im2col_pays(x):
             return F.conv2d(x, self._conv_weight(), self.bias, self.stride, padding, self.dilation, self.groups)
         size = [
             (n + 2 * p - d * (k - 1) - 1) // s + 1
@@ -99,12 +99,20 @@ class SparseConv2d(SparseLayer):
         y = dds(taps.transpose(1, 2), self.weight, self.topology, self.bias, transpose=True, growth=self.growth)
         return y.transpose(1, 2).unflatten(2, size)
 
+    def _is_dense(self) -> bool:
+        """Whether the weight is a full store, which F.conv2d takes as it is, and nobody forces another backend."""
+        return self.topology.full and choose.forced() in (None, dense)
+
     def _im2col_pays(self, x: Tensor) -> bool:
-        """Whether the sparse product is likely the faster path; reads no tensor."""
+        """Whether the sparse product is likely the faster path, or forced; reads no tensor."""
+        if (forced := choose.forced()) is not None:
+            return forced is not dense
         if x.device.type != "cpu" or cpu.unavailable():
             return False
         density = self.topology.num_slots / self.topology.num_blocks
-        return self.out_channels // self.groups * (1 - density / break_even(self.block_size, x.dtype)) > IM2COL_COST
+        return (
+            self.out_channels // self.groups * (1 - density / choose.break_even(self.block_size, x.dtype)) > IM2COL_COST
+        )
 
     def _conv_weight(self) -> Tensor:
         """The weight [out_channels, in_channels / groups, kh, kw]; differentiable, dead slots have no gradient."""

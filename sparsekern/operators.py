@@ -54,7 +54,7 @@ def dds(
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return Dds.apply(x, weight, bias, token_offsets, layout, transpose)
-    return choose.backend_for(x, layout, token_offsets).dds(x, weight, layout, bias, transpose, token_offsets)
+    return choose.backend_for("dds", x, layout, token_offsets).dds(x, weight, layout, bias, transpose, token_offsets)
 
 
 def sdd(dy: Tensor, x: Tensor, token_offsets: Tensor | None, layout: Layout) -> Tensor:
@@ -65,7 +65,7 @@ def sdd(dy: Tensor, x: Tensor, token_offsets: Tensor | None, layout: Layout) -> 
         return torch.ops.sparsekern.sdd(dy, x, token_offsets, *layout)
     if torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad):
         return Sdd.apply(dy, x, token_offsets, layout)
-    return choose.backend_for(x, layout, token_offsets).sdd(dy, x, layout, token_offsets)
+    return choose.backend_for("sdd", x, layout, token_offsets).sdd(dy, x, layout, token_offsets)
 
 
 # Gradients, the same on every route.
@@ -144,7 +144,9 @@ class Dds(Function):
     def forward(ctx, x, weight, bias, token_offsets, layout, transpose):
         ctx.save_for_backward(x, weight, token_offsets)
         ctx.layout, ctx.versions, ctx.transpose = layout, layout.versions(), transpose
-        return choose.backend_for(x, layout, token_offsets).dds(x, weight, layout, bias, transpose, token_offsets)
+        return choose.backend_for("dds", x, layout, token_offsets).dds(
+            x, weight, layout, bias, transpose, token_offsets
+        )
 
     @staticmethod
     def backward(ctx, dy):
@@ -161,7 +163,7 @@ class Sdd(Function):
     def forward(ctx, dy, x, token_offsets, layout):
         ctx.save_for_backward(dy, x, token_offsets)
         ctx.layout, ctx.versions = layout, layout.versions()
-        return choose.backend_for(x, layout, token_offsets).sdd(dy, x, layout, token_offsets)
+        return choose.backend_for("sdd", x, layout, token_offsets).sdd(dy, x, layout, token_offsets)
 
     @staticmethod
     def backward(ctx, grad):
@@ -316,7 +318,7 @@ def _dds_kernel(x, weight, bias, token_offsets, *flat):
     if bias is not None and (bias.shape != (features,) or bias.dtype != x.dtype):
         raise ValueError(f"dds: bias must be {x.dtype} ({features},), got {bias.dtype} {tuple(bias.shape)}")
     bias = None if bias is None else bias.contiguous()
-    backend = choose.backend_for(x, layout, token_offsets)
+    backend = choose.backend_for("dds", x, layout, token_offsets)
     return backend.dds(row_major(x), weight.contiguous(), layout, bias, transpose, token_offsets)
 
 
@@ -326,7 +328,7 @@ def _sdd_kernel(dy, x, token_offsets, *layout):
     _check_operand("sdd", "x", x, layout.num_cols, layout, token_offsets)
     if dy.dtype != x.dtype or len(dy) != len(x):
         raise ValueError(f"sdd: dy is {dy.dtype} of {len(dy)} tokens, but x {x.dtype} of {len(x)}")
-    return choose.backend_for(x, layout, token_offsets).sdd(row_major(dy), row_major(x), layout, token_offsets)
+    return choose.backend_for("sdd", x, layout, token_offsets).sdd(row_major(dy), row_major(x), layout, token_offsets)
 
 
 def _checked(layout: Layout) -> Layout:

@@ -170,7 +170,7 @@ def _pad(x: Tensor, topology: Topology, side: int, groups: int) -> Tensor:
     size = topology.shape[side] // topology.groups
     missing = topology.grid[side] // topology.groups * topology.block_size - size
     if missing:
-        x = F.pad(x.reshape(len(x), groups, size), (0, missing)).flatten(1)  # vmap has no rule for unflatten
+        x = F.pad(x.reshape(x.shape[0], groups, size), (0, missing)).flatten(1)  # vmap has no rule for unflatten
     return operators.row_major(x)
 
 
@@ -178,5 +178,5 @@ def _crop(y: Tensor, topology: Topology, side: int, groups: int) -> Tensor:
     """Undo `_pad`, but for the leading axes."""
     size = topology.shape[side] // topology.groups
     if size % topology.block_size:
-        y = y.reshape(len(y), groups, y.shape[1] // groups)[:, :, :size].flatten(1)
+        y = y.reshape(y.shape[0], groups, y.shape[1] // groups)[:, :, :size].flatten(1)
     return y

@@ -14,7 +14,7 @@ native = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavai
 
 
 def chosen(layer, dtype=torch.float32, device="cpu", tokens=2048):
-    return choose.backend_for(torch.empty(tokens, 1, dtype=dtype, device=device), layer.topology.layout)
+    return choose.backend_for("dds", torch.empty(tokens, 1, dtype=dtype, device=device), layer.topology.layout)
 
 
 @native
@@ -66,7 +66,7 @@ def test_forcing_nests_and_ends_with_the_block_even_after_an_error():
 )
 def test_the_environment_variable_forces_a_backend_or_says_what_there_is(name, expected):
     program = "import torch, sparsekern as sk; from sparsekern import choose as c;"
-    program += "print(c.backend_for(torch.empty(1, 1), sk.Topology.random((8, 8), 0.1, 4).layout).__name__)"
+    program += "print(c.backend_for('dds', torch.empty(1, 1), sk.Topology.random((8, 8), 0.1, 4).layout).__name__)"
     environment = os.environ | {"SPARSEKERN_BACKEND": name}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
     assert expected in done.stdout + done.stderr and (done.returncode == 0) == (name == "reference")

@@ -1,5 +1,6 @@
 """The chooser's model of a GPU, and the dense path: what it decides, without a GPU."""
 
+import itertools
 import json
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 from oracle import random_topology
 
 import sparsekern as sk
-from sparsekern import choose, cost, devices, vendor
-from sparsekern.backends import reference, triton
+from sparsekern import choose, devices
+from sparsekern.backends import dense, reference, triton
+from sparsekern.backends.contract import OPERATIONS
+from sparsekern.choose import cost
 
 GPU = "a GPU that nobody measured"
 DEFAULT = (devices.FOLDER / "default.json").read_text()
@@ -25,8 +28,6 @@ class OnGpu:
 def gpu(monkeypatch):
     """A GPU, for the chooser."""
     monkeypatch.setattr(triton, "unavailable", lambda: None)
-    monkeypatch.setattr(triton, "dds", "dds by Triton", raising=False)
-    monkeypatch.setattr(triton, "sdd", "sdd by Triton", raising=False)
     monkeypatch.setattr(choose, "_device_name", lambda device: GPU)
     choose._fastest_on_gpu.cache_clear()
     cost.break_even.cache_clear()
@@ -42,7 +43,7 @@ def layout(density, block_size, size=4096, **options):
 @pytest.mark.parametrize("arithmetic", ["half", "tf32", "ieee"])
 @pytest.mark.parametrize("product", cost.PRODUCTS)
 def test_larger_blocks_break_even_at_higher_densities_when_there_are_many_tokens(product, arithmetic):
-    limits = [cost.break_even(product, b, arithmetic, 4096, 4096, 16384, GPU) for b in (16, 32, 64, 128)]
+    limits = [cost.break_even(cost.Product(product, b, arithmetic, 4096, 4096, 16384, GPU)) for b in (16, 32, 64, 128)]
     assert limits == sorted(limits) and 0.03 < limits[0] and limits[-1] < 0.9
 
 
@@ -53,27 +54,38 @@ def test_the_model_knows_the_dense_times_that_an_h100_is_expected_to_take():
 
 def test_on_a_gpu_sparse_layers_take_the_kernels_and_dense_ones_the_vendor(gpu):
     x = OnGpu(16384, 4096)
-    assert choose.backend_for(x, layout(0.02, 64)) is triton
-    assert choose.backend_for(x, layout(0.9, 64)) is vendor
-    assert choose.backend_for(x, layout(1.0, 64)) is vendor
-    assert choose.backend_for(OnGpu(0, 4096), layout(0.02, 64)) is triton
+    assert choose.backend_for("dds", x, layout(0.02, 64)) is triton
+    assert choose.backend_for("dds", x, layout(0.9, 64)) is dense
+    assert choose.backend_for("dds", x, layout(1.0, 64)) is dense
+    assert choose.backend_for("dds", OnGpu(0, 4096), layout(0.02, 64)) is triton
 
 
 def test_on_a_gpu_small_blocks_and_other_dtypes_take_the_vendor_at_any_density(gpu):
-    assert choose.backend_for(OnGpu(16384, 4096), layout(0.02, 8)) is vendor
-    assert choose.backend_for(OnGpu(16384, 4096, dtype=torch.float64), layout(0.02, 64)) is vendor
+    assert choose.backend_for("dds", OnGpu(16384, 4096), layout(0.02, 8)) is dense
+    assert choose.backend_for("dds", OnGpu(16384, 4096, dtype=torch.float64), layout(0.02, 64)) is dense
 
 
 def test_on_a_gpu_slots_count_whether_live_or_dead(gpu):
     topology = sk.Topology.random((4096, 4096), 0.9, 64)
     topology.block_rows[10:], topology.block_cols[10:] = -1, -1
-    assert choose.backend_for(OnGpu(16384, 4096), topology.layout) is vendor
+    assert choose.backend_for("dds", OnGpu(16384, 4096), topology.layout) is dense
+
+
+def test_on_a_gpu_every_operation_is_chosen_by_itself_and_none_falls_to_the_reference(gpu):
+    x = OnGpu(16384, 4096)
+    for block_size, ragged in itertools.product((1, 8, 16, 128), (None, torch.zeros(3))):
+        for operation in OPERATIONS:
+            chosen = choose.backend_for(operation, x, layout(0.02, block_size, 1024, groups=2), ragged)
+            kernel = block_size >= 16 and operation in triton.OPERATIONS
+            by_density = kernel and ragged is None and operation in cost.PRODUCTS
+            expected = (triton, dense) if by_density else (triton,) if kernel else (dense,)
+            assert chosen in expected, (operation, block_size, ragged)
 
 
 def test_a_measured_break_even_takes_the_models_place_and_moves_with_the_shape(monkeypatch, tmp_path):
     sizes = (4096, 4096, 16384)
-    before = cost.break_even("dds", 32, "half", *sizes, "Measured GPU")
-    twice = cost.break_even("dds", 32, "half", 4096, 4096, 256, "Measured GPU")
+    before = cost.break_even(cost.Product("dds", 32, "half", *sizes, "Measured GPU"))
+    twice = cost.break_even(cost.Product("dds", 32, "half", 4096, 4096, 256, "Measured GPU"))
     row = dict(zip(("out_features", "in_features", "tokens"), sizes, strict=True))
     row |= {"product": "dds", "block_size": 32, "arithmetic": "half", "density": before / 2}
     (tmp_path / "measured-gpu.json").write_text(json.dumps({"break_even": [row]}))
@@ -82,9 +94,11 @@ def test_a_measured_break_even_takes_the_models_place_and_moves_with_the_shape(m
     devices.known.cache_clear()
     cost.break_even.cache_clear()
     try:
-        assert cost.break_even("dds", 32, "half", *sizes, "Measured GPU") == before / 2
-        assert cost.break_even("dds", 32, "half", 4096, 4096, 256, "Measured GPU") == pytest.approx(twice / 2)
-        assert cost.break_even("sdd", 32, "half", *sizes, "Measured GPU") > 0
+        assert cost.break_even(cost.Product("dds", 32, "half", *sizes, "Measured GPU")) == before / 2
+        assert cost.break_even(cost.Product("dds", 32, "half", 4096, 4096, 256, "Measured GPU")) == pytest.approx(
+            twice / 2
+        )
+        assert cost.break_even(cost.Product("sdd", 32, "half", *sizes, "Measured GPU")) > 0
     finally:
         devices.known.cache_clear()
         cost.break_even.cache_clear()
@@ -119,11 +133,10 @@ def test_an_h100_breaks_even_where_the_measured_hopper_card_does_and_not_where_t
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     key = 16, "half", 4096, 4096, 16384
-    model, measured = (cost.break_even("sdd", *key, name) for name in (GPU, "NVIDIA H200"))
+    model, measured = (cost.break_even(cost.Product("sdd", *key, name)) for name in (GPU, "NVIDIA H200"))
     assert measured == 0.024 < model / 1.5
     between = layout((measured + model) / 2, 16)
-    path = choose.backend_for(OnGpu(16384, 4096), between)
-    assert path is not triton and path.sdd is vendor.sdd
+    assert choose.backend_for("sdd", OnGpu(16384, 4096), between) is dense
 
 
 @pytest.mark.parametrize("path", sorted(devices.FOLDER.glob("*.json")), ids=lambda path: path.stem)
@@ -140,13 +153,17 @@ def test_the_vendors_path_for_ragged_groups_needs_no_host(block_size, monkeypatc
     weight, bias = torch.randn(topology.num_slots, block_size, block_size), torch.randn(6 * block_size)
     weight[topology.block_rows < 0] = 0
     offsets = torch.tensor([0, 2, 2, 9])
-    monkeypatch.setattr(vendor, "_copies", lambda x: reference)
-    monkeypatch.setattr(vendor, "_host_knows", lambda x, token_offsets: False)
+    monkeypatch.setattr(dense, "_copies", lambda x: reference)
+    monkeypatch.setattr(dense, "_host_knows", lambda x, token_offsets: False)
     monkeypatch.setattr(reference, "_spans", None)
-    found = [vendor.dds(x, weight, topology.layout, bias, True, offsets)]
-    found += [vendor.dds(dy, weight, topology.layout, None, False, offsets)]
-    found += [vendor.sdd(dy, x, topology.layout, offsets)]
+    found = [dense.dds(x, weight, topology.layout, bias, True, offsets)]
+    found += [dense.dds(dy, weight, topology.layout, None, False, offsets)]
+    found += [dense.sdd(dy, x, topology.layout, offsets)]
+    norms = [torch.full((3, 2, 3), -1.0) for _ in range(2)]
+    dense.add_block_norms(dy, x, topology.layout, norms[0], torch.tensor(True), offsets)
     monkeypatch.undo()
+    reference.add_block_norms(dy, x, topology.layout, norms[1], torch.tensor(True), offsets)
+    torch.testing.assert_close(*norms)
     torch.testing.assert_close(found[0], reference.dds(x, weight, topology.layout, bias, True, offsets))
     torch.testing.assert_close(found[1], reference.dds(dy, weight, topology.layout, None, False, offsets))
     torch.testing.assert_close(found[2], reference.sdd(dy, x, topology.layout, offsets))
@@ -165,9 +182,11 @@ def test_the_vendors_path_is_right_on_a_gpu_and_does_not_synchronise(block_size,
     offsets = torch.tensor([0, 2, 2, 9], device="cuda") if ragged else None
     torch.cuda.set_sync_debug_mode("error")
     try:
-        y = vendor.dds(x, weight, topology.layout, None, True, offsets)
-        dw = vendor.sdd(dy, x, topology.layout, offsets)
+        y = dense.dds(x, weight, topology.layout, None, True, offsets)
+        dw = dense.sdd(dy, x, topology.layout, offsets)
+        norms = dense.block_norms(dy, x, topology.layout, slice(0, 2), offsets)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(y, reference.dds(x, weight, topology.layout, None, True, offsets))
     torch.testing.assert_close(dw, reference.sdd(dy, x, topology.layout, offsets))
+    torch.testing.assert_close(norms, reference.block_norms(dy, x, topology.layout, slice(0, 2), offsets))

@@ -14,7 +14,7 @@ from rl.algorithms.sac import SAC
 from rl.algorithms.trainer import plasticity_metrics
 from rl.config import Config, ReDoConfig, ResetConfig, SACConfig, SETConfig
 from sparsekern import choose
-from sparsekern.backends import reference, triton
+from sparsekern.backends import dense, reference, triton
 
 DEVICE = "cuda"
 
@@ -119,8 +119,8 @@ def network(block_size, groups=1):
 
 def test_the_kernels_are_what_the_chooser_takes_here():
     layer = network(16)[0]
-    assert choose.backend_for(torch.empty(1, 256, device=DEVICE), layer.topology.layout) is triton
-    assert choose.backend_for(torch.empty(1, 256, device=DEVICE).double(), layer.topology.layout) is reference
+    assert choose.backend_for("dds", torch.empty(1, 256, device=DEVICE), layer.topology.layout) is triton
+    assert choose.backend_for("dds", torch.empty(1, 256, device=DEVICE).double(), layer.topology.layout) is dense
 
 
 @pytest.mark.parametrize("name", ["SET", "RigL"])

@@ -55,6 +55,7 @@ def test_scores_are_the_squared_norms_of_the_dense_gradient_at_dead_blocks(
     monkeypatch, backend, block_size, groups, strip
 ):
     monkeypatch.setattr("sparsekern.rewire.growth.STRIP", strip)
+    monkeypatch.setattr("sparsekern.backends.reference.STRIP", strip)
     layer = watched(random_topology((5, 4), block_size, groups, padding=(0, block_size // 2), dead=1))
     x, dy = torch.randn(9, layer.in_features), torch.randn(9, layer.out_features)
     layer(x).backward(dy)
@@ -62,7 +63,7 @@ def test_scores_are_the_squared_norms_of_the_dense_gradient_at_dead_blocks(
 
 
 def test_no_more_than_a_strip_of_the_dense_gradient_is_held(monkeypatch):
-    monkeypatch.setattr("sparsekern.rewire.growth.STRIP", 2 * 8 * 8 * 4)  # two block rows of each group
+    monkeypatch.setattr("sparsekern.backends.reference.STRIP", 2 * 8 * 8 * 4)  # two block rows of each group
     sizes = []
 
     def outer(*operands):

@@ -4,20 +4,26 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# A module imports modules of smaller rank only.
-RANK = {"topology": 0, "backends": 1, "choose": 2, "operators": 3, "products": 4, "layer": 5, "linear": 6, "conv": 6}
-RANK |= {"convert": 7, "summary": 8, "rewire": 7, "rewire.optimizer_state": 8, "rewire.rule": 10}
-RANK |= {
-    "rewire.growth": 5,
-    "rewire.hash": 0,
-    "rewire.arguments": 8,
-    "rewire.schedule": 9,
-    "rewire.scores": 8,
-    "rewire.select": 9,
-    "rewire.on_device": 10,
-}
-RANK |= {"rewire.drop_and_grow": 11, "rewire.gmp": 11, "rewire.density": 1, "table": 0}
-RANK |= {"untrained": 0, "devices": 0, "cost": 1, "vendor": 1.5}
+# A module imports modules of earlier lines only. A folder's name stands for all its files.
+ORDER = (
+    "topology devices table untrained rewire.hash",
+    "backends.contract rewire.density",
+    "backends.reference backends.cpu backends.triton backends.cuda",
+    "backends.dense",
+    "choose",
+    "operators",
+    "products rewire.growth",
+    "layer",
+    "linear conv",
+    "convert",
+    "summary rewire.arguments rewire.optimizer_state rewire.scores",
+    "rewire.schedule rewire.select rewire.ranks",
+    "rewire.on_device rewire.rule",
+    "rewire.drop_and_grow rewire.gmp",
+    "__init__ __main__ rewire.__init__ backends.__init__",
+)
+RANK = {module: rank for rank, line in enumerate(ORDER) for module in line.split()}
+PACKAGES = ("backends.triton", "choose")  # whose files may import one another
 
 # The same of rl. A room's modules may import one another; a file in no room is named by itself.
 RL_RANK = {"": 0, "config": 0, "seeds": 0, "checkpoint": 0, "envs": 1, "agents": 1, "treatments": 2}
@@ -33,9 +39,11 @@ def imported(path: Path) -> set[str]:
     return plain | {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
 
 
-def rank(module: str) -> int:
-    first, second = (*module.split("."), "")[:2]
-    return RANK.get(f"{first}.{second}", RANK.get(first, 12))
+def place(module: str) -> str:
+    """The entry of ORDER that a dotted name belongs to: a file, or the folder around it."""
+    parts = module.split(".")
+    names = [".".join(parts[:length]) for length in (2, 1)]
+    return next((name for name in names if name in RANK), module)
 
 
 def files(*folders: str) -> list:
@@ -49,10 +57,13 @@ def test_imports_point_one_way(path):
     for name in imported(path):
         room, _, module = name.partition(".")
         assert room not in ("rl", "tests", "bench"), f"{own} imports {name}"
-        if room == "sparsekern" and not module.startswith("_"):  # _version and the native modules are everybody's
-            # the Triton backend is a package of files that may import one another
-            inside = own.startswith("backends.triton") and module.startswith("backends.triton")
-            assert rank(module) < rank(own) or rank(own) == 12 or inside, f"{own} imports {name}"
+        if (
+            room == "sparsekern" and module and not module.startswith("_")
+        ):  # _version and the native modules are everybody's
+            here, there = place(own), place(module)
+            assert here in RANK, f"{own} is in no line of ORDER"
+            assert there in RANK, f"{own} imports {name}, which is in no line of ORDER"
+            assert RANK[there] < RANK[here] or here == there in PACKAGES, f"{own} imports {name}"
 
 
 @pytest.mark.parametrize("path", files("rl"))

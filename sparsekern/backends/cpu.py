@@ -15,6 +15,10 @@ except ImportError as error:
     _C, _import_error = None, error
 
 
+OPERATIONS = ("dds", "sdd", "densify", "gather")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
 def unavailable() -> str | None:
     """Why these kernels cannot run here, in a sentence; None when they can."""
     if _C is None:
@@ -22,6 +26,13 @@ def unavailable() -> str | None:
             f"sparsekern was installed without its C++ module ({_import_error}); install it again with a C++ compiler."
         )
     return None
+
+
+def refusal(x: Tensor, layout: Layout) -> str | None:
+    """What it takes, where it does not take these operands."""
+    if x.device.type == "cpu" and x.dtype in DTYPES:
+        return None
+    return f"float32 and bfloat16 on a CPU, got {x.dtype} on {x.device}"
 
 
 def instruction_set() -> str:

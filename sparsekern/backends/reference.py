@@ -10,9 +10,17 @@ from torch.nn import functional as F
 
 from sparsekern.topology import Layout
 
+OPERATIONS = ("dds", "sdd", "block_norms", "add_block_norms", "densify", "gather")
+# Elements of a gradient that are held at once while blocks are scored: 1 MB, about a core's cache.
+STRIP = 2**18
+
 
 def unavailable() -> None:
     """The reference runs everywhere."""
+
+
+def refusal(x: Tensor, layout: Layout) -> None:
+    """It takes every operand."""
 
 
 def densify(weight: Tensor, layout: Layout) -> Tensor:
@@ -51,13 +59,39 @@ def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = No
     return gather(outer(dy, x, layout.groups, token_offsets), layout)
 
 
-def block_norms(dy: Tensor, x: Tensor, layout: Layout, rows: slice, token_offsets: Tensor | None = None) -> Tensor:
-    """Squared norms, float32 [groups, rows, cols], of the blocks of dyᵀx in some block rows of every group."""
+def block_norms(
+    dy: Tensor, x: Tensor, layout: Layout, rows: slice, token_offsets: Tensor | None = None, multiply=None
+) -> Tensor:
+    """Squared norms, float32 [groups, rows, cols], of the blocks of dyᵀx in some block rows of every group.
+
+    `multiply` computes dyᵀx in the place of `outer`.
+    """
     b, per_group = layout.block_size, layout.num_rows // layout.groups
     strip = dy.unflatten(1, (dy.shape[1] // (per_group * b), per_group, b))[:, :, rows].flatten(1)
-    dense = outer(strip, x, layout.groups, token_offsets)
+    dense = (multiply or outer)(strip, x, layout.groups, token_offsets)
     squares = dense.float().square_()
     return squares.view(layout.groups, -1, b, squares.shape[2] // b, b).sum(dim=(2, 4))
+
+
+def add_block_norms(
+    dy: Tensor,
+    x: Tensor,
+    layout: Layout,
+    norms: Tensor,
+    armed: Tensor,
+    token_offsets: Tensor | None = None,
+    multiply=None,
+) -> None:
+    """Add the squared norms of all blocks to `norms`, float32 [groups, rows, cols], where `armed`; below 0 counts as 0.
+
+    Strip by strip of block rows, so that a dense gradient is never held.
+    """
+    height = max(1, STRIP // (layout.num_cols * layout.block_size**2))
+    for top in range(0, norms.shape[1], height):
+        strip = slice(top, min(top + height, norms.shape[1]))
+        held = norms[:, strip]
+        added = block_norms(dy, x, layout, strip, token_offsets, multiply) + torch.where(held < 0, 0, held)
+        held.copy_(torch.where(armed, added, held))
 
 
 def multiply(x: Tensor, dense: Tensor, bias: Tensor | None, transpose: bool, token_offsets: Tensor | None) -> Tensor:

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from sparsekern import choose
-from sparsekern.backends import reference
 from sparsekern.operators import LAYOUT_SCHEMA, check_unchanged, in_transform, library
 from sparsekern.topology import Layout, Topology
 
-# Elements looked at in one go: 2 MB of keys for SET, 1 MB of gradient for RigL, about a core's cache.
+# Elements looked at in one go: 2 MB of keys, about a core's cache.
 STRIP = 2**18
 
 _LOW = 2**32 - 1
@@ -140,32 +139,22 @@ def _score_growth(dy, x, token_offsets, *args):
     dy, x = dy.detach().contiguous(), x.detach()
     if layout.block_size == 1:
         _keep_best(dy, x, token_offsets, layout, armed, scores)
-    elif add_norms := getattr(choose.backend_for(x, layout), "add_block_norms", None):
-        add_norms(dy, x, layout, scores, armed, token_offsets)
     else:
-        _add_norms(dy, x, token_offsets, layout, armed, scores)
+        backend = choose.backend_for("add_block_norms", x, layout, token_offsets)
+        backend.add_block_norms(dy, x, layout, scores, armed, token_offsets)
 
 
 def _keep_best(dy, x, token_offsets, layout, armed, keys):
     held, held_positions = scores_of(keys), positions_of(keys)
+    block_norms = choose.backend_for("block_norms", x, layout, token_offsets).block_norms
 
     def score(strip: slice, places: Tensor) -> Tensor:
-        norms = reference.block_norms(dy, x, layout, strip, token_offsets).flatten(1)
+        norms = block_norms(dy, x, layout, strip, token_offsets).flatten(1)
         inside = (held_positions >= places[0]) & (held_positions <= places[-1])
         index = torch.where(inside, held_positions - places[0], 0)
         return float_bits(norms.scatter_add(1, index, torch.where(inside, held, 0)))
 
     keys.copy_(torch.where(armed, best_candidates(layout, keys.shape[1], score), keys))
-
-
-def _add_norms(dy, x, token_offsets, layout, armed, norms):
-    rows = norms.shape[1]
-    height = max(1, STRIP // (layout.num_cols * layout.block_size**2))
-    for top in range(0, rows, height):
-        strip = slice(top, min(top + height, rows))
-        held = norms[:, strip]
-        added = reference.block_norms(dy, x, layout, strip, token_offsets) + torch.where(held < 0, 0, held)
-        held.copy_(torch.where(armed, added, held))
 
 
 library.impl("score_growth", _score_growth, "CPU")

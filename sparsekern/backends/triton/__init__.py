@@ -15,7 +15,7 @@ from sparsekern.topology import Layout
 
 BLOCK_SIZES = (16, 32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-TAKES = "bfloat16, float16 and float32 on an NVIDIA GPU in blocks of 16, 32, 64 and 128"
+OPERATIONS = ("dds", "sdd", "add_block_norms", "densify", "gather")
 
 
 @functools.cache
@@ -39,15 +39,18 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def takes(x: Tensor, layout: Layout) -> bool:
-    """Whether the kernels take a product of x: its dtype, its device and the block size."""
+def refusal(x: Tensor, layout: Layout) -> str | None:
+    """What it takes, where it does not take these operands."""
     device = "cpu" if interpreted() else "cuda"
-    return x.device.type == device and x.dtype in DTYPES and layout.block_size in BLOCK_SIZES
+    if x.device.type == device and x.dtype in DTYPES and layout.block_size in BLOCK_SIZES:
+        return None
+    got = f"{x.dtype} on {x.device} in blocks of {layout.block_size}"
+    return f"bfloat16, float16 and float32 on an NVIDIA GPU in blocks of 16, 32, 64 and 128, got {got}"
 
 
 def __getattr__(name: str):
     """Import the launchers when one is first asked for."""
-    if name not in ("dds", "sdd", "add_block_norms", "densify", "gather"):
+    if name not in OPERATIONS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from sparsekern.backends.triton import copies, launch
 

@@ -1,23 +1,24 @@
-"""Choose which backend answers a product, and when the vendor's dense GEMM is the faster one.
+"""Choose which backend answers an operation, and when the vendor's dense GEMM is the faster one.
 
-On a CPU by the number of live blocks, which costs nothing to read there; on a GPU by the number of slots, which no host
-has to wait for, and by `cost`.
+Each operation is chosen by itself. On a CPU the number of live blocks decides, which costs nothing to read there. On a
+GPU the number of slots decides, as reading the live blocks would wait for the device; and the model of `choose.cost`.
 """
 
 import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from sparsekern import cost, devices, vendor
-from sparsekern.backends import cpu, reference, triton
+from sparsekern import devices
+from sparsekern.backends import cpu, dense, reference, triton
+from sparsekern.backends.contract import Backend
+from sparsekern.choose import cost
 from sparsekern.topology import Layout
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "triton": triton}
+BACKENDS: dict[str, Backend] = {"reference": reference, "dense": dense, "cpu": cpu, "triton": triton}
 
 # Density above which the vendor's GEMM, with its copies, takes less time than the C++ kernels, by block size: where a
 # training step of 1024 x 1024 broke even, one thread, 256 or 2048 tokens, whichever came first (bench/bench_paths.py).
@@ -29,7 +30,6 @@ BREAK_EVEN = {
 }
 # For bfloat16 where the CPU multiplies it in hardware: the vendor's GEMM does, the C++ kernels do not.
 BREAK_EVEN_BFLOAT16 = {1: 0.12, 2: 0.2, 4: 0.3, 8: 0.35, 16: 0.35, 32: 0.4, 64: 0.4, 128: 0.4}
-CPU_DTYPES = (torch.float32, torch.bfloat16)
 # Copying blocks into a dense matrix and back takes about as long as the GEMM of this many tokens.
 COPY_TOKENS = 32
 
@@ -50,28 +50,32 @@ def use(backend: str) -> Iterator[None]:
         _forced = before
 
 
-def backend_for(x: Tensor, layout: Layout, token_offsets: Tensor | None = None) -> ModuleType | SimpleNamespace:
-    """What is to answer a product of x: something with the functions `dds` and `sdd` of a backend."""
-    if _forced is not None:
-        return _checked(_forced, x, layout)
+def forced() -> Backend | None:
+    """The backend that `use` or SPARSEKERN_BACKEND forces."""
+    return _forced
+
+
+def backend_for(operation: str, x: Tensor, layout: Layout, token_offsets: Tensor | None = None) -> Backend:
+    """What is to answer an operation of the contract on x; a forced backend where it has that operation.
+
+    Raises:
+        RuntimeError: the forced backend does not take these operands.
+    """
+    if _forced is not None and operation in _forced.OPERATIONS:
+        if takes := _forced.refusal(x, layout):
+            name = next(name for name, backend in BACKENDS.items() if backend is _forced)
+            raise RuntimeError(f"backend {name!r} takes {takes}")
+        return _forced
     if x.device.type == "cuda":
-        return _on_gpu(x, layout, token_offsets is not None)
-    if x.device.type != "cpu" or x.dtype not in CPU_DTYPES or cpu.unavailable():
+        return _on_gpu(operation, x, layout, token_offsets is not None)
+    if not _has_kernels(x.device, x.dtype):
         return reference
+    if operation not in cpu.OPERATIONS:
+        return dense
     density = break_even(layout.block_size, x.dtype)
     if layout.full:  # GMP asks at its events whether to leave it; counting live blocks here would cost every product
-        return cpu if density >= 1 else vendor
-    return cpu if _is_sparser(layout, density * (1 + COPY_TOKENS / max(1, len(x)))) else vendor
-
-
-def _checked(backend: ModuleType, x: Tensor, layout: Layout) -> ModuleType:
-    """A forced backend, unless it cannot answer."""
-    if backend is cpu and (x.device.type != "cpu" or x.dtype not in CPU_DTYPES):
-        raise RuntimeError(f"backend 'cpu' takes float32 and bfloat16 on a CPU, got {x.dtype} on {x.device}")
-    if backend is triton and not triton.takes(x, layout):
-        got = f"{x.dtype} on {x.device} in blocks of {layout.block_size}"
-        raise RuntimeError(f"backend 'triton' takes {triton.TAKES}, got {got}")
-    return backend
+        return cpu if density >= 1 else dense
+    return cpu if _is_sparser(layout, density * (1 + COPY_TOKENS / max(1, len(x)))) else dense
 
 
 def sparse_is_faster(layout: Layout, dtype: torch.dtype) -> bool:
@@ -79,16 +83,17 @@ def sparse_is_faster(layout: Layout, dtype: torch.dtype) -> bool:
 
     On a GPU, where slots count and not live blocks, a full store is left by a compaction only.
     """
-    return _has_kernels(layout, dtype) and _is_sparser(layout, break_even(layout.block_size, dtype))
+    return _has_kernels(layout.block_rows.device, dtype) and _is_sparser(layout, break_even(layout.block_size, dtype))
 
 
 def full_store_is_faster(layout: Layout, dtype: torch.dtype) -> bool:
     """Whether a full store, which the vendor's GEMM takes without a copy, is still faster than what is sparse."""
-    return layout.full and _has_kernels(layout, dtype) and not sparse_is_faster(layout, dtype)
+    return layout.full and _has_kernels(layout.block_rows.device, dtype) and not sparse_is_faster(layout, dtype)
 
 
-def _has_kernels(layout: Layout, dtype: torch.dtype) -> bool:
-    return layout.block_rows.device.type == "cpu" and dtype in CPU_DTYPES and not cpu.unavailable()
+def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there are C++ kernels for it."""
+    return device.type == "cpu" and dtype in cpu.DTYPES and not cpu.unavailable()
 
 
 @torch.compiler.assume_constant_result
@@ -111,32 +116,33 @@ def _is_sparser(layout: Layout, density: float) -> bool:
     return bool(layout.num_slots - dead <= limit)
 
 
-def _on_gpu(x: Tensor, layout: Layout, ragged: bool) -> ModuleType | SimpleNamespace:
+def _on_gpu(operation: str, x: Tensor, layout: Layout, ragged: bool) -> Backend:
     # rounded, so that a batch of varying length does not ask the model anew every time
     tokens = 1 << (x.shape[0] | 1).bit_length() - 1
     kind = cost.arithmetic(x.dtype)
-    return _fastest_on_gpu(x.device, x.dtype, kind, tokens, ragged, layout.num_slots, *layout[3:])
+    return _fastest_on_gpu(operation, x.device, x.dtype, kind, tokens, ragged, layout.num_slots, *layout.geometry)
 
 
 @functools.lru_cache(maxsize=4096)
-def _fastest_on_gpu(device, dtype, arithmetic, tokens, ragged, num_slots, num_rows, num_cols, groups, block_size, full):
-    if full or dtype not in triton.DTYPES or block_size not in triton.BLOCK_SIZES or triton.unavailable():
-        return vendor
-    if ragged:  # without its host's knowledge, the vendor's GEMM would multiply every token by every group
+def _fastest_on_gpu(
+    operation, device, dtype, arithmetic, tokens, ragged, num_slots, num_rows, num_cols, groups, block_size, full
+) -> Backend:
+    has_kernel = operation in triton.OPERATIONS and dtype in triton.DTYPES and block_size in triton.BLOCK_SIZES
+    if full or not has_kernel or triton.unavailable():
+        return dense
+    # without its host's knowledge, the vendor's GEMM would multiply every token by every group
+    if ragged or operation not in cost.PRODUCTS:
         return triton
     out, into = num_rows * block_size, num_cols // groups * block_size
     density = num_slots * block_size**2 / (out * into)
-    key = block_size, arithmetic, out, into, tokens, _device_name(device)
-    paths = {product: triton if density <= cost.break_even(product, *key) else vendor for product in cost.PRODUCTS}
-    if paths["dds"] is paths["sdd"]:
-        return paths["dds"]
-    return SimpleNamespace(dds=paths["dds"].dds, sdd=paths["sdd"].sdd)
+    product = cost.Product(operation, block_size, arithmetic, out, into, tokens, _device_name(device))
+    return triton if density <= cost.break_even(product) else dense
 
 
 _device_name = devices.name_of
 
 
-def _find(backend: str) -> ModuleType:
+def _find(backend: str) -> Backend:
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; there are {', '.join(BACKENDS)}")
     if reason := BACKENDS[backend].unavailable():

@@ -1,7 +1,7 @@
 """The vendor's dense GEMM between copies: what answers where dense is faster, and blocks that no kernel takes.
 
 A dense matrix lives for the length of a product, so the memory of weights, gradients and optimiser state stays that of
-the live blocks.
+the live blocks. No operation waits for a GPU, ragged groups included.
 """
 
 import torch
@@ -9,6 +9,26 @@ from torch import Tensor
 
 from sparsekern.backends import cpu, reference, triton
 from sparsekern.topology import Layout
+
+OPERATIONS = ("dds", "sdd", "block_norms", "add_block_norms", "densify", "gather")
+
+
+def unavailable() -> None:
+    """The dense path runs everywhere."""
+
+
+def refusal(x: Tensor, layout: Layout) -> None:
+    """It takes every operand."""
+
+
+def densify(weight: Tensor, layout: Layout) -> Tensor:
+    """As `reference.densify`, by whoever copies fastest here."""
+    return _copies(weight).densify(weight, layout)
+
+
+def gather(dense: Tensor, layout: Layout) -> Tensor:
+    """As `reference.gather`, by whoever copies fastest here."""
+    return _copies(dense).gather(dense, layout)
 
 
 def dds(
@@ -32,12 +52,28 @@ def dds(
 
 def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = None) -> Tensor:
     """As `reference.sdd`."""
+    return _copies(x).gather(_outer(dy, x, layout.groups, token_offsets), layout)
+
+
+def block_norms(dy: Tensor, x: Tensor, layout: Layout, rows: slice, token_offsets: Tensor | None = None) -> Tensor:
+    """As `reference.block_norms`."""
+    return reference.block_norms(dy, x, layout, rows, token_offsets, multiply=_outer)
+
+
+def add_block_norms(
+    dy: Tensor, x: Tensor, layout: Layout, norms: Tensor, armed: Tensor, token_offsets: Tensor | None = None
+) -> None:
+    """As `reference.add_block_norms`."""
+    reference.add_block_norms(dy, x, layout, norms, armed, token_offsets, multiply=_outer)
+
+
+def _outer(dy: Tensor, x: Tensor, groups: int, token_offsets: Tensor | None) -> Tensor:
+    """As `reference.outer`."""
     if _host_knows(x, token_offsets):
-        return _copies(x).gather(reference.outer(dy, x, layout.groups, token_offsets), layout)
-    wide = dy.new_zeros(len(dy), layout.groups, dy.shape[1])
+        return reference.outer(dy, x, groups, token_offsets)
+    wide = dy.new_zeros(len(dy), groups, dy.shape[1])
     wide[torch.arange(len(x), device=x.device), _group_of_tokens(x, token_offsets)] = dy
-    dense = wide.flatten(1).t() @ x
-    return _copies(x).gather(dense.view(layout.groups, -1, x.shape[1]), layout)
+    return (wide.flatten(1).t() @ x).view(groups, -1, x.shape[1])
 
 
 def _host_knows(x: Tensor, token_offsets: Tensor | None) -> bool:
@@ -50,6 +86,6 @@ def _group_of_tokens(x: Tensor, token_offsets: Tensor) -> Tensor:
 
 
 def _copies(x: Tensor):
-    """The backend that copies blocks fastest where x is."""
+    """The backend that copies blocks fastest where x is: the one use that a backend makes of others."""
     fastest = {"cpu": cpu, "cuda": triton}.get(x.device.type, reference)
     return reference if fastest.unavailable() else fastest

@@ -8,6 +8,7 @@ measured on a device take the model's place, which then says only how they chang
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -21,6 +22,18 @@ COPY_LAUNCHES = {"dds": 2, "sdd": 1}  # clear and scatter the dense matrix; gath
 DENSE_TILES = ((128, 256, 1.0), (128, 128, 0.88), (128, 64, 0.75), (64, 64, 0.55))  # rows, columns, share of the peak
 
 
+class Product(NamedTuple):
+    """A product whose time is asked for."""
+
+    name: str  # dds or sdd
+    block_size: int
+    arithmetic: str
+    out: int  # features, of all groups together
+    into: int  # features of one group
+    tokens: int
+    device: str  # as torch names it
+
+
 def arithmetic(dtype: torch.dtype) -> str:
     """ "half", or for float32 "tf32" or "ieee", as torch is set."""
     if dtype != torch.float32:
@@ -28,10 +41,11 @@ def arithmetic(dtype: torch.dtype) -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def sparse_seconds(product: str, block_size: int, arithmetic: str, out: int, into: int, tokens: int, density, device):
+def sparse_seconds(product: Product, density: float) -> float:
     """Lower bound of `dds` or `sdd` on a layer [out, into], before `reach`."""
-    b, element, live = block_size, ELEMENT[arithmetic], density * out * into
-    if product == "dds":
+    name, b, arithmetic, out, into, tokens, device = product
+    element, live = ELEMENT[arithmetic], density * out * into
+    if name == "dds":
         tiles = math.ceil(tokens / TOKENS)
         programs = tiles * out / b
         gathered = live / b * tiles * (TOKENS + b)
@@ -65,41 +79,41 @@ def gemm_seconds(arithmetic: str, m: int, n: int, k: int, device: str) -> float:
     return best + facts["launch_s"]
 
 
-def vendor_seconds(product: str, arithmetic: str, out: int, into: int, tokens: int, density: float, device: str):
+def dense_seconds(product: Product, density: float) -> float:
     """The vendor's GEMM and the copy between blocks and a dense matrix."""
+    name, _, arithmetic, out, into, tokens, device = product
     facts, element = devices.known(device), ELEMENT[arithmetic]
-    sizes = (tokens, out, into) if product == "dds" else (out, into, tokens)
-    copied = element * out * into * ((product == "dds") + 2 * density)
-    copy = copied / facts["hbm_bytes_per_s"] + COPY_LAUNCHES[product] * facts["launch_s"]
+    sizes = (tokens, out, into) if name == "dds" else (out, into, tokens)
+    copied = element * out * into * ((name == "dds") + 2 * density)
+    copy = copied / facts["hbm_bytes_per_s"] + COPY_LAUNCHES[name] * facts["launch_s"]
     return gemm_seconds(arithmetic, *sizes, device) + copy
 
 
 @functools.lru_cache(maxsize=4096)
-def break_even(product: str, block_size: int, arithmetic: str, out: int, into: int, tokens: int, device: str) -> float:
+def break_even(product: Product) -> float:
     """Density up to which the Triton kernel is the faster one, in [0, 1]."""
-    here = _modelled(product, block_size, arithmetic, out, into, tokens, device)
-    kind = {"product": product, "block_size": block_size, "arithmetic": arithmetic}
-    measured = [row for row in devices.known(device)["break_even"] if kind.items() <= row.items()]
+    here = _modelled(product)
+    kind = {"product": product.name, "block_size": product.block_size, "arithmetic": product.arithmetic}
+    measured = [row for row in devices.known(product.device)["break_even"] if kind.items() <= row.items()]
     if not measured:
         return here
 
     def distance(row: dict) -> float:
         area = row["out_features"] * row["in_features"]
-        return abs(math.log(row["tokens"] / max(tokens, 1))) + abs(math.log(area / (out * into)))
+        near_tokens = abs(math.log(row["tokens"] / max(product.tokens, 1)))
+        return near_tokens + abs(math.log(area / (product.out * product.into)))
 
     near = min(measured, key=distance)
-    sizes = near["out_features"], near["in_features"], near["tokens"]
-    there = _modelled(product, block_size, arithmetic, *sizes, device)
-    return min(1.0, near["density"] * here / there)
+    there = product._replace(out=near["out_features"], into=near["in_features"], tokens=near["tokens"])
+    return min(1.0, near["density"] * here / _modelled(there))
 
 
-def _modelled(product, block_size, arithmetic, out, into, tokens, device) -> float:
-    """By bisection, as both times grow with the density, the kernel's faster."""
-    reach, low, high = devices.known(device)["reach"], 0.0, 1.0
+def _modelled(product: Product) -> float:
+    """The density at which kernel and dense path take equal time. Both times grow with it, the kernel's faster."""
+    reach, low, high = devices.known(product.device)["reach"], 0.0, 1.0
     for _ in range(12):
         density = (low + high) / 2
-        sparse = sparse_seconds(product, block_size, arithmetic, out, into, tokens, density, device) / reach
-        if sparse < vendor_seconds(product, arithmetic, out, into, tokens, density, device):
+        if sparse_seconds(product, density) / reach < dense_seconds(product, density):
             low = density
         else:
             high = density
