@@ -8,7 +8,7 @@ from oracle import BLOCK_SIZES, random_topology
 
 import sparsekern as sk
 from sparsekern import choose
-from sparsekern.backends import cpu, reference
+from sparsekern.backends import cpu, dense, reference
 
 native = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
@@ -70,3 +70,21 @@ def test_the_environment_variable_forces_a_backend_or_says_what_there_is(name, e
     environment = os.environ | {"SPARSEKERN_BACKEND": name}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
     assert expected in done.stdout + done.stderr and (done.returncode == 0) == (name == "reference")
+
+
+def test_a_forced_backend_answers_a_convolution(monkeypatch):
+    asked = []
+    for name, module in (("reference", reference), ("dense", dense), ("cpu", cpu)):
+        own = module.dds
+        monkeypatch.setattr(module, "dds", lambda *args, own=own, name=name: asked.append(name) or own(*args))
+    x = torch.randn(2, 4, 6, 6)
+    for density in (0.3, 1.0):
+        layer = sk.SparseConv2d(4, 8, 3, density=density, block_size=4)
+        free = layer(x)
+        for name in ("reference", "cpu", "dense"):
+            if name == "cpu" and cpu.unavailable():
+                continue
+            asked.clear()
+            with sk.use(name):
+                torch.testing.assert_close(layer(x), free, rtol=1e-4, atol=1e-5)
+            assert asked == ([] if name == "dense" else [name])  # the dense path of a convolution is F.conv2d

@@ -253,23 +253,3 @@ def test_a_picture_smaller_than_the_kernel_is_refused():
 
 def test_repr_names_the_options():
     assert "4, 8, kernel_size=(3, 3), stride=(1, 1), padding='same'" in repr(sk.SparseConv2d(4, 8, 3, padding="same"))
-
-
-def test_a_forced_backend_answers_a_convolution(monkeypatch):
-    from sparsekern.backends import cpu, dense, reference
-
-    asked = []
-    for name, module in (("reference", reference), ("dense", dense), ("cpu", cpu)):
-        own = module.dds
-        monkeypatch.setattr(module, "dds", lambda *args, own=own, name=name: asked.append(name) or own(*args))
-    x = torch.randn(2, 4, 6, 6)
-    for density in (0.3, 1.0):
-        layer = sk.SparseConv2d(4, 8, 3, density=density, block_size=4)
-        free = layer(x)
-        for name in ("reference", "cpu", "dense"):
-            if name == "cpu" and cpu.unavailable():
-                continue
-            asked.clear()
-            with sk.use(name):
-                torch.testing.assert_close(layer(x), free, rtol=1e-4, atol=1e-5)
-            assert asked == ([] if name == "dense" else [name])  # the dense path of a convolution is F.conv2d
