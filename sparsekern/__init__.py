@@ -5,6 +5,7 @@ from sparsekern.choose import use
 from sparsekern.conv import SparseConv2d
 from sparsekern.convert import densify, plan, plan_from, sparsify
 from sparsekern.linear import SparseLinear
+from sparsekern.load import load
 from sparsekern.products import dds, sdd
 from sparsekern.rewire.drop_and_grow import SET, DropAndGrow, RigL
 from sparsekern.rewire.gmp import GMP
@@ -27,6 +28,7 @@ __all__ = [
     "cosine",
     "dds",
     "densify",
+    "load",
     "plan",
     "plan_from",
     "reset_state",

@@ -6,7 +6,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A module imports modules of smaller rank only.
 RANK = {"topology": 0, "backends": 1, "choose": 2, "operators": 3, "products": 4, "layer": 5, "linear": 6, "conv": 6}
-RANK |= {"convert": 7, "summary": 8, "rewire": 7, "rewire.optimizer_state": 8, "rewire.rule": 10}
+RANK |= {"convert": 7, "summary": 8, "load": 8, "rewire": 7, "rewire.optimizer_state": 8, "rewire.rule": 10}
 RANK |= {
     "rewire.growth": 5,
     "rewire.hash": 0,
