@@ -1,5 +1,6 @@
 """Truly sparse training in PyTorch: weights, gradients and optimiser state exist for live blocks only."""
 
+from sparsekern import integrations
 from sparsekern._version import __version__
 from sparsekern.choose import use
 from sparsekern.conv import SparseConv2d
@@ -28,6 +29,7 @@ __all__ = [
     "cosine",
     "dds",
     "densify",
+    "integrations",
     "load",
     "plan",
     "plan_from",

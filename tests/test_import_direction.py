@@ -17,6 +17,7 @@ RANK |= {
     "rewire.on_device": 10,
 }
 RANK |= {"rewire.drop_and_grow": 11, "rewire.gmp": 11, "rewire.density": 1, "table": 0}
+RANK |= {"integrations": 11.5, "integrations.sparse_policy": 11}
 RANK |= {"untrained": 0, "devices": 0, "cost": 1, "vendor": 1.5}
 
 # The same of rl. A room's modules may import one another; a file in no room is named by itself.
