@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+from collections import OrderedDict
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import sparsekern as sk
 
@@ -293,3 +296,183 @@ def test_stable_baselines3_optimises_every_parameter_of_a_sparse_policy():
     policy = stable_baselines3("PPO").policy
     assert len(topologies(policy)) == 2  # the layers of 4 inputs and of 2 and 1 outputs would be mostly padding
     assert {id(p) for p in policy.parameters()} == {id(p) for p in policy.optimizer.param_groups[0]["params"]}
+
+
+# Clients that need no callback
+
+
+def train(model: nn.Module, optimizer, rule, steps: int) -> None:
+    x = torch.linspace(-1, 1, 256).view(8, 32)
+    for _ in range(steps):
+        (model(x) - x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        rule.step()
+
+
+def adam_and_set(model: nn.Module) -> tuple:
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    return model, optimizer, sk.SET(model, optimizer, update_every=2)
+
+
+def assert_same(model: nn.Module, other: nn.Module) -> None:
+    assert topologies(model) == topologies(other) != []
+    for value, expected in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(value, expected)
+
+
+def test_distributed_checkpoint_resumes_bit_for_bit(tmp_path):
+    model, optimizer, rule = adam_and_set(mlp())
+    train(model, optimizer, rule, 5)
+    states = get_state_dict(model, optimizer)
+    dcp.save({"model": states[0], "optimizer": states[1], "rule": rule.state_dict()}, checkpoint_id=tmp_path)
+    train(model, optimizer, rule, 5)
+
+    resumed, optimizer, rule = adam_and_set(mlp())
+    states = get_state_dict(resumed, optimizer)
+    state = {"model": states[0], "optimizer": states[1], "rule": rule.state_dict()}
+    dcp.load(state, checkpoint_id=tmp_path)
+    set_state_dict(resumed, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    rule.load_state_dict(state["rule"])
+    train(resumed, optimizer, rule, 5)
+    assert rule.clock == 10
+    assert_same(resumed, model)
+
+
+def test_accelerate_saves_and_loads_a_registered_rule(tmp_path):
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+
+    def prepared():
+        accelerator = accelerate.Accelerator(cpu=True)
+        model = mlp()
+        model, optimizer = accelerator.prepare(model, torch.optim.Adam(model.parameters(), lr=1e-2))
+        rule = sk.SET(model, optimizer, update_every=2)
+        accelerator.register_for_checkpointing(rule)
+        return accelerator, model, optimizer, rule
+
+    accelerator, *whole = prepared()
+    train(*whole, 5)
+    accelerator.save_state(str(tmp_path))
+    train(*whole, 5)
+    accelerator, *resumed = prepared()
+    accelerator.load_state(str(tmp_path))
+    train(*resumed, 5)
+    assert resumed[2].clock == 10
+    assert_same(resumed[0], whole[0])
+
+
+def test_peft_adapts_dense_layers_and_refuses_sparse_ones():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    dense = peft.get_peft_model(sk.densify(mlp()), peft.LoraConfig(target_modules=["0"]))
+    assert any("lora_A" in name for name, _ in dense.named_parameters())
+    mixed = nn.Sequential(OrderedDict(body=mlp(), head=nn.Linear(32, 32)))
+    mixed = peft.get_peft_model(mixed, peft.LoraConfig(target_modules=["head"]))
+    mixed(torch.randn(3, 32)).sum().backward()
+    trained = {name for name, parameter in mixed.named_parameters() if parameter.grad is not None}
+    assert trained and all("head.lora" in name for name in trained)  # peft freezes the sparse layers
+    with pytest.raises(ValueError, match="Target module SparseLinear"):
+        peft.get_peft_model(mlp(), peft.LoraConfig(target_modules=["0"]))
+
+
+def test_timm_models_become_sparse_with_their_optimiser_and_average():
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    from timm.optim import create_optimizer_v2
+    from timm.utils import ModelEmaV3
+
+    build = {"model_name": "vit_tiny_patch16_224", "img_size": 32, "num_classes": 10, "depth": 1}
+    model = sk.sparsify(timm.create_model(**build), 0.2, keep="fresh")
+    average = ModelEmaV3(model, decay=0.9)
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-3)
+    rule = sk.RigL(model, optimizer, update_every=2, followers=[average])
+    for _ in range(4):
+        model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update(model)
+        rule.step()
+    assert rule.events == 2 and len(topologies(model)) == 4
+    assert topologies(average) == topologies(model)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(sk.load(timm.create_model(**build), model.state_dict()).eval()(x), model.eval()(x))
+
+
+def torchrl_networks() -> tuple:
+    pytest.importorskip("torchrl", reason="torchrl is not installed")
+    from tensordict.nn import TensorDictModule
+    from torchrl.data import Bounded
+    from torchrl.modules import NormalParamExtractor, ProbabilisticActor, TanhNormal, ValueOperator
+
+    def net(inputs: int, outputs: int) -> nn.Sequential:
+        dense = nn.Sequential(nn.Linear(inputs, 64), nn.ReLU(), nn.Linear(64, outputs))
+        return sk.sparsify(dense, 0.3, 8, exclude=["2"], keep="fresh")
+
+    class Critic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net(40, 1)
+
+        def forward(self, observation, action):
+            return self.net(torch.cat((observation, action), dim=-1))
+
+    actor = ProbabilisticActor(
+        TensorDictModule(nn.Sequential(net(32, 16), NormalParamExtractor()), ["observation"], ["loc", "scale"]),
+        ["loc", "scale"], spec=Bounded(-1, 1, (8,)), distribution_class=TanhNormal, return_log_prob=True,
+    )  # fmt: skip
+    critic = ValueOperator(Critic(), in_keys=["observation", "action"])
+    return actor, critic, ValueOperator(net(32, 1), in_keys=["observation"])
+
+
+def torchrl_batch(*shape: int):
+    from tensordict import TensorDict
+
+    done = torch.zeros(*shape, 1, dtype=torch.bool)
+    following = {"observation": torch.randn(*shape, 32), "reward": torch.randn(*shape, 1)}
+    batch = {"observation": torch.randn(*shape, 32), "action": torch.rand(*shape, 8) - 0.5}
+    return TensorDict(batch | {"next": following | {"done": done, "terminated": done.clone()}}, shape)
+
+
+def test_torchrl_trains_sac_on_a_sparse_ensemble_and_the_actor_can_be_rewired():
+    actor, critic, _ = torchrl_networks()
+    from torchrl.objectives import SACLoss, SoftUpdate
+
+    loss = SACLoss(actor, critic, num_qvalue_nets=2)
+    update = SoftUpdate(loss, eps=0.9)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-3)
+    rule = sk.SET(actor, optimizer, update_every=2)
+    batch, before = torchrl_batch(16), topologies(actor)
+    for _ in range(4):
+        losses = loss(batch)
+        optimizer.zero_grad()
+        sum(value for name, value in losses.items() if name.startswith("loss")).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in loss.parameters())
+        optimizer.step()
+        update.step()
+        rule.step()
+    assert topologies(actor) != before
+    with loss.actor_network_params.to_module(loss.actor_network):  # as the loss calls it
+        seen = loss.actor_network(batch.select("observation"))["loc"]
+    assert torch.equal(seen, actor(batch.select("observation"))["loc"])
+    with pytest.raises(ValueError, match="the optimiser does not hold the weight"):  # one weight for two critics
+        sk.SET(loss.qvalue_network, optimizer)
+
+
+def test_torchrl_trains_ppo_with_advantages_while_a_rule_rewires():
+    actor, _, value = torchrl_networks()
+    from torchrl.objectives import ClipPPOLoss
+    from torchrl.objectives.value import GAE
+
+    batch = torchrl_batch(4, 16)
+    with torch.no_grad():
+        batch = actor(batch).exclude("loc", "scale")
+    GAE(gamma=0.99, lmbda=0.95, value_network=value)(batch)
+    loss = ClipPPOLoss(actor, value, entropy_coeff=0.01)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-3)
+    rule = sk.SET(nn.ModuleList([actor, value]), optimizer, update_every=2)
+    for _ in range(4):
+        losses = loss(batch.detach())
+        optimizer.zero_grad()
+        sum(value for name, value in losses.items() if name.startswith("loss")).backward()
+        optimizer.step()
+        rule.step()
+    assert rule.events == 2 and len(rule.layers) == 2
+    assert all(p.isfinite().all() for p in loss.parameters())
