@@ -1,10 +1,12 @@
 """Truly sparse training in PyTorch: weights, gradients and optimiser state exist for live blocks only."""
 
+from sparsekern import integrations
 from sparsekern._version import __version__
 from sparsekern.choose import use
 from sparsekern.conv import SparseConv2d
 from sparsekern.convert import densify, plan, plan_from, sparsify
 from sparsekern.linear import SparseLinear
+from sparsekern.load import load
 from sparsekern.products import dds, sdd
 from sparsekern.rewire.drop_and_grow import SET, DropAndGrow, RigL
 from sparsekern.rewire.gmp import GMP
@@ -27,6 +29,8 @@ __all__ = [
     "cosine",
     "dds",
     "densify",
+    "integrations",
+    "load",
     "plan",
     "plan_from",
     "reset_state",

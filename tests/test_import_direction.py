@@ -16,10 +16,12 @@ ORDER = (
     "layer",
     "linear conv",
     "convert",
-    "summary rewire.arguments rewire.optimizer_state rewire.scores",
+    "summary load rewire.arguments rewire.optimizer_state rewire.scores",
     "rewire.schedule rewire.select rewire.ranks",
     "rewire.on_device rewire.rule",
     "rewire.drop_and_grow rewire.gmp",
+    "integrations.sparse_policy",
+    "integrations",
     "__init__ __main__ rewire.__init__ backends.__init__",
 )
 RANK = {module: rank for rank, line in enumerate(ORDER) for module in line.split()}
