@@ -66,9 +66,9 @@ def wants_cuda() -> bool:
 
 cpu = Extension(
     "sparsekern._C",
-    sources=["csrc/module.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))],
-    depends=sorted(map(str, Path("csrc/cpu").glob("*.h"))),
-    include_dirs=["csrc", pybind11.get_include()],
+    sources=sorted(map(str, Path("csrc/cpu").glob("*.cpp"))),
+    depends=sorted(map(str, [*Path("csrc").glob("*.h"), *Path("csrc/cpu").glob("*.h")])),
+    include_dirs=[pybind11.get_include()],
     language="c++",
     optional=True,  # setup then accepts that it is missing
 )
