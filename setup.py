@@ -14,6 +14,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CPP_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden"]
+SANITIZE = os.environ.get("SPARSEKERN_SANITIZE") == "1"  # set by tests/sanitize.sh
+if SANITIZE:
+    CPP_FLAGS += ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 class BuildNative(build_ext):
@@ -24,9 +27,12 @@ class BuildNative(build_ext):
             openmp = ["-fopenmp"] if self.compiler_takes("-fopenmp") else []
             if not openmp:
                 say("the compiler does not take -fopenmp, so the CPU kernels will use one thread")
-            ext.extra_compile_args, ext.extra_link_args = CPP_FLAGS + openmp, openmp
+            sanitizers = [flag for flag in CPP_FLAGS if flag.startswith("-fsanitize")]
+            ext.extra_compile_args, ext.extra_link_args = CPP_FLAGS + openmp, openmp + sanitizers
             super().build_extension(ext)
         except Exception as error:
+            if SANITIZE:
+                raise
             say(f"{ext.name} was not built, and the package works without it: {error}")
 
     def compiler_takes(self, *flags: str) -> bool:
