@@ -13,4 +13,4 @@ done
 export LD_PRELOAD=$preload PYTHONPATH=$library
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 # Python and torch leak at exit, on purpose
 "$python" -P -c "import sparsekern._C as m; assert m.__file__.startswith('$PWD/$library'), m.__file__"
-exec "$python" -P -m pytest -q -p no:cacheprovider "$@"
+exec "$python" -P -m pytest -q -p no:cacheprovider --capture=sys "$@" # so that reports are seen
