@@ -1,6 +1,6 @@
-"""The two native modules and nothing else: sparsekern._C (CPU, C++) and, where nvcc is, sparsekern._cuda.
+"""The two native modules and nothing else: sparsekern._C, the CPU kernels, and sparsekern._cuda, launches on a GPU.
 
-Neither sees a torch header, so the build needs no torch; and a module that cannot be built does not cost the other one.
+Both are plain C++: the driver of a GPU is looked up at run time. Neither sees a torch header, so the build needs no torch; and a module that cannot be built does not cost the other one.
 """
 
 import os
@@ -53,9 +53,9 @@ def say(sentence: str) -> None:
 
 
 def cuda_problem() -> str | None:
-    """What is missing to build sparsekern._cuda, or None."""
-    if not Path("csrc/cuda").is_dir():
-        return "this version of sparsekern has no CUDA sources (csrc/cuda)"
+    """What is missing to build kernels in CUDA, or None."""
+    if not any(Path("csrc/cuda").glob("*.cu")):
+        return "this version of sparsekern has no CUDA sources (csrc/cuda/*.cu)"
     if shutil.which("nvcc") is None:
         return "nvcc, the CUDA compiler, is not on the PATH"
     return None
@@ -66,18 +66,21 @@ def wants_cuda() -> bool:
     if choice not in ("auto", "0", "1"):
         raise SystemExit(f"SPARSEKERN_CUDA must be auto, 0 or 1, got {choice!r}")
     if choice == "1" and problem:
-        raise SystemExit(f"SPARSEKERN_CUDA=1 asks for sparsekern._cuda, but {problem}")
+        raise SystemExit(f"SPARSEKERN_CUDA=1 asks for kernels in CUDA, but {problem}")
     return choice != "0" and not problem
 
 
-cpu = Extension(
-    "sparsekern._C",
-    sources=sorted(map(str, Path("csrc/cpu").glob("*.cpp"))),
-    depends=sorted(map(str, [*Path("csrc").glob("*.h"), *Path("csrc/cpu").glob("*.h")])),
-    include_dirs=[pybind11.get_include()],
-    language="c++",
-    optional=True,  # setup then accepts that it is missing
-)
-# sparsekern._cuda joins this list, `if wants_cuda()`, with a build step for .cu files, once csrc/cuda exists.
+def extension(name: str, room: str) -> Extension:
+    return Extension(
+        f"sparsekern.{name}",
+        sources=sorted(map(str, Path("csrc", room).glob("*.cpp"))),
+        depends=sorted(map(str, [*Path("csrc").glob("*.h"), *Path("csrc", room).glob("*.h")])),
+        include_dirs=[pybind11.get_include()],
+        language="c++",
+        optional=True,  # setup then accepts that it is missing
+    )
+
+
+# Kernels in CUDA join sparsekern._cuda, `if wants_cuda()`, with a build step for .cu files, once there are some.
 wants_cuda()
-setup(ext_modules=[cpu], cmdclass={"build_ext": BuildNative})
+setup(ext_modules=[extension("_C", "cpu"), extension("_cuda", "cuda")], cmdclass={"build_ext": BuildNative})

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import sparsekern as sk
-from sparsekern import choose
+from sparsekern import _cuda, choose
 from sparsekern.backends import triton
 
 # Microseconds that a forward of SparseLinear may take above the bare launch, without and with gradients.
@@ -34,7 +34,7 @@ class Driver:
         return lambda *_: None
 
     def get_current_device(self):
-        return 0
+        return -1  # what tensors of the CPU say of theirs
 
     def get_current_stream(self, device):
         return 0
@@ -58,6 +58,7 @@ def measure() -> dict[str, float]:
     """Microseconds by what was called."""
     torch.set_num_threads(1)
     driver.set_active(Driver())
+    _cuda.set_launch_kernel(_cuda.counting_launch_kernel())
     triton.unavailable = lambda: None
     choose._device_name = lambda device: "a GPU without a file"
     choose.backend_for = lambda x, layout, token_offsets=None: choose._on_gpu(x, layout, token_offsets is not None)

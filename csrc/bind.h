@@ -88,6 +88,11 @@ struct Argument {
         if (item(strides, 1) != 1 && columns > 1) refuse("must have rows whose elements lie side by side");
         return item(strides, 0);
     }
+    int64_t first_stride() const {
+        const py::object strides = ask(interned().stride);
+        if (!PyTuple_Check(strides.ptr()) || !PyTuple_GET_SIZE(strides.ptr())) refuse("must have an axis");
+        return item(strides, 0);
+    }
     void must_lie_side_by_side() const {
         if (!py::handle(value).attr("is_contiguous")().cast<bool>()) refuse("must be contiguous");
     }
@@ -125,10 +130,25 @@ private:
 
 // The arguments of a call as the interpreter hands them over.
 struct Call {
+    PyObject* self;
     PyObject* const* values;
     Py_ssize_t num_positional;
     PyObject* names;
 };
+
+[[noreturn]] inline void refuse_names(const std::string& function, PyObject* const* words, size_t count) {
+    std::string all;
+    for (size_t n = 0; n < count; n++) all += std::string(all.empty() ? "" : ", ") + PyUnicode_AsUTF8(words[n]);
+    throw py::type_error(function + " takes these keywords, all of them in this order, and nothing else: " + all);
+}
+// Whether a call brings these keywords, in their order. Names in a call are interned, so identity is equality.
+template <class Words>
+void check_names(const Call& call, const std::string& function, const Words& words) {
+    const size_t given = call.names ? PyTuple_GET_SIZE(call.names) : 0;
+    bool same = given == words.size() && !call.num_positional;
+    for (size_t n = 0; same && n < given; n++) same = PyTuple_GET_ITEM(call.names, n) == words[n];
+    if (!same) refuse_names(function, words.data(), words.size());
+}
 
 // Keyword-only arguments, all of them required.
 template <size_t N>
@@ -139,35 +159,23 @@ public:
     }
 
     std::array<Argument, N> read(const Call& call) const {
-        const size_t given = call.names ? PyTuple_GET_SIZE(call.names) : 0;
-        if (call.num_positional || given != N) wrong();
+        check_names(call, function, interned_words);
         std::array<Argument, N> arguments;
-        for (size_t n = 0; n < N; n++) {
-            size_t place = n;  // callers write them in this order, so nothing is searched for
-            while (PyTuple_GET_ITEM(call.names, place) != interned_words[n])
-                if ((place = (place + 1) % N) == n) wrong();
-            arguments[n] = {function, words[n], call.values[place]};
-        }
+        for (size_t n = 0; n < N; n++) arguments[n] = {function, words[n], call.values[n]};
         return arguments;
     }
 
 private:
-    [[noreturn]] void wrong() const {
-        std::string all;
-        for (const char* word : words) all += std::string(all.empty() ? "" : ", ") + word;
-        throw py::type_error(std::string(function) + " takes these keywords, all of them, and nothing else: " + all);
-    }
-
     const char* function;
     const char* words[N];
-    PyObject* interned_words[N];
+    std::array<PyObject*, N> interned_words;
 };
 
 // A function for a PyMethodDef: what it throws becomes a Python exception.
 template <PyObject* (*FUNCTION)(const Call&)>
-PyObject* entry(PyObject*, PyObject* const* values, Py_ssize_t num_positional, PyObject* names) {
+PyObject* entry(PyObject* self, PyObject* const* values, Py_ssize_t num_positional, PyObject* names) {
     try {
-        return FUNCTION({values, num_positional, names});
+        return FUNCTION({self, values, num_positional, names});
     } catch (py::error_already_set& error) {
         error.restore();
     } catch (const py::builtin_exception& error) {
