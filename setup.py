@@ -1,6 +1,7 @@
 """The two native modules and nothing else: sparsekern._C, the CPU kernels, and sparsekern._cuda, launches on a GPU.
 
-Both are plain C++: the driver of a GPU is looked up at run time. Neither sees a torch header, so the build needs no torch; and a module that cannot be built does not cost the other one.
+Both are plain C++: the driver of a GPU is looked up at run time. Neither sees a torch header, so the build needs no
+torch; and a module that cannot be built does not cost the other one.
 """
 
 import os

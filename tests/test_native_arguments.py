@@ -121,7 +121,9 @@ def test_a_single_feature_may_have_any_stride():
 
 
 def test_calls_name_all_arguments():
-    with pytest.raises(TypeError, match="dds takes these keywords, all of them in this order, and nothing else: layout, x"):
+    with pytest.raises(
+        TypeError, match="dds takes these keywords, all of them in this order, and nothing else: layout, x"
+    ):
         _C.dds()
     with pytest.raises(TypeError, match="sdd takes these keywords"):
         call("sdd", tokens=3)

@@ -161,8 +161,10 @@ def _sum_splits(parts: Tensor, total: Tensor, splits: int) -> None:
     size, device = total.numel(), total.get_device()
     key = "sum_splits", splits, size, device, total.dtype
     launch = _prepared.get(key)
-    if launch is None or device != current_device() or not launch(
-        tokens=0, stream=current_stream(device), parts=parts, total=total
+    if (
+        launch is None
+        or device != current_device()
+        or not launch(tokens=0, stream=current_stream(device), parts=parts, total=total)
     ):
         grid = (0, -(-size // 1024), 1, 1)
         _launch(key, kernels.sum_splits_kernel, None, grid, 0, (parts, total), (size,), (), SPLITS=splits, BLOCK=1024)
