@@ -74,13 +74,16 @@ def compiled(monkeypatch):
 @pytest.fixture(autouse=True)
 def same_memory(monkeypatch):
     """What a launcher allocates lies at the same address every time."""
-    held, new_empty = {}, torch.Tensor.new_empty
+    held, new_empty, contiguous = {}, torch.Tensor.new_empty, torch.Tensor.contiguous
 
     def kept(self, *sizes, **options):
         key = sizes, self.dtype, *options.items()
         return held.setdefault(key, new_empty(self, *sizes, **options))
 
     monkeypatch.setattr(torch.Tensor, "new_empty", kept)
+    monkeypatch.setattr(
+        torch.Tensor, "contiguous", lambda t: held.setdefault((t.data_ptr(), t.stride()), contiguous(t))
+    )
 
 
 def records(call, compiled) -> list[dict]:
