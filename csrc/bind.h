@@ -65,17 +65,20 @@ struct Argument {
         return reinterpret_cast<void*>(place);
     }
     int64_t numel() const { return checked(PyLong_AsLongLong(ask(interned().numel).ptr())); }
+    py::object shape() const { return attribute(interned().shape); }
+    py::object strides() const { return ask(interned().stride); }
+    py::object dtype_object() const { return attribute(interned().dtype); }
     Dtype dtype() const {
-        const py::object found = attribute(interned().dtype);
+        const py::object found = dtype_object();
         for (int d = 0; d < NUM_DTYPES; d++)
             if (found.ptr() == interned().dtypes[d]) return Dtype(d);
         return Dtype::other;
     }
-    std::string dtype_name() const { return py::str(attribute(interned().dtype)); }
+    std::string dtype_name() const { return py::str(dtype_object()); }
     bool is_cpu() const { return attribute(interned().is_cpu).ptr() == Py_True; }
     // Of a matrix [rows, columns]: how many rows; `wanted` of them where that is known.
     int64_t rows(int64_t columns, int64_t wanted = -1) const {
-        const py::object shape = attribute(interned().shape);
+        const py::object shape = this->shape();
         if (!PyTuple_Check(shape.ptr()) || PyTuple_GET_SIZE(shape.ptr()) != 2 || item(shape, 1) != columns ||
             (wanted >= 0 && item(shape, 0) != wanted))
             refuse("must be of shape (" + (wanted < 0 ? "tokens" : std::to_string(wanted)) + ", " +
@@ -84,12 +87,12 @@ struct Argument {
     }
     // Of a matrix: elements from one row to the next; those of a row must lie side by side.
     int64_t row_stride(int64_t columns) const {
-        const py::object strides = ask(interned().stride);
+        const py::object strides = this->strides();
         if (item(strides, 1) != 1 && columns > 1) refuse("must have rows whose elements lie side by side");
         return item(strides, 0);
     }
     int64_t first_stride() const {
-        const py::object strides = ask(interned().stride);
+        const py::object strides = this->strides();
         if (!PyTuple_Check(strides.ptr()) || !PyTuple_GET_SIZE(strides.ptr())) refuse("must have an axis");
         return item(strides, 0);
     }
@@ -136,9 +139,10 @@ struct Call {
     PyObject* names;
 };
 
-[[noreturn]] inline void refuse_names(const std::string& function, PyObject* const* words, size_t count) {
+template <class Words>
+[[noreturn]] void refuse_names(const std::string& function, const Words& words) {
     std::string all;
-    for (size_t n = 0; n < count; n++) all += std::string(all.empty() ? "" : ", ") + PyUnicode_AsUTF8(words[n]);
+    for (const py::object& word : words) all += std::string(all.empty() ? "" : ", ") + std::string(py::str(word));
     throw py::type_error(function + " takes these keywords, all of them in this order, and nothing else: " + all);
 }
 // Whether a call brings these keywords, in their order. Names in a call are interned, so identity is equality.
@@ -146,8 +150,8 @@ template <class Words>
 void check_names(const Call& call, const std::string& function, const Words& words) {
     const size_t given = call.names ? PyTuple_GET_SIZE(call.names) : 0;
     bool same = given == words.size() && !call.num_positional;
-    for (size_t n = 0; same && n < given; n++) same = PyTuple_GET_ITEM(call.names, n) == words[n];
-    if (!same) refuse_names(function, words.data(), words.size());
+    for (size_t n = 0; same && n < given; n++) same = PyTuple_GET_ITEM(call.names, n) == words[n].ptr();
+    if (!same) refuse_names(function, words);
 }
 
 // Keyword-only arguments, all of them required.
@@ -155,7 +159,10 @@ template <size_t N>
 class Keywords {
 public:
     Keywords(const char* function, const char* const (&names)[N]) : function(function) {
-        for (size_t n = 0; n < N; n++) words[n] = names[n], interned_words[n] = PyUnicode_InternFromString(names[n]);
+        for (size_t n = 0; n < N; n++) {
+            words[n] = names[n];
+            interned_words[n] = py::reinterpret_steal<py::object>(PyUnicode_InternFromString(names[n]));
+        }
     }
 
     std::array<Argument, N> read(const Call& call) const {
@@ -168,7 +175,7 @@ public:
 private:
     const char* function;
     const char* words[N];
-    std::array<PyObject*, N> interned_words;
+    std::array<py::object, N> interned_words;
 };
 
 // A function for a PyMethodDef: what it throws becomes a Python exception.

@@ -50,6 +50,11 @@ def use(backend: str) -> Iterator[None]:
         _forced = before
 
 
+def is_forced() -> bool:
+    """Whether a backend is forced, by `use` or by SPARSEKERN_BACKEND."""
+    return _forced is not None
+
+
 def backend_for(x: Tensor, layout: Layout, token_offsets: Tensor | None = None) -> ModuleType | SimpleNamespace:
     """What is to answer a product of x: something with the functions `dds` and `sdd` of a backend."""
     if _forced is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsekern import choose
+from sparsekern import choose, quick
 from sparsekern.topology import Layout, Topology
 
 
@@ -42,6 +42,10 @@ def dds(
         >>> dds(torch.randn(5, 32), torch.randn(2, 16, 16), topology, transpose=True).shape
         torch.Size([5, 64])
     """
+    if not torch.compiler.is_compiling() and quick.prepared and token_offsets is None and quick.is_open():
+        y = _quick_dds(x, weight, topology, bias, transpose, growth)
+        if y is not None:
+            return y
     x, weight, bias = _autocast(x, weight, bias)
     _check("dds", topology, x, weight, bias, topology.shape[int(transpose)], token_offsets)
     if bias is not None and not transpose:
@@ -60,7 +64,7 @@ def dds(
     ):
         y = _Dds.apply(rows, weight, bias, token_offsets, layout, transpose)
     else:
-        y = choose.backend_for(rows, layout, token_offsets).dds(rows, weight, layout, bias, transpose, token_offsets)
+        y = _multiply(rows, weight, bias, token_offsets, layout, transpose)
     if growth is not None and y.requires_grad:
         y = growth.watch(y, rows, token_offsets, layout)
     y = _crop(y, topology, int(not transpose), groups)
@@ -96,22 +100,48 @@ def sdd(dy: Tensor, x: Tensor, topology: Topology, token_offsets: Tensor | None 
     return _sdd(dy, x, token_offsets, layout)
 
 
+def _quick_dds(x, weight, topology, bias, transpose, growth) -> Tensor | None:
+    """`dds` by the short way, with gradients; None where it must go the long way."""
+    b, (rows, cols), (outputs, inputs) = topology.block_size, topology.grid, topology.shape
+    if rows * b != outputs or cols * b != inputs or (growth is not None and x.dim() != 2):
+        return None
+    layout = topology.layout
+    y = quick.dds(x, weight, layout, bias, transpose)
+    if y is None or not torch.is_grad_enabled():
+        return y
+    if x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad):
+        y = _apply_dds(x, weight, bias, None, layout, transpose, [y])
+        if growth is not None:
+            y = growth.watch(y, x, None, layout)
+    return y
+
+
 class _Dds(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, token_offsets, layout, transpose):
+    def forward(ctx, x, weight, bias, token_offsets, layout, transpose, result=None):
+        """`result` is a list that holds y where the short way has made it: in a list, it is no input of this node."""
         ctx.save_for_backward(x, weight, token_offsets)
         ctx.layout, ctx.transpose = layout, transpose
-        return choose.backend_for(x, layout, token_offsets).dds(x, weight, layout, bias, transpose, token_offsets)
+        return result[0] if result else _multiply(x, weight, bias, token_offsets, layout, transpose)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, token_offsets = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        leading = dy.shape[:-1]
+        if len(leading) > 1:  # of the short way only
+            dy, x = dy.flatten(0, -2), x.flatten(0, -2)
         dy = _row_major(dy)
         dx = _dds(dy, weight, token_offsets, ctx.layout, not ctx.transpose) if need_x else None
+        if len(leading) > 1 and need_x:
+            dx = dx.unflatten(0, leading)
         out_side, in_side = (dy, x) if ctx.transpose else (x, dy)
         dw = _sdd(out_side, in_side, token_offsets, ctx.layout) if need_weight else None
-        return dx, dw, _bias_gradient(dy, token_offsets) if need_bias else None, None, None, None
+        return dx, dw, _bias_gradient(dy, token_offsets) if need_bias else None, None, None, None, None
+
+
+# Function.apply itself first looks for torch.func's wrappers, for 2 microseconds; the short way has looked already.
+_apply_dds = super(torch.autograd.Function, _Dds).apply
 
 
 class _Sdd(torch.autograd.Function):
@@ -133,13 +163,34 @@ class _Sdd(torch.autograd.Function):
 def _dds(x: Tensor, weight: Tensor, token_offsets: Tensor | None, layout: Layout, transpose: bool) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):  # a backward with create_graph=True
         return _Dds.apply(x, weight, None, token_offsets, layout, transpose)
-    return choose.backend_for(x, layout, token_offsets).dds(x, weight, layout, None, transpose, token_offsets)
+    if quick.prepared and token_offsets is None and quick.is_open():
+        y = quick.dds(x, weight, layout, None, transpose)
+        if y is not None:
+            return y
+    return _multiply(x, weight, None, token_offsets, layout, transpose)
+
+
+def _multiply(x, weight, bias, token_offsets, layout, transpose) -> Tensor:
+    """By the backend that is chosen, which a GPU remembers for the short way."""
+    chosen = choose.backend_for(x, layout, token_offsets).dds
+    y = chosen(x, weight, layout, bias, transpose, token_offsets)
+    if chosen.__module__ == quick.LAUNCHERS and token_offsets is None:
+        quick.learn_dds(x, weight, layout, bias, transpose)
+    return y
 
 
 def _sdd(dy: Tensor, x: Tensor, token_offsets: Tensor | None, layout: Layout) -> Tensor:
     if torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad):
         return _Sdd.apply(dy, x, token_offsets, layout)
-    return choose.backend_for(x, layout, token_offsets).sdd(dy, x, layout, token_offsets)
+    if quick.prepared and token_offsets is None and quick.is_open():
+        grad = quick.sdd(dy, x, layout)
+        if grad is not None:
+            return grad
+    chosen = choose.backend_for(x, layout, token_offsets).sdd
+    grad = chosen(dy, x, layout, token_offsets)
+    if chosen.__module__ == quick.LAUNCHERS and token_offsets is None:
+        quick.learn_sdd(dy, x, layout)
+    return grad
 
 
 def _bias_gradient(dy: Tensor, token_offsets: Tensor | None) -> Tensor:

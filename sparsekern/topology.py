@@ -118,6 +118,7 @@ class Topology(nn.Module):
     ):
         super().__init__()
         check_geometry(shape, block_size, groups)
+        self._held_layout = None
         self.shape = tuple(shape)
         self.block_size = block_size
         self.groups = groups
@@ -158,7 +159,11 @@ class Topology(nn.Module):
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.block_rows, self.block_cols, self.index, *self.grid, self.groups, self.block_size, self.full)
+        held, rows, cols, index = self._held_layout, self.block_rows, self.block_cols, self.index
+        # the same tuple as long as it says the same: to make one takes longer than to look
+        if held is None or not (held[0] is rows and held[1] is cols and held[2] is index and held[7] is self.full):
+            self._held_layout = held = Layout(rows, cols, index, *self.grid, self.groups, self.block_size, self.full)
+        return held
 
     @property
     def num_slots(self) -> int:

@@ -5,7 +5,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # A module imports modules of smaller rank only.
-RANK = {"topology": 0, "backends": 1, "choose": 2, "products": 3, "growth": 4, "layer": 5, "linear": 6, "conv": 6}
+RANK = {
+    "topology": 0,
+    "backends": 1,
+    "choose": 2,
+    "quick": 2.5,
+    "products": 3,
+    "growth": 4,
+    "layer": 5,
+    "linear": 6,
+    "conv": 6,
+}
 RANK |= {"convert": 7, "summary": 8, "rewire": 7, "rewire.rewire": 8, "rewire.optimizer_state": 8, "rewire.rule": 9}
 RANK |= {"rewire.drop_and_grow": 10, "rewire.gmp": 10, "rewire.density": 1, "table": 0}
 RANK |= {"devices": 0, "cost": 1, "vendor": 1.5}

@@ -40,7 +40,7 @@ int features(int blocks, const Layout& layout, const Argument& token_offsets) {
 }
 
 PyObject* call_dds(const Call& call) {
-    static const Keywords<8> keywords(
+    static const auto& keywords = *new Keywords<8>(
         "dds", {"layout", "x", "weight", "bias", "y", "transpose", "token_offsets", "threads"});
     const auto [layout_, x, weight, bias, y, transpose_, token_offsets, threads] = keywords.read(call);
     const Layout layout = read_layout(layout_);
@@ -67,7 +67,7 @@ PyObject* call_dds(const Call& call) {
 }
 
 PyObject* call_sdd(const Call& call) {
-    static const Keywords<6> keywords("sdd", {"layout", "dy", "x", "grad", "token_offsets", "threads"});
+    static const auto& keywords = *new Keywords<6>("sdd", {"layout", "dy", "x", "grad", "token_offsets", "threads"});
     const auto [layout_, dy, x, grad, token_offsets, threads] = keywords.read(call);
     const Layout layout = read_layout(layout_);
     const Type type = type_of(x);
@@ -111,11 +111,11 @@ PyObject* call_copy(const Keywords<4>& keywords, const Call& call, decltype(dens
     Py_RETURN_NONE;
 }
 PyObject* call_densify(const Call& call) {
-    static const Keywords<4> keywords("densify", {"layout", "weight", "dense", "threads"});
+    static const auto& keywords = *new Keywords<4>("densify", {"layout", "weight", "dense", "threads"});
     return call_copy(keywords, call, densify, true);
 }
 PyObject* call_gather(const Call& call) {
-    static const Keywords<4> keywords("gather", {"layout", "dense", "weight", "threads"});
+    static const auto& keywords = *new Keywords<4>("gather", {"layout", "dense", "weight", "threads"});
     return call_copy(keywords, call, gather, false);
 }
 

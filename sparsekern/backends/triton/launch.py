@@ -104,15 +104,10 @@ def dds(
         weight, k_major = weight.transpose(1, 2).contiguous(), True
     num_tokens = x.shape[0]
     y = x.new_empty(num_tokens, out_blocks * b)
-    for tile in TILES["dds", b, arithmetic]:
-        # every group may end in a tile of its own
-        programs = (-(-num_tokens // tile.m) + groups - 1) * out_blocks
-        if programs >= PROGRAMS_PER_SM * _num_sms(x.device):
-            break
     if not num_tokens:
         return y
-    device = x.get_device()
-    key = "dds", tile, arithmetic, device, layout.num_slots, layout[3:], transpose, *_dtypes(x, bias, token_offsets)
+    tile, device = _dds_tile(arithmetic, b, num_tokens, groups, out_blocks, x.device), x.get_device()
+    key = _dds_key(tile, arithmetic, device, layout, transpose, x, bias, token_offsets)
     launch = _prepared.get(key)
     if launch is None or device != current_device() or not launch(
         tokens=num_tokens, stream=current_stream(device),
@@ -139,7 +134,7 @@ def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = No
     grad = x.new_empty(num_slots, b, b)
     parts = grad if splits == 1 else x.new_empty(splits, num_slots, b, b, dtype=torch.float32)
     device = x.get_device()
-    key = "sdd", tile, splits, arithmetic, device, num_slots, layout[3:], *_dtypes(x, None, token_offsets)
+    key = _sdd_key(tile, splits, arithmetic, device, layout, x, token_offsets)
     launch = _prepared.get(key)
     if launch is None or device != current_device() or not launch(
         tokens=num_tokens, stream=current_stream(device),
@@ -159,7 +154,7 @@ def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = No
 
 def _sum_splits(parts: Tensor, total: Tensor, splits: int) -> None:
     size, device = total.numel(), total.get_device()
-    key = "sum_splits", splits, size, device, total.dtype
+    key = _sum_key(splits, size, device, total.dtype)
     launch = _prepared.get(key)
     if (
         launch is None
@@ -168,6 +163,56 @@ def _sum_splits(parts: Tensor, total: Tensor, splits: int) -> None:
     ):
         grid = (0, -(-size // 1024), 1, 1)
         _launch(key, kernels.sum_splits_kernel, None, grid, 0, (parts, total), (size,), (), SPLITS=splits, BLOCK=1024)
+
+
+def quick_dds(x: Tensor, layout: Layout, bias: Tensor | None, transpose: bool) -> tuple | None:
+    """What `dds` of such operands launches, for `sparsekern.quick`: (launch, 1, None); None if not prepared."""
+    arithmetic, b, num_tokens, device = _arithmetic(x), layout.block_size, x.shape[0], x.get_device()
+    if layout.full or (arithmetic == "tf32" and not transpose):
+        return None
+    out_blocks = layout.num_rows if transpose else layout.num_cols
+    tile = _dds_tile(arithmetic, b, num_tokens, 1, out_blocks, x.device)
+    launch = _prepared.get(_dds_key(tile, arithmetic, device, layout, transpose, x, bias, None))
+    return (launch, 1, None) if launch else None
+
+
+def quick_sdd(x: Tensor, layout: Layout) -> tuple | None:
+    """Likewise for `sdd`: (launch, parts of the tokens, launch that sums the parts or None)."""
+    arithmetic, b, device = _arithmetic(x), layout.block_size, x.get_device()
+    if layout.full:
+        return None
+    (tile,) = TILES["sdd", b, arithmetic]
+    splits = _splits(layout.num_slots // max(1, tile.m // b), x.shape[0], x.device)
+    launch = _prepared.get(_sdd_key(tile, splits, arithmetic, device, layout, x, None))
+    sums = _prepared.get(_sum_key(splits, layout.num_slots * b * b, device, x.dtype))
+    if launch is None or (splits > 1 and sums is None):
+        return None
+    return launch, splits, sums if splits > 1 else None
+
+
+def _dds_key(tile, arithmetic, device, layout, transpose, x, bias, token_offsets) -> tuple:
+    dtypes = (None if bias is None else bias.dtype, None if token_offsets is None else token_offsets.dtype)
+    return "dds", tile, arithmetic, device, layout.num_slots, layout[3:], transpose, x.dtype, *dtypes
+
+
+def _sdd_key(tile, splits, arithmetic, device, layout, x, token_offsets) -> tuple:
+    offsets = None if token_offsets is None else token_offsets.dtype
+    return "sdd", tile, splits, arithmetic, device, layout.num_slots, layout[3:], x.dtype, offsets
+
+
+def _sum_key(splits: int, size: int, device: int, dtype: torch.dtype) -> tuple:
+    return "sum_splits", splits, size, device, dtype
+
+
+def _dds_tile(arithmetic: str, b: int, num_tokens: int, groups: int, out_blocks: int, device: torch.device) -> Tile:
+    """Of the tokens, their highest bit decides, so that a prepared product needs one launch for each."""
+    num_tokens = 1 << num_tokens.bit_length() - 1
+    for tile in TILES["dds", b, arithmetic]:
+        # every group may end in a tile of its own
+        programs = (-(-num_tokens // tile.m) + groups - 1) * out_blocks
+        if programs >= PROGRAMS_PER_SM * _num_sms(device):
+            break
+    return tile
 
 
 def _launch(
@@ -186,10 +231,6 @@ def _launch(
             known = {name: n for name, n in zip(names, numbers, strict=True) if name != "num_tokens"}
             if launch := prepare(compiled, known, grid):
                 _prepared[key] = launch
-
-
-def _dtypes(*tensors: Tensor | None) -> list[torch.dtype | None]:
-    return [None if tensor is None else tensor.dtype for tensor in tensors]
 
 
 def add_block_norms(

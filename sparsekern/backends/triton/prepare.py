@@ -9,6 +9,7 @@ no prepared launch.
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from triton.runtime import driver
 
 try:
@@ -70,4 +71,12 @@ def prepare(compiled, numbers: dict[str, int], grid: tuple[int, int, int, int]) 
     return _cuda.prepare(
         name=metadata.name, function=compiled.function, device=current_device(), threads=32 * warps, shared=shared,
         grid=grid, tensors=tensors, parameters=parameters,
+    )  # fmt: skip
+
+
+def quick_product(x: Tensor, operands: list[tuple[str, str, int]], features: int, blocks: tuple[int, ...]) -> tuple:
+    """What `_cuda.product` makes of operands like x."""
+    return _cuda.product(
+        name="product", dtype=x.dtype, device=x.get_device(), operands=operands, features=features, blocks=blocks,
+        current_device=current_device, current_stream=current_stream,
     )  # fmt: skip
