@@ -95,7 +95,7 @@ py::object Product::operator()(const Call& call) const {
     int64_t row_strides[MAX_PARAMETERS];
     for (size_t t = 0; t < entry.sources.size(); t++) {
         const int source = entry.sources[t];
-        row_strides[t] = source >= 0 ? strides[source] : 0;
+        row_strides[t] = source >= 0 ? strides[source] : features;  // blocks have no rows, and no kernel asks
         places[t] = source >= 0          ? reinterpret_cast<uintptr_t>(addresses[source])
                     : source == OUTPUT ? output_address
                     : source == PARTS  ? parts_address
