@@ -25,12 +25,13 @@ inline int bytes_of(Dtype dtype) {
 
 // Python objects that every call needs, made once.
 struct Interned {
-    PyObject *data_ptr, *numel, *stride, *shape, *dtype, *is_cpu;
+    PyObject *data_ptr, *numel, *nbytes, *stride, *shape, *dtype, *is_cpu;
     PyObject* dtypes[NUM_DTYPES];
 
     Interned() {
         data_ptr = PyUnicode_InternFromString("data_ptr");
         numel = PyUnicode_InternFromString("numel");
+        nbytes = PyUnicode_InternFromString("nbytes");
         stride = PyUnicode_InternFromString("stride");
         shape = PyUnicode_InternFromString("shape");
         dtype = PyUnicode_InternFromString("dtype");
@@ -64,6 +65,7 @@ struct Argument {
         if (!place && PyErr_Occurred()) throw py::error_already_set();
         return reinterpret_cast<void*>(place);
     }
+    int64_t nbytes() const { return checked(PyLong_AsLongLong(attribute(interned().nbytes).ptr())); }
     int64_t numel() const { return checked(PyLong_AsLongLong(ask(interned().numel).ptr())); }
     py::object shape() const { return attribute(interned().shape); }
     py::object strides() const { return ask(interned().stride); }

@@ -102,8 +102,7 @@ def sdd(dy: Tensor, x: Tensor, topology: Topology, token_offsets: Tensor | None 
 
 def _quick_dds(x, weight, topology, bias, transpose, growth) -> Tensor | None:
     """`dds` by the short way, with gradients; None where it must go the long way."""
-    b, (rows, cols), (outputs, inputs) = topology.block_size, topology.grid, topology.shape
-    if rows * b != outputs or cols * b != inputs or (growth is not None and x.dim() != 2):
+    if topology.padded or (growth is not None and x.dim() != 2):
         return None
     layout = topology.layout
     y = quick.dds(x, weight, layout, bias, transpose)
@@ -121,22 +120,23 @@ class _Dds(torch.autograd.Function):
     def forward(ctx, x, weight, bias, token_offsets, layout, transpose, result=None):
         """`result` is a list that holds y where the short way has made it: in a list, it is no input of this node."""
         ctx.save_for_backward(x, weight, token_offsets)
-        ctx.layout, ctx.transpose = layout, transpose
+        ctx.walk = layout, transpose
         return result[0] if result else _multiply(x, weight, bias, token_offsets, layout, transpose)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, token_offsets = ctx.saved_tensors
+        layout, transpose = ctx.walk
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         leading = dy.shape[:-1]
         if len(leading) > 1:  # of the short way only
             dy, x = dy.flatten(0, -2), x.flatten(0, -2)
         dy = _row_major(dy)
-        dx = _dds(dy, weight, token_offsets, ctx.layout, not ctx.transpose) if need_x else None
+        dx = _dds(dy, weight, token_offsets, layout, not transpose) if need_x else None
         if len(leading) > 1 and need_x:
             dx = dx.unflatten(0, leading)
-        out_side, in_side = (dy, x) if ctx.transpose else (x, dy)
-        dw = _sdd(out_side, in_side, token_offsets, ctx.layout) if need_weight else None
+        out_side, in_side = (dy, x) if transpose else (x, dy)
+        dw = _sdd(out_side, in_side, token_offsets, layout) if need_weight else None
         return dx, dw, _bias_gradient(dy, token_offsets) if need_bias else None, None, None, None, None
 
 

@@ -75,10 +75,11 @@ def forget() -> None:
     _learnt.clear()
 
 
-def _key(x: Tensor, num_slots: int, layout: Layout, *which) -> tuple:
+def _key(x: Tensor, num_slots: int, layout: Layout, transpose: bool | None = None, bare: bool | None = None) -> tuple:
     dtype = x.dtype
-    precision = torch.get_float32_matmul_precision() if dtype is torch.float32 else None
-    return dtype, precision, x.get_device(), num_slots, layout[3:], *which
+    if dtype is torch.float32:
+        return torch.get_float32_matmul_precision(), x.get_device(), num_slots, layout[3:], transpose, bare
+    return dtype, x.get_device(), num_slots, layout[3:], transpose, bare
 
 
 def _is_news(key: tuple, x: Tensor) -> bool:

@@ -113,16 +113,18 @@ class Topology(nn.Module):
         groups: independent matrices of equal shape.
     """
 
+    _held_layout: Layout | None = None
+
     def __init__(
         self, block_rows: Tensor, block_cols: Tensor, shape: tuple[int, int], block_size: int, groups: int = 1
     ):
         super().__init__()
         check_geometry(shape, block_size, groups)
-        self._held_layout = None
         self.shape = tuple(shape)
         self.block_size = block_size
         self.groups = groups
         self.grid = tuple(groups * -(-size // groups // block_size) for size in shape)
+        self.padded = self.shape != tuple(blocks * block_size for blocks in self.grid)
         check_blocks(block_rows, block_cols, self.grid, groups)
         dtype = torch.int16 if max(self.grid) < 2**15 else torch.int32
         self.block_rows = block_rows.to(dtype, copy=True)

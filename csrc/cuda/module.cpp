@@ -43,7 +43,14 @@ PyObject* call_launch(const Call& call) {
         addresses[t] = tensor.is_none() ? 0 : reinterpret_cast<uintptr_t>(tensor.address());
         if (launch.has_stride[t]) strides[t] = tensor.first_stride();
     }
-    return PyBool_FromLong(launch(argument(0).integer(), uintptr_t(argument(1).integer()), addresses, strides));
+    const int64_t tokens = argument(0).integer();
+    const uintptr_t stream = argument(1).integer();
+    bool launched;
+    {
+        py::gil_scoped_release others_may_run;  // a full queue of launches makes the driver wait
+        launched = launch(tokens, stream, addresses, strides);
+    }
+    return PyBool_FromLong(launched);
 }
 PyObject* call_product(const Call& call) { return (*self_of<Product>(call.self, PRODUCT_KIND))(call).release().ptr(); }
 

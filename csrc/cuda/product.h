@@ -51,11 +51,12 @@ private:
     };
 
     bool read_rows(const Argument& tensor, int64_t features, Rows& rows) const;
-    py::object new_output(const Argument& like, int64_t tokens) const;
+    py::object new_output(const Argument& like) const;
     py::object new_parts(const Argument& like, int parts) const;
 
     const std::string name;
     const py::object dtype;
+    const int element_bytes;
     const int device;
     const std::vector<Operand> operands;
     std::vector<py::object> words;
