@@ -4,8 +4,10 @@ Kernels are compiled for an H100 and loaded nowhere. Triton's launcher and ours 
 """
 
 import ctypes
+import gc
 import itertools
 import threading
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -205,6 +207,24 @@ def test_without_the_native_module_triton_launches(compiled, monkeypatch):
     for call in calls(torch.bfloat16).values():
         assert [r["triton"] for _ in range(2) for r in records(call, compiled)] == [1, 1]
     assert launch._prepared == {}
+
+
+def test_a_kernel_stays_loaded_as_long_as_its_launch(compiled, monkeypatch):
+    kernels, note = [], launch.prepare
+
+    def remember(kernel, *others):
+        kernels.append(weakref.ref(kernel))
+        return note(kernel, *others)
+
+    monkeypatch.setattr(launch, "prepare", remember)
+    call = calls(torch.bfloat16)["gradient"]
+    call()
+    launch.kernels.sdd_kernel.device_caches.clear()  # Triton has forgotten it
+    gc.collect()
+    assert kernels[0]() is not None and not records(call, compiled)[0]["triton"]
+    launch._prepared.clear()
+    gc.collect()
+    assert kernels[0]() is None
 
 
 def test_the_drivers_error_names_the_kernel(compiled):

@@ -10,7 +10,8 @@ namespace sparsekern {
 
 namespace {
 
-constexpr int ALIGNMENT = 16;          // of addresses (bytes) and strides (elements): Triton compiles for multiples of it
+// Of addresses in bytes and of strides in elements: Triton compiles a variant for multiples of it.
+constexpr int ALIGNMENT = 16;
 constexpr int INVALID_CONTEXT = 201;  // CUDA_ERROR_INVALID_CONTEXT
 
 template <class Function>
@@ -78,8 +79,9 @@ bool Launch::operator()(int64_t tokens, uintptr_t stream, const uintptr_t* addre
     }
     if (unaligned % ALIGNMENT || large > INT32_MAX) return false;
     const auto launch = [&] {
-        return launch_kernel_in_use()(reinterpret_cast<void*>(function), unsigned(x), unsigned(grid.y), 1, threads, 1, 1,
-                                      shared, reinterpret_cast<void*>(stream), places, nullptr);
+        void *const kernel = reinterpret_cast<void*>(function), *const queue = reinterpret_cast<void*>(stream);
+        const LaunchKernel driver = launch_kernel_in_use();
+        return driver(kernel, unsigned(x), unsigned(grid.y), 1, threads, 1, 1, shared, queue, places, nullptr);
     };
     int code = launch();
     if (code == INVALID_CONTEXT) {

@@ -1,6 +1,6 @@
 // Kernels that are ready to be launched: all that does not change from call to call is decided, and a call brings
-// addresses, the number of tokens and the stream. Neither CUDA's headers nor its libraries are needed to build this: the
-// driver's few functions are looked up in libcuda.so.1 at the first launch.
+// addresses, the number of tokens and the stream. Neither CUDA's headers nor its libraries are needed to build this:
+// the driver's few functions are looked up in libcuda.so.1 at the first launch.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -9,8 +9,8 @@
 namespace sparsekern {
 
 // cuLaunchKernel; grid, block, shared bytes, stream, addresses of the parameters.
-using LaunchKernel = int (*)(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned shared,
-                             void* stream, void** parameters, void** extra);
+using LaunchKernel = int (*)(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
+                             unsigned shared, void* stream, void** parameters, void** extra);
 
 constexpr int MAX_PARAMETERS = 32;
 

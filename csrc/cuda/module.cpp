@@ -69,10 +69,11 @@ Parameter parameter(const std::string& kind, const py::object& value, const std:
 
 py::object prepare(std::string name, uintptr_t function, int device, int threads, int shared,
                    std::array<int64_t, 4> grid, const std::vector<std::string>& tensors,
-                   const std::vector<std::pair<std::string, py::object>>& parameters) {
+                   const std::vector<std::pair<std::string, py::object>>& parameters, py::object owner) {
     if (parameters.size() > MAX_PARAMETERS || tensors.size() > MAX_PARAMETERS)
         throw py::value_error("prepare: " + name + " has more than " + std::to_string(MAX_PARAMETERS) + " parameters");
     auto named = std::make_shared<NamedLaunch>();
+    named->owner = std::move(owner);
     Launch& launch = named->launch;
     launch = {std::move(name), function, device, threads, shared, {grid[0], grid[1], grid[2], grid[3]}, {}, {}};
     launch.has_stride.resize(tensors.size());
@@ -124,18 +125,19 @@ PYBIND11_MODULE(_cuda, m) {
     using py::arg;
     m.doc() = "Prepared launches on an NVIDIA GPU; see sparsekern/backends/triton/prepare.py.";
     m.def("prepare", sk::prepare, py::kw_only(), arg("name"), arg("function"), arg("device"), arg("threads"),
-          arg("shared"), arg("grid"), arg("tensors"), arg("parameters"),
+          arg("shared"), arg("grid"), arg("tensors"), arg("parameters"), arg("owner"),
           "A function that launches a kernel: launch(tokens=..., stream=..., and every tensor by its name) -> bool.\n\n"
           "grid: (tokens of a program, or 0; programs more; outputs; programs along y): x is\n"
           "    (ceil(tokens / tokens of a program) + programs more) * outputs.\n"
-          "parameters: those of the kernel, in order: (\"address\", tensor), (\"stride\", tensor), (\"tokens\", None),\n"
-          "    (\"number\", int32) or (\"nothing\", None), which is a null pointer.\n"
+          "parameters: those of the kernel, in order: (\"address\", tensor), (\"stride\", tensor),\n"
+          "    (\"tokens\", None), (\"number\", int32) or (\"nothing\", None), which is a null pointer.\n"
+          "owner: what keeps the function loaded; it lives as long as the launch.\n"
           "False comes back, and nothing is launched, where an address or a stride is no multiple of 16 or a number\n"
           "has over 31 bits: Triton compiles another variant for those.");
     m.def("product", sk::product, py::kw_only(), arg("name"), arg("dtype"), arg("device"), arg("operands"),
           arg("features"), arg("blocks"), arg("current_device"), arg("current_stream"),
-          "Two functions: product(every operand by its name) -> the output, or None where the operands are others than\n"
-          "it was prepared for; and add(bucket, launch, parts=1, sum=None), which adds a prepared launch for\n"
+          "Two functions: product(every operand by its name) -> the output, or None where the operands are others\n"
+          "than it was prepared for; and add(bucket, launch, parts=1, sum=None), which adds a prepared launch for\n"
           "2**bucket to 2**(bucket + 1) - 1 tokens.\n\n"
           "operands: (name, \"rows\", features), (name, \"whole\", elements), (name, \"index\", elements) or\n"
           "    (name, \"nothing\", 0).\n"

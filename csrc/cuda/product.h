@@ -1,5 +1,5 @@
-// A whole product for one geometry of operands: it looks whether they are what it was prepared for, makes the output and
-// launches. One call from Python takes the place of checks, choice and launch in Python.
+// A whole product for one geometry of operands: it looks whether they are what it was prepared for, makes the output
+// and launches. One call from Python takes the place of checks, choice and launch in Python.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -18,6 +18,7 @@ struct NamedLaunch {
     Launch launch;
     std::vector<std::string> words;
     std::vector<py::object> interned_words;
+    py::object owner;  // unloads the function when it goes
 };
 using SharedLaunch = std::shared_ptr<const NamedLaunch>;
 
@@ -34,7 +35,7 @@ public:
     Product(std::string name, py::object dtype, int device, std::vector<Operand> operands, int64_t features,
             py::tuple blocks, py::function current_device, py::function current_stream);
 
-    // Launches for 2^bucket to 2^(bucket + 1) - 1 tokens: the product, and the sum of its parts where there are several.
+    // Launches for 2^bucket to 2^(bucket + 1) - 1 tokens: the product, and the sum of its parts if there are several.
     void add(int bucket, SharedLaunch launch, int parts, SharedLaunch sum);
     // The output; None, and nothing was launched, where the operands are others or no launch was added for them.
     py::object operator()(const Call& call) const;

@@ -70,7 +70,7 @@ def prepare(compiled, numbers: dict[str, int], grid: tuple[int, int, int, int]) 
     parameters += [("nothing", None), ("nothing", None)]
     return _cuda.prepare(
         name=metadata.name, function=compiled.function, device=current_device(), threads=32 * warps, shared=shared,
-        grid=grid, tensors=tensors, parameters=parameters,
+        grid=grid, tensors=tensors, parameters=parameters, owner=compiled,
     )  # fmt: skip
 
 
