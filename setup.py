@@ -1,7 +1,8 @@
-"""What is compiled: the native module sparsekern._C (CPU, C++) and, where nvcc is, the kernels of csrc/cuda.
+"""What is compiled: two native modules in plain C++ and, where nvcc is, the kernels of csrc/cuda.
 
-Nothing sees a torch header, so the build needs no torch; and what cannot be built does not cost the rest. A kernel
-becomes sparsekern/fatbin/<name>.fatbin, which the driver of a GPU loads at run time: no library of CUDA is linked.
+sparsekern._C holds the CPU kernels, sparsekern._cuda the launches on a GPU, whose driver is looked up at run time. A
+CUDA kernel becomes sparsekern/fatbin/<name>.fatbin, which that driver loads. Nothing sees a torch header, so the build
+needs no torch; and what cannot be built does not cost the rest.
 """
 
 import os
@@ -23,6 +24,9 @@ NVCC_FLAGS = [
     "-gencode=arch=compute_80,code=[sm_80,compute_80]",
     "-gencode=arch=compute_90a,code=sm_90a",
 ]
+SANITIZE = os.environ.get("SPARSEKERN_SANITIZE") == "1"  # set by tests/sanitize.sh
+if SANITIZE:
+    CPP_FLAGS += ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 class BuildNative(build_ext):
@@ -51,9 +55,12 @@ class BuildNative(build_ext):
             openmp = ["-fopenmp"] if self.compiler_takes("-fopenmp") else []
             if not openmp:
                 say("the compiler does not take -fopenmp, so the CPU kernels will use one thread")
-            ext.extra_compile_args, ext.extra_link_args = CPP_FLAGS + openmp, openmp
+            sanitizers = [flag for flag in CPP_FLAGS if flag.startswith("-fsanitize")]
+            ext.extra_compile_args, ext.extra_link_args = CPP_FLAGS + openmp, openmp + sanitizers
             super().build_extension(ext)
         except Exception as error:
+            if SANITIZE:
+                raise
             say(f"{ext.name} was not built, and the package works without it: {error}")
 
     def compiler_takes(self, *flags: str) -> bool:
@@ -91,13 +98,16 @@ def wants_cuda() -> bool:
     return choice != "0" and not problem
 
 
-cpu = Extension(
-    "sparsekern._C",
-    sources=["csrc/module.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))],
-    depends=sorted(map(str, [*Path("csrc").glob("*.h"), *Path("csrc/cpu").glob("*.h")])),
-    include_dirs=["csrc", pybind11.get_include()],
-    language="c++",
-    optional=True,  # setup then accepts that it is missing
-)
+def extension(name: str, room: str) -> Extension:
+    return Extension(
+        f"sparsekern.{name}",
+        sources=sorted(map(str, Path("csrc", room).glob("*.cpp"))),
+        depends=sorted(map(str, [*Path("csrc").glob("*.h"), *Path("csrc", room).glob("*.h")])),
+        include_dirs=[pybind11.get_include()],
+        language="c++",
+        optional=True,  # setup then accepts that it is missing
+    )
+
+
 wants_cuda()  # a wrong choice is told before anything is compiled
-setup(ext_modules=[cpu], cmdclass={"build_ext": BuildNative})
+setup(ext_modules=[extension("_C", "cpu"), extension("_cuda", "cuda")], cmdclass={"build_ext": BuildNative})

@@ -55,7 +55,12 @@ class SparseLinear(SparseLayer):
 
     def forward(self, x: Tensor, group: Tensor | None = None) -> Tensor:
         if group is None:
-            return dds(x, self.weight, self.topology, self.bias, transpose=True, growth=self.growth)
+            # nn.Module looks through three dictionaries for an attribute, which takes half a microsecond; a
+            # parametrised weight is in none of them
+            parameters = self._parameters
+            weight, bias = parameters.get("weight"), parameters.get("bias")
+            weight, bias = self.weight if weight is None else weight, self.bias if bias is None else bias
+            return dds(x, weight, self._modules["topology"], bias, True, None, self.growth)
         if group.shape != x.shape[:-1]:
             raise ValueError(
                 f"SparseLinear: group must hold one id per token, {tuple(x.shape[:-1])}, got {tuple(group.shape)}"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
 
-from sparsekern import choose
+from sparsekern import choose, quick
 from sparsekern.topology import Layout, catch_up, is_current
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -54,7 +54,32 @@ def dds(
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return Dds.apply(x, weight, bias, token_offsets, layout, transpose)
-    return choose.backend_for("dds", x, layout, token_offsets).dds(x, weight, layout, bias, transpose, token_offsets)
+    if quick.prepared and token_offsets is None and quick.is_open():
+        y = quick.dds(x, weight, layout, bias, transpose)
+        if y is not None:
+            return y
+    return _multiply(x, weight, bias, token_offsets, layout, transpose)
+
+
+def quick_dds(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, transpose: bool) -> Tensor | None:
+    """dds by the short way of a GPU, with gradients, on x [..., features]; None where it must go the long way."""
+    if not (quick.is_open() and is_plain(x, weight, bias)):
+        return None
+    y = quick.dds(x, weight, layout, bias, transpose)
+    if y is None or not torch.is_grad_enabled():
+        return y
+    if x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad):
+        return _apply_dds(x, weight, bias, None, layout, transpose, [y])
+    return y
+
+
+def _multiply(x, weight, bias, token_offsets, layout, transpose) -> Tensor:
+    """By the backend that is chosen, which a GPU remembers for the short way."""
+    product = choose.backend_for("dds", x, layout, token_offsets).dds
+    y = product(x, weight, layout, bias, transpose, token_offsets)
+    if product.__module__ == quick.LAUNCHERS and token_offsets is None:
+        quick.learn_dds(x, weight, layout, bias, transpose)
+    return y
 
 
 def sdd(dy: Tensor, x: Tensor, token_offsets: Tensor | None, layout: Layout) -> Tensor:
@@ -65,7 +90,15 @@ def sdd(dy: Tensor, x: Tensor, token_offsets: Tensor | None, layout: Layout) -> 
         return torch.ops.sparsekern.sdd(dy, x, token_offsets, *layout)
     if torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad):
         return Sdd.apply(dy, x, token_offsets, layout)
-    return choose.backend_for("sdd", x, layout, token_offsets).sdd(dy, x, layout, token_offsets)
+    if quick.prepared and token_offsets is None and quick.is_open():
+        grad = quick.sdd(dy, x, layout)
+        if grad is not None:
+            return grad
+    product = choose.backend_for("sdd", x, layout, token_offsets).sdd
+    grad = product(dy, x, layout, token_offsets)
+    if product.__module__ == quick.LAUNCHERS and token_offsets is None:
+        quick.learn_sdd(dy, x, layout)
+    return grad
 
 
 # Gradients, the same on every route.
@@ -141,19 +174,28 @@ class Dds(Function):
     """Of plain tensors in eager mode."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, token_offsets, layout, transpose):
+    def forward(ctx, x, weight, bias, token_offsets, layout, transpose, result=None):
+        """`result` is a list that holds y where the short way has made it: in a list, it is no input of this node."""
         ctx.save_for_backward(x, weight, token_offsets)
-        ctx.layout, ctx.versions, ctx.transpose = layout, layout.versions(), transpose
-        return choose.backend_for("dds", x, layout, token_offsets).dds(
-            x, weight, layout, bias, transpose, token_offsets
-        )
+        ctx.walk = layout, layout.versions(), transpose
+        return result[0] if result else _multiply(x, weight, bias, token_offsets, layout, transpose)
 
     @staticmethod
     def backward(ctx, dy):
-        check_unchanged(ctx.layout, ctx.versions)
+        layout, versions, transpose = ctx.walk
+        check_unchanged(layout, versions)
         x, weight, token_offsets = ctx.saved_tensors
-        gradients = dds_gradients(ctx.needs_input_grad, dy, x, weight, token_offsets, ctx.layout, ctx.transpose)
-        return *gradients, None, None, None
+        leading = dy.shape[:-1]
+        if len(leading) > 1:  # of the short way only
+            dy, x = dy.flatten(0, -2), x.flatten(0, -2)
+        dx, dw, db = dds_gradients(ctx.needs_input_grad, dy, x, weight, token_offsets, layout, transpose)
+        if len(leading) > 1 and dx is not None:
+            dx = dx.reshape(*leading, dx.shape[1])
+        return dx, dw, db, None, None, None, None
+
+
+# Function.apply itself first looks for torch.func's wrappers, for 2 microseconds; the short way has looked already.
+_apply_dds = super(Function, Dds).apply
 
 
 class Sdd(Function):

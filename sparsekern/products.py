@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsekern import operators
+from sparsekern import operators, quick
 from sparsekern.topology import INTEGERS, Layout, Topology
 
 
@@ -50,6 +50,10 @@ def dds(
         >>> dds(torch.randn(5, 32), torch.randn(2, 16, 16), topology, transpose=True).shape
         torch.Size([5, 64])
     """
+    if quick.prepared and token_offsets is None and not torch.compiler.is_compiling():
+        y = _quick_dds(x, weight, topology, bias, transpose, growth)
+        if y is not None:
+            return y
     x, weight, bias = _autocast(x, weight, bias)
     if token_offsets is not None:
         token_offsets = _as_offsets("dds", token_offsets, topology, x)
@@ -96,6 +100,15 @@ def sdd(dy: Tensor, x: Tensor, topology: Topology, token_offsets: Tensor | None 
     groups = 1 if token_offsets is not None else topology.groups
     dy, x = _pad(dy, topology, 0, groups), _pad(x, topology, 1, groups)
     return operators.sdd(dy, x, token_offsets, topology.layout)
+
+
+def _quick_dds(x, weight, topology: Topology, bias, transpose: bool, growth: Growth | None) -> Tensor | None:
+    """`dds` by the short way of a GPU; None where it must go the long way."""
+    if topology.padded or (growth is not None and x.dim() != 2):
+        return None
+    layout = topology.layout
+    y = operators.quick_dds(x, weight, bias, layout, transpose)
+    return growth.watch(y, x, None, layout) if y is not None and growth is not None and y.requires_grad else y
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -129,9 +129,8 @@ def _build_index_in_cpp(layout: Layout) -> Tensor:
     slots, rows, cols, block_size = layout.num_slots, layout.num_rows, layout.num_cols, layout.block_size
     size = 2 * slots if block_size == 1 else 4 * slots + 2 * (rows + cols + 1)
     index = torch.empty(size, dtype=torch.int32, device="cpu")  # whatever the default device
-    own = (layout.block_rows.contiguous(), layout.block_cols.contiguous())
-    addresses = *(coordinate.data_ptr() for coordinate in own), own[0].element_size(), index.data_ptr()
-    _C.build_index(_C.Layout(*addresses, slots, rows, cols, layout.groups, block_size, False), index.data_ptr())
+    rows, cols = layout.block_rows.contiguous(), layout.block_cols.contiguous()
+    _C.build_index(layout=layout._replace(block_rows=rows, block_cols=cols, index=index))
     return index
 
 
@@ -207,6 +206,8 @@ class Topology(nn.Module):
         groups: independent matrices of equal shape.
     """
 
+    _held_layout: Layout | None = None
+
     def __init__(
         self, block_rows: Tensor, block_cols: Tensor, shape: tuple[int, int], block_size: int, groups: int = 1
     ):
@@ -216,6 +217,7 @@ class Topology(nn.Module):
         self.block_size = block_size
         self.groups = groups
         self.grid = tuple(groups * -(-size // groups // block_size) for size in shape)
+        self.padded = self.shape != tuple(blocks * block_size for blocks in self.grid)
         check_blocks(block_rows, block_cols, self.grid, groups)
         dtype = torch.int16 if max(self.grid) < 2**15 else torch.int32
         self.block_rows = block_rows.to(dtype, copy=True)
@@ -257,14 +259,22 @@ class Topology(nn.Module):
         Raises:
             ValueError: somebody wrote coordinates in place that are no topology.
         """
+        if torch.compiler.is_compiling():
+            return Layout(
+                self.block_rows, self.block_cols, self.index, *self.grid, self.groups, self.block_size, self.full
+            )
         layout = self._layout()
-        if not torch.compiler.is_compiling() and not is_current(layout):
+        if not is_current(layout):
             self._catch_up()
             return self._layout()  # which may have stopped being a full store
         return layout
 
     def _layout(self) -> Layout:
-        return Layout(self.block_rows, self.block_cols, self.index, *self.grid, self.groups, self.block_size, self.full)
+        held, rows, cols, index = self._held_layout, self.block_rows, self.block_cols, self.index
+        # the same tuple as long as it says the same: to make one takes longer than to look
+        if held is None or not (held[0] is rows and held[1] is cols and held[2] is index and held[7] is self.full):
+            self._held_layout = held = Layout(rows, cols, index, *self.grid, self.groups, self.block_size, self.full)
+        return held
 
     @property
     def num_slots(self) -> int:

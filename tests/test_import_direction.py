@@ -11,6 +11,7 @@ ORDER = (
     "backends.reference backends.cpu backends.triton backends.cuda",
     "backends.dense",
     "choose",
+    "quick",
     "operators",
     "products rewire.growth",
     "layer",

@@ -2,40 +2,11 @@
 #pragma once
 #include <cstdint>
 
+#include "../layout.h"
+
 namespace sparsekern {
 
 enum Type { FLOAT32, BFLOAT16, NUM_TYPES };
-
-// sparsekern/topology.py: Layout, as raw memory that is borrowed for one call.
-struct Layout {
-    const void* block_rows;  // [num_slots], -1 = dead
-    const void* block_cols;  // [num_slots]
-    int coordinate_bytes;    // 2 or 4
-    const int32_t* index;
-    int64_t num_slots;
-    int num_rows, num_cols, groups, block;
-    bool full;
-
-    int row(int64_t slot) const { return coordinate(block_rows, slot); }
-    int col(int64_t slot) const { return coordinate(block_cols, slot); }
-
-private:
-    int coordinate(const void* array, int64_t slot) const {
-        return coordinate_bytes == 2 ? static_cast<const int16_t*>(array)[slot]
-                                     : static_cast<const int32_t*>(array)[slot];
-    }
-};
-
-// First token of every group, int32 or int64 [groups + 1]; null = every group reads all tokens, at its own columns.
-struct TokenOffsets {
-    const void* data;
-    int bytes;
-
-    bool ragged() const { return data != nullptr; }
-    int64_t operator[](int group) const {
-        return bytes == 8 ? static_cast<const int64_t*>(data)[group] : static_cast<const int32_t*>(data)[group];
-    }
-};
 
 // The arguments of one product. Activations are row-major [tokens, features] with any stride between tokens.
 struct Dds {

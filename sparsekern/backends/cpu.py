@@ -1,7 +1,7 @@
 """The products on a CPU, by the C++ kernels of csrc/cpu. Like `reference`, but float32 and bfloat16 only.
 
-Only pointers and sizes cross into C++: `products` has checked shapes, dtypes and devices. Rows may have any stride,
-their elements lie side by side. Results do not depend on the number of threads.
+`products` has checked shapes, dtypes and devices; C++ itself refuses tensors that it cannot read. Rows may have any
+stride, their elements lie side by side. Results do not depend on the number of threads.
 """
 
 import torch
@@ -64,9 +64,8 @@ def dds(
         blocks //= layout.groups
     y = x.new_empty(x.shape[0], blocks * layout.block_size)
     _C.dds(
-        _native(layout), x.data_ptr(), x.stride(0), x.shape[0],
-        weight.data_ptr(), bias.data_ptr() if bias is not None else 0,
-        y.data_ptr(), transpose, *_offsets(token_offsets), x.dtype == torch.bfloat16, torch.get_num_threads(),
+        layout=layout, x=x, weight=weight, bias=bias, y=y, transpose=transpose, token_offsets=token_offsets,
+        threads=torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -74,10 +73,7 @@ def dds(
 def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = None) -> Tensor:
     """The live blocks of dyᵀx, [num_slots, B, B]. See `sparsekern.products.sdd`; here both are 2-D and padded."""
     grad = x.new_empty(layout.block_rows.shape[0], layout.block_size, layout.block_size)
-    _C.sdd(
-        _native(layout), dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), x.shape[0], grad.data_ptr(),
-        *_offsets(token_offsets), x.dtype == torch.bfloat16, torch.get_num_threads(),
-    )  # fmt: skip
+    _C.sdd(layout=layout, dy=dy, x=x, grad=grad, token_offsets=token_offsets, threads=torch.get_num_threads())
     return grad
 
 
@@ -88,7 +84,7 @@ def densify(weight: Tensor, layout: Layout) -> Tensor:
     if layout.full and b == 1:
         return weight.view(shape)
     dense = weight.new_empty(shape)
-    _C.densify(_native(layout), weight.data_ptr(), dense.data_ptr(), weight.element_size(), torch.get_num_threads())
+    _C.densify(layout=layout, weight=weight, dense=dense, threads=torch.get_num_threads())
     return dense
 
 
@@ -102,7 +98,7 @@ def gather(dense: Tensor, layout: Layout) -> Tensor:
     else:
         dense = dense.contiguous()
         weight = dense.new_empty(layout.block_rows.shape[0], layout.block_size, layout.block_size)
-    _C.gather(_native(layout), dense.data_ptr(), weight.data_ptr(), dense.element_size(), torch.get_num_threads())
+    _C.gather(layout=layout, dense=dense, weight=weight, threads=torch.get_num_threads())
     return weight
 
 
@@ -110,25 +106,12 @@ def weakest(scores: Tensor, layout: Layout, counts: list[int]) -> Tensor:
     """See `sparsekern.rewire.select.weakest`."""
     slots = torch.empty(sum(counts), dtype=torch.int64, device="cpu")
     scores = scores.float().contiguous()
-    _C.weakest(_native(layout), scores.data_ptr(), counts, slots.data_ptr())
+    _C.weakest(layout=layout, scores=scores, counts=counts, slots=slots)
     return slots
 
 
 def random_candidates(layout: Layout, count: int, start: int) -> Tensor:
     """See `sparsekern.rewire.select.random_candidates`."""
     keys = torch.empty(layout.groups, count, dtype=torch.int64, device="cpu")
-    _C.random_candidates(_native(layout), count, start, keys.data_ptr())
+    _C.random_candidates(layout=layout, count=count, start=start, keys=keys)
     return keys
-
-
-def _native(layout: Layout):
-    rows, cols, index, num_rows, num_cols, groups, block_size, full = layout
-    return _C.Layout(
-        rows.data_ptr(), cols.data_ptr(), rows.element_size(), index.data_ptr(), rows.shape[0],
-        num_rows, num_cols, groups, block_size, full,
-    )  # fmt: skip
-
-
-def _offsets(token_offsets: Tensor | None) -> tuple[int, int]:
-    """Address and bytes per element."""
-    return (0, 0) if token_offsets is None else (token_offsets.data_ptr(), token_offsets.element_size())

@@ -2,10 +2,11 @@
 
 A launcher allocates the output, launches, returns: `products` has checked shapes, dtypes and devices. None of them
 synchronises with the device, and no grid depends on which blocks are live. They run at every product, so they count
-in plain integers: `triton.cdiv` takes a microsecond.
+in plain integers (`triton.cdiv` takes a microsecond), and launch what `prepare` has made of an earlier launch.
 """
 
 import functools
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from sparsekern import devices
-from sparsekern.backends.triton import kernels, relaunch
+from sparsekern.backends.triton import kernels
+from sparsekern.backends.triton.prepare import current_device, current_stream, prepare
 from sparsekern.topology import Layout, build_index
 
 
@@ -76,6 +78,9 @@ PROGRAMS_PER_SM = 2
 SPLITS_PER_SM = 4
 SPLIT_TOKENS = 256
 
+# Prepared launches by all that they depend on. Their numbers are few: kernels, tiles and layouts of a model.
+_prepared: dict[tuple, Callable[..., bool]] = {}
+
 
 def dds(
     x: Tensor,
@@ -99,20 +104,22 @@ def dds(
         weight, k_major = weight.transpose(1, 2).contiguous(), True
     num_tokens = x.shape[0]
     y = x.new_empty(num_tokens, out_blocks * b)
-    for tile in TILES["dds", b, arithmetic]:
-        # every group may end in a tile of its own
-        programs = (-(-num_tokens // tile.m) + groups - 1) * out_blocks
-        if programs >= PROGRAMS_PER_SM * _num_sms(x.device):
-            break
-    if num_tokens:
-        with _on_device(x):
-            relaunch.launch(
-                kernels.dds_kernel, (programs, 1, 1), tile.warps, tile.stages,
-                (x, weight, bias, y, layout.index, token_offsets),
-                (num_tokens, groups, out_blocks, in_blocks, *_walk(layout, transpose)), (x.stride(0), y.stride(0)),
-                B=b, BLOCK_T=tile.m, BLOCK_K=tile.k, K_MAJOR=k_major,
-                GROUPS=1 << (groups - 1).bit_length(), PRECISION="tf32" if arithmetic == "tf32" else "ieee",
-            )  # fmt: skip
+    if not num_tokens:
+        return y
+    tile, device = _dds_tile(arithmetic, b, num_tokens, groups, out_blocks, x.device), x.get_device()
+    key = _dds_key(tile, arithmetic, device, layout, transpose, x, bias, token_offsets)
+    launch = _prepared.get(key)
+    if launch is None or device != current_device() or not launch(
+        tokens=num_tokens, stream=current_stream(device),
+        x=x, weight=weight, bias=bias, y=y, index=layout.index, token_offsets=token_offsets,
+    ):  # fmt: skip
+        numbers = num_tokens, groups, out_blocks, in_blocks, *_walk(layout, transpose)
+        _launch(
+            key, kernels.dds_kernel, tile, (tile.m, groups - 1, out_blocks, 1), num_tokens,
+            (x, weight, bias, y, layout.index, token_offsets), numbers, (x.stride(0), y.stride(0)),
+            B=b, BLOCK_T=tile.m, BLOCK_K=tile.k, K_MAJOR=k_major,
+            GROUPS=1 << (groups - 1).bit_length(), PRECISION="tf32" if arithmetic == "tf32" else "ieee",
+        )  # fmt: skip
     return y
 
 
@@ -122,20 +129,108 @@ def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = No
     arithmetic, b, num_slots = _arithmetic(x), layout.block_size, layout.num_slots
     (tile,) = TILES["sdd", b, arithmetic]
     blocks = max(1, tile.m // b)
-    splits = _splits(num_slots // blocks, x.shape[0], x.device)
+    num_tokens = x.shape[0]
+    splits = _splits(num_slots // blocks, num_tokens, x.device)
     grad = x.new_empty(num_slots, b, b)
     parts = grad if splits == 1 else x.new_empty(splits, num_slots, b, b, dtype=torch.float32)
-    with _on_device(x):
+    device = x.get_device()
+    key = _sdd_key(tile, splits, arithmetic, device, layout, x, token_offsets)
+    launch = _prepared.get(key)
+    if launch is None or device != current_device() or not launch(
+        tokens=num_tokens, stream=current_stream(device),
+        dy=dy, x=x, grad=parts, index=layout.index, token_offsets=token_offsets,
+    ):  # fmt: skip
         groups = 1 if token_offsets is None else layout.groups
-        relaunch.launch(
-            kernels.sdd_kernel, (num_slots // blocks + layout.num_rows + 1, splits, 1), tile.warps, tile.stages,
+        _launch(
+            key, kernels.sdd_kernel, tile, (0, num_slots // blocks + layout.num_rows + 1, 1, splits), num_tokens,
             (dy, x, parts, layout.index, token_offsets),
-            (x.shape[0], groups, layout.num_rows, layout.num_cols, num_slots), (dy.stride(0), x.stride(0)),
+            (num_tokens, groups, layout.num_rows, layout.num_cols, num_slots), (dy.stride(0), x.stride(0)),
             B=b, BLOCKS=blocks, BLOCK_T=tile.k, SPLITS=splits, PRECISION=_outer_precision(arithmetic),
         )  # fmt: skip
-        if splits > 1:
-            kernels.sum_splits_kernel[(-(-grad.numel() // 1024),)](parts, grad, grad.numel(), SPLITS=splits, BLOCK=1024)
+    if splits > 1:
+        _sum_splits(parts, grad, splits)
     return grad
+
+
+def _sum_splits(parts: Tensor, total: Tensor, splits: int) -> None:
+    size, device = total.numel(), total.get_device()
+    key = _sum_key(splits, size, device, total.dtype)
+    launch = _prepared.get(key)
+    if (
+        launch is None
+        or device != current_device()
+        or not launch(tokens=0, stream=current_stream(device), parts=parts, total=total)
+    ):
+        grid = (0, -(-size // 1024), 1, 1)
+        _launch(key, kernels.sum_splits_kernel, None, grid, 0, (parts, total), (size,), (), SPLITS=splits, BLOCK=1024)
+
+
+def quick_dds(x: Tensor, layout: Layout, bias: Tensor | None, transpose: bool) -> tuple | None:
+    """What `dds` of such operands launches, for `sparsekern.quick`: (launch, 1, None); None if not prepared."""
+    arithmetic, b, num_tokens, device = _arithmetic(x), layout.block_size, x.shape[0], x.get_device()
+    if layout.full or (arithmetic == "tf32" and not transpose):
+        return None
+    out_blocks = layout.num_rows if transpose else layout.num_cols
+    tile = _dds_tile(arithmetic, b, num_tokens, 1, out_blocks, x.device)
+    launch = _prepared.get(_dds_key(tile, arithmetic, device, layout, transpose, x, bias, None))
+    return (launch, 1, None) if launch else None
+
+
+def quick_sdd(x: Tensor, layout: Layout) -> tuple | None:
+    """Likewise for `sdd`: (launch, parts of the tokens, launch that sums the parts or None)."""
+    arithmetic, b, device = _arithmetic(x), layout.block_size, x.get_device()
+    if layout.full:
+        return None
+    (tile,) = TILES["sdd", b, arithmetic]
+    splits = _splits(layout.num_slots // max(1, tile.m // b), x.shape[0], x.device)
+    launch = _prepared.get(_sdd_key(tile, splits, arithmetic, device, layout, x, None))
+    sums = _prepared.get(_sum_key(splits, layout.num_slots * b * b, device, x.dtype))
+    if launch is None or (splits > 1 and sums is None):
+        return None
+    return launch, splits, sums if splits > 1 else None
+
+
+def _dds_key(tile, arithmetic, device, layout, transpose, x, bias, token_offsets) -> tuple:
+    dtypes = (None if bias is None else bias.dtype, None if token_offsets is None else token_offsets.dtype)
+    return "dds", tile, arithmetic, device, layout.num_slots, layout[3:], transpose, x.dtype, *dtypes
+
+
+def _sdd_key(tile, splits, arithmetic, device, layout, x, token_offsets) -> tuple:
+    offsets = None if token_offsets is None else token_offsets.dtype
+    return "sdd", tile, splits, arithmetic, device, layout.num_slots, layout[3:], x.dtype, offsets
+
+
+def _sum_key(splits: int, size: int, device: int, dtype: torch.dtype) -> tuple:
+    return "sum_splits", splits, size, device, dtype
+
+
+def _dds_tile(arithmetic: str, b: int, num_tokens: int, groups: int, out_blocks: int, device: torch.device) -> Tile:
+    """Of the tokens, their highest bit decides, so that a prepared product needs one launch for each."""
+    num_tokens = 1 << num_tokens.bit_length() - 1
+    for tile in TILES["dds", b, arithmetic]:
+        # every group may end in a tile of its own
+        programs = (-(-num_tokens // tile.m) + groups - 1) * out_blocks
+        if programs >= PROGRAMS_PER_SM * _num_sms(device):
+            break
+    return tile
+
+
+def _launch(
+    key: tuple, kernel, tile: Tile | None, grid: tuple[int, int, int, int], num_tokens: int,
+    tensors: tuple[Tensor | None, ...], numbers: tuple[int, ...], strides: tuple[int, ...], **constants,
+) -> None:  # fmt: skip
+    """Launch by way of Triton, and keep what it compiled as `_prepared[key]`; `grid` as `prepare` takes it."""
+    tokens_per_program, more, outputs, along_y = grid
+    along_x = ((-(-num_tokens // tokens_per_program) if tokens_per_program else 0) + more) * outputs
+    options = {} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
+    with _on_device(tensors[0]):
+        compiled = kernel[(along_x, along_y, 1)](*tensors, *numbers, *strides, **constants, **options)
+        values = (*strides, *(t.data_ptr() for t in tensors if t is not None))
+        if all(value % 16 == 0 for value in values) and max(numbers) < 2**31:
+            names = kernel.arg_names[len(tensors) : len(tensors) + len(numbers)]
+            known = {name: n for name, n in zip(names, numbers, strict=True) if name != "num_tokens"}
+            if launch := prepare(compiled, known, grid):
+                _prepared[key] = launch
 
 
 def add_block_norms(

@@ -1,0 +1,221 @@
+// sparsekern._C: the CPU kernels for Python. See sparsekern/backends/cpu.py for the shapes.
+#include <pybind11/stl.h>
+
+#include "../bind.h"
+#include "kernels.h"
+#include "rewire.h"
+
+namespace sparsekern {
+
+namespace {
+
+Type type_of(const Argument& x) {
+    const Dtype dtype = x.dtype();
+    if (dtype != Dtype::float32 && dtype != Dtype::bfloat16)
+        x.refuse("must be float32 or bfloat16, got " + x.dtype_name());
+    return dtype == Dtype::float32 ? FLOAT32 : BFLOAT16;
+}
+void must_be(const Argument& tensor, Type type) {
+    if (type_of(tensor) != type) tensor.refuse("must be of the other operands' dtype, got " + tensor.dtype_name());
+}
+// Contiguous memory of `count` elements.
+void* operand(const Argument& tensor, int64_t count, Type type) {
+    must_be(tensor, type);
+    return tensor.memory(count);
+}
+int threads_of(const Argument& threads) {
+    const int64_t count = threads.integer();
+    if (count < 1) threads.refuse("must be at least 1, got " + std::to_string(count));
+    return int(count);
+}
+// Offsets that are followed rise from 0 to the number of tokens.
+TokenOffsets offsets_of(const Argument& argument, const Layout& layout, int64_t tokens) {
+    const TokenOffsets offsets = read_token_offsets(argument, layout.groups);
+    if (!offsets.ragged()) return offsets;
+    bool rise = offsets[0] == 0 && offsets[layout.groups] == tokens;
+    for (int group = 0; group < layout.groups; group++) rise &= offsets[group] <= offsets[group + 1];
+    if (!rise) argument.refuse("must rise from 0 to " + std::to_string(tokens) + ", the number of tokens");
+    return offsets;
+}
+// Features of one token: of all groups side by side, or of one where groups are ragged.
+int features(int blocks, const Layout& layout, const Argument& token_offsets) {
+    return (token_offsets.is_none() ? blocks : blocks / layout.groups) * layout.block;
+}
+
+PyObject* call_dds(const Call& call) {
+    static const auto& keywords = *new Keywords<8>(
+        "dds", {"layout", "x", "weight", "bias", "y", "transpose", "token_offsets", "threads"});
+    const auto [layout_, x, weight, bias, y, transpose_, token_offsets, threads] = keywords.read(call);
+    const Layout layout = read_layout(layout_);
+    const Type type = type_of(x);
+    const bool transpose = transpose_.truth();
+    const int num_inputs = transpose ? layout.num_cols : layout.num_rows;
+    const int num_outputs = transpose ? layout.num_rows : layout.num_cols;
+    Dds d;
+    d.transpose = transpose;
+    const int inputs = features(num_inputs, layout, token_offsets);
+    d.tokens = x.rows(inputs);
+    d.x_stride = x.row_stride(inputs);
+    d.x = x.filled(d.tokens);
+    d.weight = operand(weight, layout.num_slots * layout.block * layout.block, type);
+    d.bias = bias.is_none() ? nullptr : operand(bias, int64_t(num_outputs) * layout.block, type);
+    d.y = operand(y, d.tokens * features(num_outputs, layout, token_offsets), type);
+    const TokenOffsets offsets = offsets_of(token_offsets, layout, d.tokens);
+    const int num_threads = threads_of(threads);
+    {
+        py::gil_scoped_release others_may_run;
+        dds(d, layout, offsets, type, num_threads);
+    }
+    Py_RETURN_NONE;
+}
+
+PyObject* call_sdd(const Call& call) {
+    static const auto& keywords = *new Keywords<6>("sdd", {"layout", "dy", "x", "grad", "token_offsets", "threads"});
+    const auto [layout_, dy, x, grad, token_offsets, threads] = keywords.read(call);
+    const Layout layout = read_layout(layout_);
+    const Type type = type_of(x);
+    Sdd s;
+    const int inputs = features(layout.num_cols, layout, token_offsets);
+    const int outputs = features(layout.num_rows, layout, token_offsets);
+    must_be(dy, type);
+    s.tokens = x.rows(inputs);
+    s.x_stride = x.row_stride(inputs);
+    s.x = x.filled(s.tokens);
+    dy.rows(outputs, s.tokens);
+    s.dy_stride = dy.row_stride(outputs);
+    s.dy = dy.filled(s.tokens);
+    s.grad = operand(grad, layout.num_slots * layout.block * layout.block, type);
+    const TokenOffsets offsets = offsets_of(token_offsets, layout, s.tokens);
+    const int num_threads = threads_of(threads);
+    {
+        py::gil_scoped_release others_may_run;
+        sdd(s, layout, offsets, type, num_threads);
+    }
+    Py_RETURN_NONE;
+}
+
+// densify and gather move elements of 2 or 4 bytes, whatever they mean.
+PyObject* call_copy(const Keywords<4>& keywords, const Call& call, decltype(densify) copy, bool weight_first) {
+    const auto [layout_, from, to, threads] = keywords.read(call);
+    const Layout layout = read_layout(layout_);
+    const Dtype dtype = from.dtype();
+    const int bytes = bytes_of(dtype);
+    if (bytes != 2 && bytes != 4) from.refuse("must be float32, bfloat16 or float16, got " + from.dtype_name());
+    if (to.dtype() != dtype) to.refuse("must be " + from.dtype_name() + ", got " + to.dtype_name());
+    const int64_t area = int64_t(layout.block) * layout.block, blocks = layout.num_slots * area;
+    const int64_t places = int64_t(layout.num_rows) * (layout.num_cols / layout.groups) * area;
+    const void* source = from.memory(weight_first ? blocks : places);
+    void* target = to.memory(weight_first ? places : blocks);
+    const int num_threads = threads_of(threads);
+    {
+        py::gil_scoped_release others_may_run;
+        copy(source, target, layout, bytes, num_threads);
+    }
+    Py_RETURN_NONE;
+}
+PyObject* call_densify(const Call& call) {
+    static const auto& keywords = *new Keywords<4>("densify", {"layout", "weight", "dense", "threads"});
+    return call_copy(keywords, call, densify, true);
+}
+PyObject* call_gather(const Call& call) {
+    static const auto& keywords = *new Keywords<4>("gather", {"layout", "dense", "weight", "threads"});
+    return call_copy(keywords, call, gather, false);
+}
+
+// Memory of `count` elements of one dtype.
+void* elements(const Argument& tensor, int64_t count, Dtype dtype, const char* name) {
+    if (tensor.dtype() != dtype) tensor.refuse(std::string("must be ") + name + ", got " + tensor.dtype_name());
+    return tensor.memory(count);
+}
+
+PyObject* call_weakest(const Call& call) {
+    static const auto& keywords = *new Keywords<4>("weakest", {"layout", "scores", "counts", "slots"});
+    const auto [layout_, scores_, counts_, slots_] = keywords.read(call);
+    const Layout layout = read_layout(layout_);
+    const auto counts = py::handle(counts_.value).cast<std::vector<int64_t>>();
+    if (int64_t(counts.size()) != layout.groups)
+        counts_.refuse("must have a number for each of " + std::to_string(layout.groups) + " groups");
+    int64_t total = 0;
+    for (int64_t count : counts) {
+        if (count < 0) counts_.refuse("must not be negative, got " + std::to_string(count));
+        total += count;
+    }
+    const auto* scores = static_cast<const float*>(elements(scores_, layout.num_slots, Dtype::float32, "float32"));
+    auto* slots = static_cast<int64_t*>(elements(slots_, total, Dtype::int64, "int64"));
+    {
+        py::gil_scoped_release others_may_run;
+        weakest(scores, layout, counts, slots);
+    }
+    Py_RETURN_NONE;
+}
+
+PyObject* call_random_candidates(const Call& call) {
+    static const auto& keywords = *new Keywords<4>("random_candidates", {"layout", "count", "start", "keys"});
+    const auto [layout_, count_, start_, keys_] = keywords.read(call);
+    const Layout layout = read_layout(layout_);
+    const int64_t count = count_.integer();
+    if (count < 0) count_.refuse("must not be negative, got " + std::to_string(count));
+    const uint64_t start = PyLong_AsUnsignedLongLongMask(start_.value);
+    auto* keys = static_cast<int64_t*>(elements(keys_, layout.groups * count, Dtype::int64, "int64"));
+    {
+        py::gil_scoped_release others_may_run;
+        random_candidates(layout, count, start, keys);
+    }
+    Py_RETURN_NONE;
+}
+
+PyObject* call_build_index(const Call& call) {
+    static const auto& keywords = *new Keywords<1>("build_index", {"layout"});
+    const Layout layout = read_layout(keywords.read(call)[0]);
+    {
+        py::gil_scoped_release others_may_run;
+        build_index(layout, const_cast<int32_t*>(layout.index));
+    }
+    Py_RETURN_NONE;
+}
+
+PyMethodDef METHODS[] = {
+    method<call_dds>("dds", "dds($module, *, layout, x, weight, bias, y, transpose, token_offsets, threads)\n--\n\n"
+                            "y [tokens, outputs] = x Wᵀ + bias if `transpose`, else x W."),
+    method<call_sdd>("sdd", "sdd($module, *, layout, dy, x, grad, token_offsets, threads)\n--\n\n"
+                            "grad [num_slots, B, B] = the live blocks of dyᵀx."),
+    method<call_densify>("densify", "densify($module, *, layout, weight, dense, threads)\n--\n\n"
+                                    "dense = the blocks of weight in their places, and zeros."),
+    method<call_gather>("gather", "gather($module, *, layout, dense, weight, threads)\n--\n\n"
+                                  "weight = the live blocks out of dense, and zeros in dead slots."),
+    method<call_weakest>("weakest", "weakest($module, *, layout, scores, counts, slots)\n--\n\n"
+                                    "slots = the counts[g] live slots of each group with the smallest scores."),
+    method<call_random_candidates>("random_candidates",
+                                   "random_candidates($module, *, layout, count, start, keys)\n--\n\n"
+                                   "keys [groups, count] = those of the dead places with the largest hashes."),
+    method<call_build_index>("build_index", "build_index($module, *, layout)\n--\n\n"
+                                            "The layout's index = that of its coordinates, whatever it holds now."),
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
+}  // namespace sparsekern
+
+PYBIND11_MODULE(_C, m) {
+    namespace py = pybind11;
+    namespace sk = sparsekern;
+    m.doc() = "Block-sparse products on a CPU; see sparsekern/backends/cpu.py.";
+    if (PyModule_AddFunctions(m.ptr(), sk::METHODS)) throw py::error_already_set();
+    m.def("instruction_set", [] { return sk::kernels().name; });
+    m.def(
+        "supported_instruction_sets",
+        [] {
+            py::list names;
+            for (int place = 0; const char* name = sk::supported_instruction_set(place); place++) names.append(name);
+            return names;
+        },
+        "Those of this machine, best first.");
+    m.def(
+        "set_instruction_set",
+        [](const std::string& name) {
+            if (!sk::set_instruction_set(name.c_str()))
+                throw py::value_error("this machine has no instruction set '" + name + "'");
+        },
+        "For tests: the best one is in use from the start.");
+}

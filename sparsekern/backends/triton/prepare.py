@@ -1,0 +1,82 @@
+"""Launches that C++ makes: what Triton compiled, ready with its grid and constants.
+
+Triton binds and specialises every argument at every launch and looks the variant up under a text of them all. A
+prepared launch knows all of that, and takes the tensors' addresses, the number of tokens and the stream. Where
+`sparsekern._cuda` is missing, every launch goes through Triton. Hooks that a profiler hangs into Triton's launcher see
+no prepared launch.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from triton.runtime import driver
+
+try:
+    from sparsekern import _cuda
+except ImportError:
+    _cuda = None
+
+# From torch itself, without the checks that torch.cuda.current_device makes at every call. A torch without CUDA has no
+# device; whoever replaces Triton's driver there is asked instead.
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: driver.active.get_current_device())
+current_stream: Callable[[int], int] = getattr(
+    torch._C, "_cuda_getCurrentRawStream", lambda device: driver.active.get_current_stream(device)
+)
+
+
+def prepare(compiled, numbers: dict[str, int], grid: tuple[int, int, int, int]) -> Callable[..., bool] | None:
+    """A function that launches a compiled kernel on the current device; None where it must be launched by Triton.
+
+    Args:
+        compiled: what a launch by Triton returned, of tensors and strides that were multiples of 16. Kernels call the
+            address of tensor t `t_ptr`, the stride of its rows `t_stride`, and the tokens `num_tokens`.
+        numbers: values of all other integers, and of strides that are known.
+        grid: (tokens of a program, or 0; programs more; outputs; programs along y): there are
+            (ceil(tokens / tokens of a program) + programs more) * outputs programs along x.
+    Returns:
+        launch(tokens=..., stream=..., and the tensors by name), which says whether it launched: not where a value is
+        no multiple of 16 or over 31 bits long, for which Triton compiles another variant.
+    """
+    if _cuda is None or compiled is None:  # the interpreter compiles nothing
+        return None
+    metadata, (warps, programs_per_cluster, shared) = compiled.metadata, compiled.packed_metadata
+    needs = (
+        metadata.global_scratch_size,
+        metadata.profile_scratch_size,
+        metadata.launch_cooperative_grid,
+        metadata.launch_pdl,
+        getattr(metadata, "instrumentation_mode", ""),
+    )
+    if any(needs) or programs_per_cluster != 1 or shared > 227 * 1024:
+        return None
+    tensors, parameters = [], []
+    for name, kind in compiled.src.signature.items():
+        if name.endswith("_ptr"):
+            tensors.append(name.removesuffix("_ptr"))
+        if kind == "constexpr":  # constants, and tensors that are None
+            continue
+        if name.endswith("_ptr"):
+            parameters.append(("address", tensors[-1]))
+        elif kind != "i32":
+            return None
+        elif name in numbers:
+            parameters.append(("number", numbers[name]))
+        elif name == "num_tokens":
+            parameters.append(("tokens", None))
+        else:
+            parameters.append(("stride", name.removesuffix("_stride")))
+    # behind the kernel's own parameters, Triton 3.6 to 3.9 pass two addresses of scratch memory, which these need not
+    parameters += [("nothing", None), ("nothing", None)]
+    return _cuda.prepare(
+        name=metadata.name, function=compiled.function, device=current_device(), threads=32 * warps, shared=shared,
+        grid=grid, tensors=tensors, parameters=parameters, owner=compiled,
+    )  # fmt: skip
+
+
+def quick_product(x: Tensor, operands: list[tuple[str, str, int]], features: int, blocks: tuple[int, ...]) -> tuple:
+    """What `_cuda.product` makes of operands like x."""
+    return _cuda.product(
+        name="product", dtype=x.dtype, device=x.get_device(), operands=operands, features=features, blocks=blocks,
+        current_device=current_device, current_stream=current_stream,
+    )  # fmt: skip

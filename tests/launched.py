@@ -1,0 +1,452 @@
+"""Prepared launches against Triton's own, byte by byte: test_launches.py runs this file, with tests/libcuda.c loaded.
+
+Kernels are compiled for an H100 and loaded nowhere. Triton's launcher and ours both reach the stub of the driver.
+"""
+
+import ctypes
+import gc
+import itertools
+import threading
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
+from triton.runtime import driver
+
+import sparsekern as sk
+from bench.call_overhead import Driver
+from sparsekern import choose, operators, products, quick
+from sparsekern.backends import triton
+from sparsekern.backends.triton import launch, prepare
+
+STREAM = 77
+
+
+class Record(ctypes.Structure):
+    _fields_ = [
+        ("function", ctypes.c_uint64), ("grid", ctypes.c_uint64 * 3), ("block", ctypes.c_uint64 * 3),
+        ("shared", ctypes.c_uint64), ("stream", ctypes.c_uint64), ("num_attributes", ctypes.c_uint64),
+        ("extended", ctypes.c_uint64), ("parameters", ctypes.c_uint64 * 32),
+    ]  # fmt: skip
+
+
+stub = ctypes.CDLL("libcuda.so.1")
+last = (Record * 8).in_dll(stub, "last")
+num_launches = ctypes.c_int.in_dll(stub, "num_launches")
+num_parameters = (ctypes.c_int * 256).in_dll(stub, "num_parameters")
+results = (ctypes.c_int * 8).in_dll(stub, "results")
+entered_contexts = ctypes.c_int.in_dll(stub, "entered_contexts")
+
+
+class RealLauncher(Driver):
+    """Triton's own launcher, in front of a driver that loads nothing."""
+
+    launcher_cls = CudaLauncher
+    functions = itertools.count(1)
+
+    def __init__(self):
+        self.utils = SimpleNamespace(**vars(CudaUtils()) | vars(Driver.utils))
+        self.utils.load_binary = lambda *_: (1, next(self.functions), 32, 0, 1024)
+
+    def get_current_stream(self, device):
+        return STREAM
+
+
+@pytest.fixture(scope="module", autouse=True)
+def active_driver():
+    driver.set_active(RealLauncher())
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """What Triton has compiled, by function; the stub is told how many parameters each has."""
+    found = {}
+
+    def note(kernel, *others):
+        kinds = [kind for kind in kernel.src.signature.values() if kind != "constexpr"]
+        found[kernel.function] = [*kinds, "*scratch", "*profile"]
+        num_parameters[kernel.function] = len(kinds) + 2
+        return prepare.prepare(kernel, *others)
+
+    monkeypatch.setattr(launch, "prepare", note)
+    monkeypatch.setattr(launch, "_prepared", {})
+    return found
+
+
+@pytest.fixture(autouse=True)
+def same_memory(monkeypatch):
+    """What a launcher allocates lies at the same address every time."""
+    held, new_empty, contiguous = {}, torch.Tensor.new_empty, torch.Tensor.contiguous
+
+    def kept(self, *sizes, **options):
+        made = new_empty(self, *sizes, **options)
+        return held.setdefault((made.shape, made.dtype), made).detach() if made.dim() > 1 else made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", kept)
+    monkeypatch.setattr(
+        torch.Tensor, "contiguous", lambda t: held.setdefault((t.data_ptr(), t.stride()), contiguous(t))
+    )
+
+
+def records(call, compiled) -> list[dict]:
+    """What a call launches."""
+    before = num_launches.value
+    call()
+    found = []
+    for n in range(before, num_launches.value):
+        r = last[n % 8]
+        kinds = compiled.get(r.function, [])
+        values = [r.parameters[p] & (2**32 - 1 if kind == "i32" else 2**64 - 1) for p, kind in enumerate(kinds)]
+        fields = {name: getattr(r, name) for name in ("function", "shared", "stream", "num_attributes")}
+        found.append(fields | {"grid": [*r.grid], "block": [*r.block], "parameters": values, "triton": r.extended})
+    return found
+
+
+def problem(dtype, groups=1, ragged=False, tokens=48):
+    topology = sk.Topology.random((groups * 256, groups * 128), 0.5, 32, groups)
+    side = 1 if ragged else groups
+    x, dy = (torch.zeros(tokens, side * n, dtype=dtype) for n in (128, 256))
+    weight, bias = torch.zeros(topology.num_slots, 32, 32, dtype=dtype), torch.zeros(groups * 256, dtype=dtype)
+    offsets = torch.tensor([0] * groups + [tokens], dtype=torch.int32) if ragged else None
+    return topology.layout, x, dy, weight, bias, offsets
+
+
+def calls(dtype, **shape):
+    layout, x, dy, weight, bias, offsets = problem(dtype, **shape)
+    return {
+        "forward": lambda: launch.dds(x, weight, layout, bias, True, offsets),
+        "without bias": lambda: launch.dds(x, weight, layout, None, True, offsets),
+        "backward": lambda: launch.dds(dy, weight, layout, None, False, offsets),
+        "gradient": lambda: launch.sdd(dy, x, layout, offsets),
+    }
+
+
+def compare(call, compiled, launches=1):
+    """The first launch is Triton's and the second ours; both reach the driver with the same bytes."""
+    call()  # tells the stub what parameters there are
+    launch._prepared.clear()
+    theirs, ours = records(call, compiled), records(call, compiled)
+    assert len(theirs) == len(ours) == launches
+    assert [r.pop("triton") for r in theirs] == launches * [1]
+    assert [r.pop("triton") for r in ours] == launches * [0]
+    assert ours == theirs
+    assert all(r["parameters"] and r["stream"] == STREAM for r in ours)
+
+
+@pytest.mark.parametrize("product", ["forward", "without bias", "backward", "gradient"])
+@pytest.mark.parametrize("kind", [{}, {"groups": 3}, {"groups": 3, "ragged": True}], ids=["plain", "groups", "ragged"])
+def test_a_prepared_launch_is_tritons_own(compiled, product, kind):
+    compare(calls(torch.bfloat16, **kind)[product], compiled)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("product", ["forward", "backward", "gradient"])
+def test_a_prepared_launch_of_float32_is_tritons_own(compiled, product, precision):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        compare(calls(torch.float32)[product], compiled)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_split_gradient_and_its_sum_are_prepared(compiled, monkeypatch):
+    monkeypatch.setattr(launch, "SPLITS_PER_SM", 99)
+    monkeypatch.setattr(launch, "SPLIT_TOKENS", 16)
+    compare(calls(torch.bfloat16, tokens=64)["gradient"], compiled, launches=2)
+
+
+def test_the_number_of_tokens_and_the_stride_are_those_of_the_call(compiled):
+    layout, _, _, weight, bias, _ = problem(torch.bfloat16)
+    for tokens, width in ((48, 128), (200, 128), (1, 512), (700, 256)):
+        x = torch.zeros(tokens, width, dtype=torch.bfloat16)[:, :128]
+        launch.dds(x, weight, layout, bias, True)
+        (ours,) = records(lambda x=x: launch.dds(x, weight, layout, bias, True), compiled)
+        assert not ours["triton"]
+        assert ours["parameters"][0] == x.data_ptr() and tokens in ours["parameters"] and width in ours["parameters"]
+        launch._prepared.clear()
+        (theirs,) = records(lambda x=x: launch.dds(x, weight, layout, bias, True), compiled)
+        assert theirs | {"triton": 0} == ours
+
+
+def test_layouts_of_one_geometry_share_a_launch(compiled):
+    first, second = calls(torch.bfloat16), calls(torch.bfloat16)
+    first["forward"]()
+    (ours,) = records(second["forward"], compiled)
+    assert not ours["triton"] and len(launch._prepared) == 1
+
+
+def test_what_was_compiled_for_multiples_of_16_is_launched_for_nothing_else(compiled):
+    layout, x, _, weight, bias, _ = problem(torch.bfloat16)
+    launch.dds(x, weight, layout, bias, True)
+    odd_address = torch.zeros(48 * 128 + 1, dtype=torch.bfloat16)[1:].view(48, 128)
+    odd_stride = torch.zeros(48, 129, dtype=torch.bfloat16)[:, :128]
+    for other in (odd_address, odd_stride):
+        (theirs,) = records(lambda other=other: launch.dds(other, weight, layout, bias, True), compiled)
+        assert theirs["triton"] and len(launch._prepared) == 1
+
+
+def test_no_tokens_are_no_launch(compiled):
+    layout, x, _, weight, bias, _ = problem(torch.bfloat16)
+    launch.dds(x, weight, layout, bias, True)
+    assert records(lambda: launch.dds(x[:0], weight, layout, bias, True), compiled) == []
+
+
+def test_another_current_device_is_tritons_business(compiled, monkeypatch):
+    call = calls(torch.bfloat16)["forward"]
+    call()
+    monkeypatch.setattr(launch, "current_device", lambda: 3)
+    assert records(call, compiled)[0]["triton"]
+
+
+def test_without_the_native_module_triton_launches(compiled, monkeypatch):
+    monkeypatch.setattr(prepare, "_cuda", None)
+    for call in calls(torch.bfloat16).values():
+        assert [r["triton"] for _ in range(2) for r in records(call, compiled)] == [1, 1]
+    assert launch._prepared == {}
+
+
+def test_a_kernel_stays_loaded_as_long_as_its_launch(compiled, monkeypatch):
+    kernels, note = [], launch.prepare
+
+    def remember(kernel, *others):
+        kernels.append(weakref.ref(kernel))
+        return note(kernel, *others)
+
+    monkeypatch.setattr(launch, "prepare", remember)
+    call = calls(torch.bfloat16)["gradient"]
+    call()
+    launch.kernels.sdd_kernel.device_caches.clear()  # Triton has forgotten it
+    gc.collect()
+    assert kernels[0]() is not None and not records(call, compiled)[0]["triton"]
+    launch._prepared.clear()
+    gc.collect()
+    assert kernels[0]() is None
+
+
+def test_the_drivers_error_names_the_kernel(compiled):
+    call = calls(torch.bfloat16)["gradient"]
+    call()
+    results[num_launches.value % 8] = 700
+    with pytest.raises(RuntimeError, match="sdd_kernel was not launched: the error's own words"):
+        call()
+    assert not records(call, compiled)[0]["triton"]
+
+
+def test_a_thread_without_a_context_enters_the_devices(compiled):
+    call = calls(torch.bfloat16)["forward"]
+    call()
+    entered = entered_contexts.value
+    results[num_launches.value % 8] = 201
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(records(call, compiled)))
+    thread.start()
+    thread.join()
+    assert [r["triton"] for r in found] == [0, 0]  # refused, and launched
+    assert entered_contexts.value == entered + 1
+
+
+# The short way (sparsekern.quick): the same launches as by the long way, for whole layers.
+
+
+@pytest.fixture
+def on_gpu(compiled, monkeypatch):
+    """The chooser believes that CPU tensors are a GPU's."""
+    monkeypatch.setattr(triton, "unavailable", lambda: None)
+    monkeypatch.setattr(choose, "_device_name", lambda device: "a GPU without a file")
+    monkeypatch.setattr(
+        choose,
+        "backend_for",
+        lambda operation, x, layout, offsets=None: choose._on_gpu(operation, x, layout, offsets is not None),
+    )
+    quick.forget()
+    yield compiled
+    quick.forget()
+
+
+def layer_and_x(tokens=(48,), dtype=torch.bfloat16, **options):
+    layer = sk.SparseLinear(128, 256, density=0.5, block_size=32, dtype=dtype, **options)
+    return layer, torch.randn(*tokens, 128, dtype=dtype)
+
+
+def step(layer, x, dy=None):
+    """Forward and backward; the gradients of x and of all parameters."""
+    y = layer(x)
+    dy = torch.ones_like(y) if dy is None else dy
+    leaves = (x, *layer.parameters()) if x.requires_grad else tuple(layer.parameters())
+    return y, torch.autograd.grad(y, leaves, dy)
+
+
+def both_ways(call, compiled) -> tuple[list[dict], list[dict]]:
+    """What a call launches by the long way, all of it by Triton, and by the short way, none of it by Triton."""
+    call()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quick, "is_open", lambda: False)
+        launch._prepared.clear()
+        long = records(call, compiled)
+        call()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operators, "_multiply", None)  # whoever calls it now fails
+        short = records(call, compiled)
+    assert [r.pop("triton") for r in long] == len(long) * [1]
+    assert [r.pop("triton") for r in short] == len(short) * [0]
+    return long, short
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_short_way_launches_what_the_long_way_does(on_gpu, groups, bias, dtype):
+    layer, x = layer_and_x(groups=groups, bias=bias, dtype=dtype)
+    with torch.no_grad():
+        long, short = both_ways(lambda: layer(x), on_gpu)
+    assert len(long) == 1 and long == short
+    dy = torch.ones(48, 256, dtype=dtype)
+    long, short = both_ways(lambda: step(layer, x.requires_grad_(), dy), on_gpu)
+    assert len(long) == 3 and long == short
+
+
+def test_the_short_way_splits_gradients_too(on_gpu, monkeypatch):
+    monkeypatch.setattr(launch, "SPLITS_PER_SM", 99)
+    monkeypatch.setattr(launch, "SPLIT_TOKENS", 16)
+    layer, x = layer_and_x((64,))
+    long, short = both_ways(lambda: step(layer, x), on_gpu)
+    names = [[r["function"] for r in way] for way in (long, short)]
+    assert names[0] == names[1] and len(names[0]) == 3  # forward, the gradient's parts, their sum
+
+
+def test_the_short_way_gives_results_their_shape_dtype_and_gradients(on_gpu):
+    for tokens in ((48,), (3, 16), (2, 3, 8)):
+        layer, x = layer_and_x(tokens)
+        x.requires_grad_()
+        for _ in range(3):
+            y, gradients = step(layer, x)
+            assert y.shape == (*tokens, 256) and y.dtype == torch.bfloat16 and y.requires_grad
+            assert [g.shape for g in gradients] == [x.shape, *(p.shape for p in layer.parameters())]
+        with torch.no_grad():
+            assert not layer(x).requires_grad
+        assert not layer.requires_grad_(False)(x.detach()).requires_grad
+
+
+def test_a_second_derivative_goes_by_the_short_way_too(on_gpu):
+    layer, x = layer_and_x()
+    x.requires_grad_()
+    for _ in range(3):
+        (dx,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+        (dw,) = torch.autograd.grad(dx.sum(), layer.weight)
+        assert dx.requires_grad and dw.shape == layer.weight.shape
+
+
+def is_short(call, monkeypatch) -> bool:
+    """Whether a call needs nothing of the long way."""
+    with monkeypatch.context() as patch:
+        patch.setattr(products, "_check", lambda *_: (_ for _ in ()).throw(AssertionError("the long way")))
+        try:
+            call()
+        except AssertionError as error:
+            assert str(error) == "the long way"
+            return False
+    return True
+
+
+@torch.no_grad()
+def test_what_the_short_way_does_not_know_goes_the_long_way(on_gpu, monkeypatch):
+    layer, x = layer_and_x()
+    layer(x)
+    assert is_short(lambda: layer(x), monkeypatch)
+    assert is_short(lambda: layer(x[:33]), monkeypatch)  # of as many bits
+    assert not is_short(lambda: layer(x[:16]), monkeypatch)
+    layer(x[:16])
+    assert is_short(lambda: layer(x[:17]), monkeypatch)
+    assert not is_short(lambda: layer(x[:0]), monkeypatch)
+    assert not is_short(lambda: layer(torch.randn(128, 48, dtype=x.dtype).t()), monkeypatch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not is_short(lambda: layer(x), monkeypatch)
+    with sk.use("reference"):
+        assert not is_short(lambda: layer(x), monkeypatch)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert not is_short(lambda: layer(x), monkeypatch)
+    twin = sk.SparseLinear(128, 256, density=0.5, block_size=32, dtype=x.dtype)
+    assert is_short(lambda: twin(x), monkeypatch)  # of the same geometry
+    denser = sk.SparseLinear(128, 256, density=0.75, block_size=32, dtype=x.dtype)
+    assert not is_short(lambda: denser(x), monkeypatch)
+
+
+def test_the_short_way_leaves_sentences_to_the_long_way(on_gpu):
+    layer, x = layer_and_x()
+    layer(x)
+    with pytest.raises(ValueError, match=r"wants 128 features in the last axis, got \(48, 64\)"):
+        layer(x[:, :64])
+    with pytest.raises(ValueError, match="operands must have one dtype, got torch.float32 and torch.bfloat16"):
+        layer(x.float())
+    with pytest.raises(ValueError, match="wants 256 biases, got"):
+        sk.dds(x, layer.weight, layer.topology, layer.bias[:5], True)
+    with pytest.raises(ValueError, match="bias belongs to x Wᵀ"):
+        sk.dds(torch.randn(48, 256, dtype=x.dtype), layer.weight, layer.topology, layer.bias)
+
+
+@torch.no_grad()
+def test_a_padded_layer_never_takes_the_short_way_of_a_whole_one(on_gpu):
+    whole, x = layer_and_x(bias=False)
+    whole(x)
+    padded = sk.SparseLinear(128, 250, density=0.5, block_size=32, dtype=x.dtype, bias=False)
+    assert padded.topology.grid == whole.topology.grid
+    for _ in range(3):
+        assert padded(x).shape == (48, 250)
+
+
+@torch.no_grad()
+def test_strided_weights_are_made_contiguous(on_gpu):
+    layer, x = layer_and_x()
+    layer(x)
+    wide = torch.randn(layer.topology.num_slots, 32, 64, dtype=x.dtype)
+    (record,) = records(lambda: sk.dds(x, wide[:, :, ::2], layer.topology, None, True), on_gpu)
+    assert wide.data_ptr() not in record["parameters"]
+
+
+@torch.no_grad()
+def test_the_short_way_follows_slots_that_change(on_gpu, monkeypatch):
+    layer, x = layer_and_x()
+    layer(x)
+    topology, half = layer.topology, layer.topology.num_slots // 2
+    topology.replace(topology.block_rows[:half].clone(), topology.block_cols[:half].clone())
+    layer.weight.set_(layer.weight[:half].clone())
+    assert not is_short(lambda: layer(x), monkeypatch)
+    layer(x)
+    assert is_short(lambda: layer(x), monkeypatch)
+    (record,) = records(lambda: layer(x), on_gpu)
+    assert {topology.index.data_ptr(), layer.weight.data_ptr()} <= {*record["parameters"]}
+
+
+def test_another_precision_is_another_product(on_gpu, monkeypatch):
+    before = torch.get_float32_matmul_precision()
+    layer, x = layer_and_x(dtype=torch.float32)
+    try:
+        functions = set()
+        for precision in ("highest", "high", "highest"):
+            torch.set_float32_matmul_precision(precision)
+            with torch.no_grad():
+                layer(x)
+                functions |= {r["function"] for r in records(lambda: layer(x), on_gpu)}
+        assert len(functions) == 2
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_growth_scores_watch_the_short_way(on_gpu):
+    layer, x = layer_and_x()
+    seen = []
+
+    class Growth:
+        def watch(self, y, x, token_offsets, layout):
+            seen.append((y.shape, x.shape))
+            return y
+
+    layer.growth = Growth()
+    for _ in range(2):
+        layer(x)
+    layer(x.view(3, 16, 128))
+    assert seen == 3 * [((48, 256), (48, 128))]
