@@ -226,7 +226,8 @@ def _launch(
     with _on_device(tensors[0]):
         compiled = kernel[(along_x, along_y, 1)](*tensors, *numbers, *strides, **constants, **options)
         values = (*strides, *(t.data_ptr() for t in tensors if t is not None))
-        if all(value % 16 == 0 for value in values) and max(numbers) < 2**31:
+        usual = all(value % 16 == 0 for value in values) and max(numbers) < 2**31
+        if usual and compiled is not None:  # the interpreter compiles nothing
             names = kernel.arg_names[len(tensors) : len(tensors) + len(numbers)]
             known = {name: n for name, n in zip(names, numbers, strict=True) if name != "num_tokens"}
             if launch := prepare(compiled, known, grid):

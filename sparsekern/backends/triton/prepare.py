@@ -38,7 +38,7 @@ def prepare(compiled, numbers: dict[str, int], grid: tuple[int, int, int, int]) 
         launch(tokens=..., stream=..., and the tensors by name), which says whether it launched: not where a value is
         no multiple of 16 or over 31 bits long, for which Triton compiles another variant.
     """
-    if _cuda is None or compiled is None:  # the interpreter compiles nothing
+    if _cuda is None:
         return None
     metadata, (warps, programs_per_cluster, shared) = compiled.metadata, compiled.packed_metadata
     needs = (
