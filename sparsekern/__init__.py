@@ -5,6 +5,7 @@ from sparsekern._version import __version__
 from sparsekern.choose import use
 from sparsekern.conv import SparseConv2d
 from sparsekern.convert import densify, plan, plan_from, sparsify
+from sparsekern.initialise import init_
 from sparsekern.linear import SparseLinear
 from sparsekern.load import load
 from sparsekern.products import dds, sdd
@@ -29,6 +30,7 @@ __all__ = [
     "cosine",
     "dds",
     "densify",
+    "init_",
     "integrations",
     "load",
     "plan",

@@ -133,6 +133,10 @@ class SparseConv2d(SparseLayer):
         """
         return cls._from_dense(conv, density, block_size, keep)
 
+    @staticmethod
+    def _dense_type() -> type[nn.Module]:
+        return nn.Conv2d
+
     @classmethod
     def _like(cls, conv: nn.Conv2d, topology: Topology) -> "SparseConv2d":
         return cls(*_options(conv), conv.weight.device, conv.weight.dtype, topology=topology)

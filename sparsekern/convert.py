@@ -1,22 +1,27 @@
 """Convert whole models: plan which layers become sparse, sparsify them in place, densify them again."""
 
+import copy
 import math
+import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from sparsekern.conv import SparseConv2d
-from sparsekern.layer import SparseLayer
+from sparsekern.layer import SparseLayer, choose_topology
 from sparsekern.linear import SparseLinear
 from sparsekern.rewire.density import DISTRIBUTIONS, Dims
+from sparsekern.rewire.optimizer_state import unwrap
 from sparsekern.table import table
-from sparsekern.topology import check_geometry
+from sparsekern.topology import Topology, check_block_size, check_geometry, live_count
+from sparsekern.untrained import watch_replaced
 
 SPARSE = {nn.Linear: SparseLinear, nn.Conv2d: SparseConv2d}
 MAX_PADDING = 0.25  # of a layer's elements; a layer padded by more is larger and slower than its density says
@@ -131,14 +136,14 @@ def plan(
     """
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"plan: distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}")
-    if isinstance(exclude, str):
-        raise ValueError(f"plan: exclude must be a list of patterns, got the text {exclude!r}")
-    exclude, modules = tuple(exclude), tuple(modules)
-    for module_type in modules:
-        if module_type not in SPARSE:
-            raise ValueError(f"plan: modules may hold nn.Linear and nn.Conv2d, got {module_type!r}")
-    densities = density if isinstance(density, Mapping) else {"*": density}
-    block_sizes = block_size if isinstance(block_size, Mapping) else {"*": block_size}
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"plan: model must be a torch.nn.Module, got {type(model).__name__}")
+    exclude, modules = _patterns(exclude), _module_types(modules)
+    densities, block_sizes = _by_pattern("density", density), _by_pattern("block_size", block_size)
+    for value in densities.values():
+        live_count(value, 1)  # checks the range
+    for value in block_sizes.values():
+        check_block_size(value)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, (SparseLayer, *modules))}
     for argument, patterns in (("exclude", exclude), ("density", densities), ("block_size", block_sizes)):
         for pattern in patterns:
@@ -162,7 +167,8 @@ def plan(
         counts = iter(DISTRIBUTIONS[distribution](dims, densities[pattern]))
         for name in names:
             planned[name] = replace(planned[name], live=tuple(next(counts) for _ in range(planned[name].groups)))
-    return Plan(tuple(planned.values()))
+    planned |= {layer.name: layer for layer in _not_taken(model, layers)}
+    return Plan(tuple(planned[name] for name, _ in model.named_modules() if name in planned))
 
 
 def sparsify(
@@ -173,8 +179,12 @@ def sparsify(
     exclude: Iterable[str] = (),
     modules: Iterable[type[nn.Module]] = (nn.Linear,),
     keep: str | Tensor | Mapping[str, str | Tensor] = "magnitude",
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
 ) -> nn.Module:
-    """Make the layers of a model sparse, in place. Build the optimiser afterwards: their weights are new Parameters.
+    """Make the layers of a model sparse, in place. Their weights are new Parameters.
+
+    Build the optimiser afterwards, or give it: then the new Parameters take the places of the old ones in its groups.
+    All is checked before anything changes.
 
     An nn.Linear or nn.Conv2d is replaced by a sparse layer of its options, dtype, device and mode; hooks on it are not
     carried over. A layer that is sparse already stays the same module and Parameter, with a new topology.
@@ -184,11 +194,18 @@ def sparsify(
         block_size, distribution, exclude, modules: as in `plan`.
         keep: as in `SparseLinear.from_linear`, for all layers or as {pattern: keep}. The default "magnitude" loses
             nothing that was learned; for training from scratch take "fresh", whose first weights have the scale that
-            the sparse fan-in asks for. A mask settles the live blocks by itself, whatever the plan says.
+            the sparse fan-in asks for. A mask settles the live blocks by itself, whatever the plan says. Layers of
+            equal weights and biases are copies, as in a target network beside an online one: they get the same topology
+            and the same weights, also where these are drawn.
+        optimizer: what trains the model already: a torch optimiser, a wrapper of one, or a list. State of the replaced
+            Parameters is dropped.
     Returns:
         The model; a new module only if the model itself is one nn.Linear or nn.Conv2d.
     Raises:
         ValueError: as `plan`; or the plan is of another model.
+    Warns:
+        UserWarning: nothing became sparse. Later, at the step of an optimiser that holds a replaced Parameter: it
+            trains what the model no longer has.
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
         >>> sparsify(model, density=0.25, keep="fresh")[0].weight.shape
@@ -202,21 +219,39 @@ def sparsify(
         _check_target(target, layers.get(target.name))
         if _first(keeps, target.name) is None:
             raise ValueError(f"sparsify: no pattern of keep fits layer {target.name!r}; end with '*'")
-    replaced = {}
+    optimizers = [] if optimizer is None else unwrap("sparsify", optimizer)
+    if not targets:
+        reasons = sorted({layer.reason for layer in chosen.layers})
+        warnings.warn(f"sparsify: nothing became sparse ({'; '.join(reasons) or 'no layer was found'})", stacklevel=2)
+    replaced: dict[nn.Module, nn.Module] = {}
+    topologies: dict[SparseLayer, tuple[Topology, str | Tensor]] = {}
+    twins: dict[SparseLayer, SparseLayer] = {}
     for target in targets:
         layer, kept = layers[target.name], keeps[_first(keeps, target.name)]
-        if isinstance(layer, SparseLayer):
-            layer.set_density(list(target.live), kept)
+        twin = _twin(layer, (*topologies, *replaced)) if isinstance(kept, str) else None
+        if isinstance(layer, SparseLayer) and twin is not None:
+            topologies[layer], twins[layer] = topologies[twin], twin
+        elif isinstance(layer, SparseLayer):
+            topologies[layer] = choose_topology(layer._matrices(), list(target.live), layer.block_size, kept), kept
+        elif twin is not None:
+            replaced[layer] = _copy_for(layer, replaced[twin])
         else:
-            replaced[layer] = SPARSE[type(layer)]._from_dense(layer, list(target.live), target.block_size, kept)
+            source = _as_linear(layer) if isinstance(layer, _conv1d()) else layer
+            replaced[layer] = SPARSE[type(source)]._from_dense(source, list(target.live), target.block_size, kept)
+    # from here on nothing can fail
+    for layer, (topology, kept) in topologies.items():
+        layer.take_topology(topology, kept)
+        if layer in twins:
+            layer.load_state_dict(twins[layer].state_dict())
+        for own in optimizers:
+            own.state.pop(layer.weight, None)
+    names = {layer: name for name, layer in layers.items()}
+    for old, new in replaced.items():
+        for name, parameter in old.named_parameters():
+            _hand_over(parameter, getattr(new, name), optimizers)
+            watch_replaced(parameter, f"{names[old]}.{name}")
     model = _swap(model, replaced)
-    for module in model.modules():
-        # torch's fused inference path of these two reads linear1.weight as a dense matrix: take the ordinary path
-        if any(isinstance(child, SparseLayer) for child in module.modules()):
-            if isinstance(module, nn.TransformerEncoderLayer):
-                module.activation_relu_or_gelu = 0
-            elif isinstance(module, nn.TransformerEncoder):
-                module.use_nested_tensor = False
+    _set_nested_tensors(model)
     return model
 
 
@@ -229,7 +264,9 @@ def densify(model: nn.Module) -> nn.Module:
     Returns:
         The model; a new module only if the model itself is one sparse layer.
     """
-    return _swap(
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"densify: model must be a torch.nn.Module, got {type(model).__name__}")
+    model = _swap(
         model,
         {
             layer: layer.to_linear() if isinstance(layer, SparseLinear) else layer.to_conv2d()
@@ -237,6 +274,8 @@ def densify(model: nn.Module) -> nn.Module:
             if isinstance(layer, (SparseLinear, SparseConv2d))
         },
     )
+    _set_nested_tensors(model)
+    return model
 
 
 def plan_from(state_dict: Mapping[str, object]) -> Plan:
@@ -259,6 +298,119 @@ def plan_from(state_dict: Mapping[str, object]) -> Plan:
     return Plan(tuple(layers))
 
 
+def _set_nested_tensors(model: nn.Module) -> None:
+    """nn.TransformerEncoder gives its layers nested tensors, which only torch's fused dense path takes."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            if any(isinstance(child, SparseLayer) for child in module.modules()):
+                module.__dict__.setdefault("_nested_when_dense", module.use_nested_tensor)
+                module.use_nested_tensor = False
+            else:
+                module.use_nested_tensor = module.__dict__.pop("_nested_when_dense", module.use_nested_tensor)
+
+
+def _patterns(exclude: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(exclude, str) or not isinstance(exclude, Iterable):
+        got = f"the text {exclude!r}" if isinstance(exclude, str) else repr(exclude)
+        raise ValueError(f"plan: exclude must be a list of patterns, got {got}")
+    exclude = tuple(exclude)
+    for pattern in exclude:
+        if not isinstance(pattern, str):
+            raise ValueError(f"plan: exclude must hold patterns as 'head*', got {pattern!r}")
+    return exclude
+
+
+def _module_types(modules: type[nn.Module] | Iterable[type[nn.Module]]) -> tuple[type[nn.Module], ...]:
+    if not isinstance(modules, type) and not isinstance(modules, Iterable):
+        raise ValueError(f"plan: modules may hold nn.Linear and nn.Conv2d, got {modules!r}")
+    modules = (modules,) if isinstance(modules, type) else tuple(modules)
+    for module_type in modules:
+        if not isinstance(module_type, type) or module_type not in SPARSE:
+            raise ValueError(f"plan: modules may hold nn.Linear and nn.Conv2d, got {module_type!r}")
+    # transformers' own nn.Linear, which keeps its weight transposed; only where transformers is in use
+    return (*modules, *_conv1d()) if nn.Linear in modules else modules
+
+
+def _conv1d() -> tuple[type[nn.Module], ...]:
+    utilities = sys.modules.get("transformers.pytorch_utils")
+    return (utilities.Conv1D,) if hasattr(utilities, "Conv1D") else ()
+
+
+def _by_pattern(name: str, value: object) -> Mapping[str, object]:
+    if not isinstance(value, Mapping):
+        return {"*": value}
+    if not value:
+        raise ValueError(f"plan: {name} must name at least one pattern, got an empty mapping")
+    for pattern in value:
+        if not isinstance(pattern, str):
+            raise ValueError(f"plan: {name} must be keyed by patterns as 'head*', got {pattern!r}")
+    return value
+
+
+def _not_taken(model: nn.Module, taken: Mapping[str, nn.Module]) -> list[LayerPlan]:
+    """Modules that hold a weight of two axes or more and are none of the types asked for."""
+    found = []
+    for name, module in model.named_modules():
+        if name in taken or any(module is layer for layer in taken.values()):
+            continue
+        own = [(key, p) for key, p in module._parameters.items() if p is not None and not is_lazy(p) and p.dim() > 1]
+        if own and not any(name.startswith(f"{path}.") for path in taken):
+            key, weight = max(own, key=lambda pair: pair[1].numel())
+            shape = (weight.shape[0], weight[0].numel())
+            reason = f"it is a {type(module).__name__}" + ("" if key == "weight" else f" with a matrix {key}")
+            if type(module) in SPARSE:
+                reason += ", which modules does not name"
+            found.append(LayerPlan(name, shape, 1, 0, (), reason))
+    return found
+
+
+def _twin(layer: nn.Module, earlier: Iterable[nn.Module]) -> nn.Module | None:
+    """An earlier layer of which this one is a copy: equal options, topology, weight and bias."""
+    for other in earlier:
+        same = type(other) is type(layer) and other.extra_repr() == layer.extra_repr()
+        if same and isinstance(layer, SparseLayer):
+            own = layer.topology
+            same = own.shape == other.topology.shape and other.topology.is_at(own.block_rows, own.block_cols)
+        if same and _equal(other.weight, layer.weight) and _equal(other.bias, layer.bias):
+            return other
+    return None
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None or a.is_meta or b.is_meta:
+        return a is b
+    if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+        return False
+    # layers that start at zero are equal without being copies
+    return torch.equal(a, b) and (a.dim() == 1 or bool((a != a.flatten()[0]).any()))
+
+
+@torch.no_grad()
+def _as_linear(conv1d: nn.Module) -> nn.Linear:
+    """The nn.Linear of transformers' Conv1D, which keeps its weight transposed."""
+    weight, bias = conv1d.weight, conv1d.bias
+    linear = nn.Linear(*weight.shape, device=weight.device, dtype=weight.dtype).train(conv1d.training)
+    linear.weight.copy_(weight.t()).requires_grad_(weight.requires_grad)
+    linear.bias.copy_(bias).requires_grad_(bias.requires_grad)
+    return linear
+
+
+def _copy_for(layer: nn.Module, sparse: SparseLayer) -> SparseLayer:
+    """A sparse layer of equal values for a dense copy, with the copy's own mode and requires_grad."""
+    made = copy.deepcopy(sparse).train(layer.training)
+    for name, parameter in made.named_parameters():
+        parameter.requires_grad_(getattr(layer, name).requires_grad)
+    return made
+
+
+def _hand_over(old: nn.Parameter, new: nn.Parameter, optimizers: list[Optimizer]) -> None:
+    """Put a new Parameter into the groups of the optimisers that held the old one."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"] = [new if p is old else p for p in group["params"]]
+        optimizer.state.pop(old, None)
+
+
 def _first(patterns: Iterable[str], name: str) -> str | None:
     """The first pattern that fits the name."""
     return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
@@ -270,6 +422,8 @@ def _geometry(name: str, layer: nn.Module) -> tuple[tuple[int, int], int]:
         return layer.topology.shape, layer.groups
     if is_lazy(layer.weight):
         raise ValueError(f"plan: layer {name!r} is lazy and has no shape yet; run the model once")
+    if isinstance(layer, _conv1d()):
+        return tuple(layer.weight.shape[::-1]), 1
     groups = getattr(layer, "groups", 1)
     return (layer.weight.shape[0], groups * layer.weight[0].numel()), groups
 
@@ -282,7 +436,7 @@ def _reason_to_stay(name: str, layer: nn.Module, block_size: int, holders: Count
         return "its weight is tied, another module holds it too"
     if isinstance(layer, SparseLayer):
         return ""
-    if type(layer) not in SPARSE:
+    if type(layer) not in (*SPARSE, *_conv1d()):
         return f"it is a {type(layer).__name__}, whose weight other code may read"
     if not block_size:
         return "no block size is given for it"
@@ -302,7 +456,7 @@ def _dims(layer_plan: LayerPlan, layer: nn.Module) -> Dims:
 
 def _check_target(target: LayerPlan, layer: nn.Module | None) -> None:
     """Refuse a plan that does not fit the model, before anything is changed."""
-    if layer is None or not isinstance(layer, (SparseLayer, *SPARSE)):
+    if layer is None or not isinstance(layer, (SparseLayer, *SPARSE, *_conv1d())):
         found = "does not have" if layer is None else f"has as {type(layer).__name__}"
         raise ValueError(f"sparsify: the plan has layer {target.name!r}, which the model {found}")
     shape, groups = _geometry(target.name, layer)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsekern.backends.reference import densify, gather
-from sparsekern.topology import Topology, check_geometry, live_count
+from sparsekern.topology import Topology, check_geometry, live_counts
 from sparsekern.untrained import watch
 
 KEEP = ("magnitude", "random", "fresh")
@@ -117,12 +117,21 @@ class SparseLayer(nn.Module):
             density: in (0, 1], of each group; or the number of live blocks of each group.
             keep: as in `SparseLinear.from_linear`. Blocks that were dead start at zero, unless "fresh".
         """
+        self.take_topology(choose_topology(self._matrices(), density, self.block_size, keep), keep)
+
+    @torch.no_grad()
+    def take_topology(self, topology: Topology, keep: str | Tensor) -> None:
+        """Take the live blocks of another topology of this geometry, in place, and the values that `keep` says."""
         matrices = self._matrices()
-        topology = choose_topology(matrices, density, self.block_size, keep)
         self.topology.replace(topology.block_rows, topology.block_cols)
         self.topology.adoptions += 1
         self._resize(self.topology.num_slots)
         self._fill(matrices, keep)
+
+    @torch.no_grad()
+    def take_blocks(self, matrices: Tensor) -> None:
+        """Take the weight's values out of dense matrices [groups, out / groups, in / groups]."""
+        self.weight.copy_(gather(_pad_to_blocks(matrices, self.block_size), self.topology.layout))
 
     @torch.no_grad()
     def to_dense(self) -> Tensor:
@@ -179,6 +188,9 @@ class SparseLayer(nn.Module):
     @torch.no_grad()
     def _from_dense(cls, dense: nn.Module, density: float | list[int], block_size: int, keep: str | Tensor) -> Self:
         """The sparse layer of the options, dtype, device and mode of a dense one; `density` as in `set_density`."""
+        want = cls._dense_type()
+        if not isinstance(dense, want):
+            raise TypeError(f"{cls.__name__}: wants an nn.{want.__name__} to convert, got {type(dense).__name__}")
         groups = getattr(dense, "groups", 1)
         matrices = dense.weight.detach().reshape(groups, dense.weight.shape[0] // groups, -1)
         if isinstance(keep, Tensor) and keep.shape == dense.weight.shape:
@@ -198,7 +210,7 @@ class SparseLayer(nn.Module):
             return
         if isinstance(keep, Tensor) and keep.shape[-2:] == matrices.shape[-2:]:
             matrices = matrices * keep.to(matrices.device)
-        self.weight.copy_(gather(_pad_to_blocks(matrices, self.block_size), self.topology.layout))
+        self.take_blocks(matrices)
 
     def _matrices(self) -> Tensor:
         """The dense matrices [groups, out / groups, in / groups], unpadded."""
@@ -282,13 +294,15 @@ def choose_topology(
                 f"keep: a mask must be boolean of shape {tuple(matrices.shape)} (elements) or {grid} (blocks), "
                 f"got {keep.dtype} of shape {tuple(keep.shape)}"
             )
+        if not mask.any():
+            raise ValueError("keep: a mask must be True somewhere, but it is False everywhere; no block would live")
         if mask.shape != grid:
             mask = _block_sums(mask.float(), block_size) > 0
         return Topology.from_mask(mask, shape, block_size)
-    if keep not in KEEP:
+    if not isinstance(keep, str) or keep not in KEEP:
         raise ValueError(f"keep must be a boolean mask or one of {', '.join(KEEP)}, got {keep!r}")
     num_blocks = grid[1] * grid[2]
-    live = density if isinstance(density, list) else [live_count(density, num_blocks)] * groups
+    live = live_counts(density, num_blocks, groups)
     if keep != "magnitude" or matrices.is_meta:
         return Topology.random(shape, live, block_size, groups)
     norms = _block_sums(matrices.abs().float(), block_size).flatten(1)

@@ -112,6 +112,10 @@ class SparseLinear(SparseLayer):
         """
         return cls._from_dense(linear, density, block_size, keep)
 
+    @staticmethod
+    def _dense_type() -> type[nn.Module]:
+        return nn.Linear
+
     @classmethod
     def _like(cls, linear: nn.Linear, topology: Topology) -> "SparseLinear":
         weight = linear.weight

@@ -10,12 +10,14 @@ sdd. There are three routes to a backend, all with the same gradients:
   `sparsekern::dds` and `sparsekern::sdd`.
 """
 
+import math
 import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from sparsekern import choose, quick
 from sparsekern.topology import Layout, catch_up, is_current
@@ -410,6 +412,20 @@ def _(x, weight, bias, token_offsets, *flat):
 def _(dy, x, token_offsets, *layout):
     layout = Layout.from_flat(layout)
     return x.new_empty(layout.num_slots, layout.block_size, layout.block_size)
+
+
+@register_flop_formula(torch.ops.sparsekern.dds)
+def _(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    """Every token is multiplied with every live block, of one group where groups are ragged: then on average."""
+    ragged, (*_, groups, _block_size, _full, _transpose) = args[1] is not None, args
+    return 2 * x_shape[0] * math.prod(weight_shape) // (groups if ragged else 1)
+
+
+@register_flop_formula(torch.ops.sparsekern.sdd)
+def _(dy_shape, x_shape, token_offsets, *layout, out_shape=None, **kwargs) -> int:
+    """As many as the dds of the same layer."""
+    *_, groups, _block_size, _full = layout
+    return 2 * dy_shape[0] * math.prod(out_shape) // (groups if token_offsets is not None else 1)
 
 
 def _setup_dds(ctx, inputs, output):

@@ -1,6 +1,7 @@
 """Topology: which blocks of a matrix are live, in which slot each is stored, and the index that products walk."""
 
-from collections.abc import Iterable
+import numbers
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Self
 
 import torch
@@ -187,6 +188,10 @@ def in_order(layout: Layout) -> bool:
     return bool(((layout.positions() == places) | (layout.block_rows < 0)).all())
 
 
+def _stand_back(*_) -> None:
+    """A hook that does nothing."""
+
+
 _SAVED = ("block_rows", "block_cols", "_extra_state")
 
 
@@ -216,6 +221,9 @@ class Topology(nn.Module):
         self.shape = tuple(shape)
         self.block_size = block_size
         self.groups = groups
+        # torch's fused inference path of nn.TransformerEncoderLayer reads weights as dense matrices. It stands back
+        # where any module inside has a hook; nothing calls this module, so the hook costs nothing.
+        self.register_forward_hook(_stand_back)
         self.grid = tuple(groups * -(-size // groups // block_size) for size in shape)
         self.padded = self.shape != tuple(blocks * block_size for blocks in self.grid)
         check_blocks(block_rows, block_cols, self.grid, groups)
@@ -235,11 +243,7 @@ class Topology(nn.Module):
         """
         check_geometry(shape, block_size, groups)
         rows, cols = (-(-size // groups // block_size) for size in shape)
-        if isinstance(live, float):
-            live = live_count(live, rows * cols)
-        live = [live] * groups if isinstance(live, int) else live
-        if not all(0 < count <= rows * cols for count in live):
-            raise ValueError(f"live must be from 1 to {rows * cols} blocks in each group, got {live}")
+        live = live_counts([live] * groups if _is_count(live) else live, rows * cols, groups)
         chosen = [_random_positions(rows, cols, count) for count in live]
         block_rows = torch.cat([p // cols + g * rows for g, p in enumerate(chosen)])
         block_cols = torch.cat([p % cols + g * cols for g, p in enumerate(chosen)])
@@ -247,8 +251,19 @@ class Topology(nn.Module):
 
     @classmethod
     def from_mask(cls, mask: Tensor, shape, block_size: int) -> "Topology":
-        """Take the live blocks from a boolean [groups, rows, cols] grid; slots in row-major order."""
+        """Take the live blocks from a boolean grid [groups, rows, cols] or, of one group, [rows, cols]; row-major."""
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() not in (2, 3):
+            got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"from_mask: mask must be boolean [groups, rows, cols] or [rows, cols], got {got}")
+        mask = mask if mask.dim() == 3 else mask[None]
         groups, rows, cols = mask.shape
+        check_geometry(shape, block_size, groups)
+        want = tuple(-(-size // groups // block_size) for size in shape)
+        if (rows, cols) != want:
+            raise ValueError(
+                f"from_mask: shape {tuple(shape)} in {groups} groups has {want} blocks of {block_size} in each, "
+                f"got a mask of {(rows, cols)}"
+            )
         g, r, c = mask.nonzero().unbind(1)
         return cls(g * rows + r, g * cols + c, shape, block_size, groups)
 
@@ -445,14 +460,36 @@ class Topology(nn.Module):
 
 def live_count(density: float, num_blocks: int) -> int:
     """Number of live blocks that a density in (0, 1] asks for: max(1, round(density * num_blocks))."""
-    if not 0 < density <= 1:
-        raise ValueError(f"density must be in (0, 1], got {density}")
+    if isinstance(density, bool) or not isinstance(density, numbers.Real) or not 0 < density <= 1:
+        raise ValueError(f"density must be in (0, 1], got {density!r}")
     return max(1, round(density * num_blocks))
 
 
+def live_counts(density: float | Sequence[float | int], num_blocks: int, groups: int) -> list[int]:
+    """Live blocks of each group: of one density for all, or of a list of densities (float) or counts (int)."""
+    if not isinstance(density, list | tuple):
+        return [live_count(density, num_blocks)] * groups
+    if len(density) != groups:
+        raise ValueError(
+            f"density: {groups} groups want as many densities or live counts, got {len(density)}: {density}"
+        )
+    counts = [value if _is_count(value) else live_count(value, num_blocks) for value in density]
+    if not all(0 < count <= num_blocks for count in counts):
+        raise ValueError(f"density: live counts must be from 1 to {num_blocks} blocks in each group, got {density}")
+    return counts
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def check_block_size(block_size: int) -> None:
+    if not _is_count(block_size) or block_size not in (1, 2, 4, 8, 16, 32, 64, 128):
+        raise ValueError(f"block_size must be a power of two from 1 to 128, got {block_size!r}")
+
+
 def check_geometry(shape: tuple[int, int], block_size: int, groups: int) -> None:
-    if block_size not in (1, 2, 4, 8, 16, 32, 64, 128):
-        raise ValueError(f"block_size must be a power of two from 1 to 128, got {block_size}")
+    check_block_size(block_size)
     for name, size in zip(("out_features", "in_features"), shape, strict=True):
         if size <= 0 or groups <= 0 or size % groups:
             raise ValueError(f"{name} must be a positive multiple of groups, got {name}={size}, groups={groups}")

@@ -287,8 +287,12 @@ def test_a_model_that_is_one_linear_comes_back_as_a_sparse_layer():
 
 def test_convolutions_are_left_alone_unless_asked_for():
     model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Linear(64, 64))
-    assert [layer.name for layer in sk.plan(model).layers] == ["1"]
-    assert [layer.name for layer in sk.plan(model, modules=[nn.Conv2d]).layers] == ["0"]
+    for modules, taken in ((nn.Linear, "1"), (nn.Conv2d, "0")):
+        reasons = {layer.name: layer.reason for layer in sk.plan(model, modules=[modules]).layers}
+        assert reasons.pop(taken) == ""
+        assert list(reasons.values()) == [
+            f"it is a {type(model[1 - int(taken)]).__name__}, which modules does not name"
+        ]
 
 
 def test_the_table_shows_each_layer_and_why_it_stays():
@@ -311,6 +315,8 @@ def test_the_table_shows_each_layer_and_why_it_stays():
         "head": "excluded",
         "logits": "blocks of 16 would pad it by 129%",
         "tied": "its weight is tied, another module holds it too",
+        "embedding": "it is a Embedding",
+        "attention": "it is a MultiheadAttention with a matrix in_proj_weight",
         "attention.out_proj": "it is a NonDynamicallyQuantizableLinear, whose weight other code may read",
         "normed": "its weight is computed from other parameters",
         "pruned": "its weight is computed from other parameters",
@@ -319,7 +325,7 @@ def test_the_table_shows_each_layer_and_why_it_stays():
     assert lines[0].split() == ["layer", "shape", "block", "size", "density", "live", "of", "becomes"]
     assert lines[1].split() == ["body", "64", "x", "64", "16", "0.2500", "4", "16", "sparse"]
     assert lines[3].endswith("stays: blocks of 16 would pad it by 129%")
-    assert lines[-1].startswith("1 of 7 layers sparse, 4 of 16 blocks live: density 0.2500 of these")
+    assert lines[-1].startswith("1 of 9 layers sparse, 4 of 16 blocks live: density 0.2500 of these")
     assert repr(plan) == str(plan)
     sparse = sk.sparsify(model, plan)
     assert [name for name, m in sparse.named_modules() if isinstance(m, sk.SparseLinear)] == ["body"]
