@@ -91,7 +91,7 @@ struct Argument {
     // Of a matrix: elements from one row to the next; those of a row must lie side by side.
     int64_t row_stride(int64_t columns) const {
         const py::object strides = this->strides();
-        if (item(strides, 1) != 1 && columns > 1) refuse("must have rows whose elements lie side by side");
+        if (item(strides, 1) != 1 && columns > 1 && item(shape(), 0) > 0) refuse("must have rows whose elements lie side by side");
         return item(strides, 0);
     }
     int64_t first_stride() const {

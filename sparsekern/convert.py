@@ -284,6 +284,10 @@ def plan_from(state_dict: Mapping[str, object]) -> Plan:
     Raises:
         ValueError: the state_dict holds no sparse layer.
     """
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(
+            f"plan_from: state_dict must be a mapping of names to tensors, got {type(state_dict).__name__}"
+        )
     end = "topology._extra_state"
     layers = []
     for key, state in state_dict.items():

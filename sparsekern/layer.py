@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsekern.backends.reference import densify, gather
-from sparsekern.topology import Topology, check_geometry, live_counts
+from sparsekern.topology import Topology, check_geometry, live_count, live_counts
 from sparsekern.untrained import watch
 
 KEEP = ("magnitude", "random", "fresh")
@@ -31,7 +31,10 @@ class SparseLayer(nn.Module):
     ):
         super().__init__()
         if topology is None:
+            live_count(density, 1)  # checks the range, before float() would take a text
             topology = Topology.random(shape, float(density), block_size, groups)
+        elif not isinstance(topology, Topology):
+            raise TypeError(f"{type(self).__name__}: topology must be a sparsekern.Topology, got {topology!r}")
         elif topology.shape != shape:
             raise ValueError(
                 f"{type(self).__name__}: topology is for shape {topology.shape}, but the layer's is {shape}"
@@ -39,6 +42,8 @@ class SparseLayer(nn.Module):
         device = device or torch.get_default_device()
         self.topology = copy.deepcopy(topology).to(device)
         blocks = (topology.num_slots, topology.block_size, topology.block_size)
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"{type(self).__name__}: dtype must be of real floating-point numbers, got {dtype}")
         self.weight = nn.Parameter(torch.empty(blocks, device=device, dtype=dtype))
         watch(self.weight)
         self.register_parameter(

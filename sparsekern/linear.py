@@ -61,6 +61,8 @@ class SparseLinear(SparseLayer):
             weight, bias = parameters.get("weight"), parameters.get("bias")
             weight, bias = self.weight if weight is None else weight, self.bias if bias is None else bias
             return dds(x, weight, self._modules["topology"], bias, True, None, self.growth)
+        if not isinstance(group, Tensor):
+            raise TypeError(f"SparseLinear: group must be a tensor of integers, got {type(group).__name__}")
         if group.shape != x.shape[:-1]:
             raise ValueError(
                 f"SparseLinear: group must hold one id per token, {tuple(x.shape[:-1])}, got {tuple(group.shape)}"

@@ -377,6 +377,10 @@ def _sdd_kernel(dy, x, token_offsets, *layout):
 
 def _checked(layout: Layout) -> Layout:
     """A layout that native kernels may follow: one that comes from a Topology, or agrees with itself."""
+    if layout.groups < 1 or layout.num_rows % layout.groups or layout.num_cols % layout.groups:
+        raise ValueError(
+            f"layout: {layout.num_rows} x {layout.num_cols} blocks are not shared equally by groups={layout.groups}"
+        )
     if not is_current(layout):
         catch_up(layout)
     return layout

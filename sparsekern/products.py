@@ -54,10 +54,14 @@ def dds(
         y = _quick_dds(x, weight, topology, bias, transpose, growth)
         if y is not None:
             return y
-    x, weight, bias = _autocast(x, weight, bias)
-    if token_offsets is not None:
-        token_offsets = _as_offsets("dds", token_offsets, topology, x)
-    _check("dds", topology, x, weight, bias, topology.shape[int(transpose)], token_offsets)
+    try:
+        x, weight, bias = _autocast(x, weight, bias)
+        if token_offsets is not None:
+            token_offsets = _as_offsets("dds", token_offsets, topology, x)
+        _check("dds", topology, x, weight, bias, topology.shape[int(transpose)], token_offsets)
+    except AttributeError:  # looking at the types first would cost every call
+        _check_types("dds", topology, token_offsets, x=x, weight=weight)
+        raise
     if bias is not None and not transpose:
         raise ValueError("dds: bias belongs to x Wᵀ, but transpose is False")
     layout = topology.layout
@@ -90,11 +94,15 @@ def sdd(dy: Tensor, x: Tensor, topology: Topology, token_offsets: Tensor | None 
         >>> sdd(torch.randn(5, 64), torch.randn(5, 32), topology).shape
         torch.Size([2, 16, 16])
     """
-    dy, x = _autocast(dy, x)
-    if token_offsets is not None:
-        token_offsets = _as_offsets("sdd", token_offsets, topology, x)
-    _check("sdd", topology, dy, x, None, topology.shape[0], token_offsets)
-    _check("sdd", topology, x, dy, None, topology.shape[1], token_offsets)
+    try:
+        dy, x = _autocast(dy, x)
+        if token_offsets is not None:
+            token_offsets = _as_offsets("sdd", token_offsets, topology, x)
+        _check("sdd", topology, dy, x, None, topology.shape[0], token_offsets)
+        _check("sdd", topology, x, dy, None, topology.shape[1], token_offsets)
+    except AttributeError:
+        _check_types("sdd", topology, token_offsets, dy=dy, x=x)
+        raise
     if dy.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"sdd: dy has {tuple(dy.shape[:-1])} tokens, but x has {tuple(x.shape[:-1])}")
     groups = 1 if token_offsets is not None else topology.groups
@@ -153,6 +161,14 @@ def _check(
         raise ValueError(
             f"{name}: topology of shape {topology.shape} wants {topology.shape[0]} biases, got {tuple(bias.shape)}"
         )
+
+
+def _check_types(name: str, topology: object, token_offsets: object, **operands: object) -> None:
+    if not isinstance(topology, Topology):
+        raise TypeError(f"{name}: topology must be a sparsekern.Topology, got {type(topology).__name__}")
+    for what, operand in (*operands.items(), ("token_offsets", token_offsets)):
+        if not isinstance(operand, Tensor) and (what != "token_offsets" or operand is not None):
+            raise TypeError(f"{name}: {what} must be a tensor, got {type(operand).__name__}")
 
 
 def _as_offsets(name: str, token_offsets: Tensor, topology: Topology, x: Tensor) -> Tensor:

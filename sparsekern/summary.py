@@ -102,6 +102,8 @@ def summary(model: nn.Module, optimizer: Optimizer | None = None) -> Summary:
         layer              shape    block size  density  live  of  weight  gradient  ...  of dense
         0                  64 x 64          16   0.2500     4  16   4,096         0  ...    0.2593
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"summary: model must be a torch.nn.Module, got {type(model).__name__}")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
     state = {} if optimizer is None else optimizer.state
     lines = tuple(

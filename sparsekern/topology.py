@@ -490,7 +490,11 @@ def check_block_size(block_size: int) -> None:
 
 def check_geometry(shape: tuple[int, int], block_size: int, groups: int) -> None:
     check_block_size(block_size)
+    if not _is_count(groups):
+        raise ValueError(f"groups must be a positive integer, got groups={groups!r}")
     for name, size in zip(("out_features", "in_features"), shape, strict=True):
+        if not _is_count(size):
+            raise ValueError(f"{name} must be a positive multiple of groups, got {name}={size!r}, groups={groups}")
         if size <= 0 or groups <= 0 or size % groups:
             raise ValueError(f"{name} must be a positive multiple of groups, got {name}={size}, groups={groups}")
 
