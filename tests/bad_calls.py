@@ -131,7 +131,6 @@ for name, rows, cols, sentence in (
         sentence,
     )
 refused("Topology lists", lambda: sk.Topology([0], [0], (40, 24), 8), "tensor of integers, got list")
-refus
 refused("Topology across groups", lambda: topology([0], [3], (32, 48), 8, 2), "groups")
 for live in (0, -1, 16, [3, 3], [], [20], "3", None, float("nan"), 1.5, [True]):
     refused(f"Topology.random live {live!r}", lambda live=live: sk.Topology.random((40, 24), live, 8), "live|density")
