@@ -1,6 +1,5 @@
 """Convert whole models: plan which layers become sparse, sparsify them in place, densify them again."""
 
-import copy
 import math
 import sys
 import warnings
@@ -15,13 +14,13 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from sparsekern.conv import SparseConv2d
+from sparsekern.handover import check_handover, hand_over, watch_stale
 from sparsekern.layer import SparseLayer, choose_topology
 from sparsekern.linear import SparseLinear
 from sparsekern.rewire.density import DISTRIBUTIONS, Dims
 from sparsekern.rewire.optimizer_state import unwrap
 from sparsekern.table import table
 from sparsekern.topology import Topology, check_block_size, check_geometry, live_count
-from sparsekern.untrained import watch_replaced
 
 SPARSE = {nn.Linear: SparseLinear, nn.Conv2d: SparseConv2d}
 MAX_PADDING = 0.25  # of a layer's elements; a layer padded by more is larger and slower than its density says
@@ -194,18 +193,20 @@ def sparsify(
         block_size, distribution, exclude, modules: as in `plan`.
         keep: as in `SparseLinear.from_linear`, for all layers or as {pattern: keep}. The default "magnitude" loses
             nothing that was learned; for training from scratch take "fresh", whose first weights have the scale that
-            the sparse fan-in asks for. A mask settles the live blocks by itself, whatever the plan says. Layers of
-            equal weights and biases are copies, as in a target network beside an online one: they get the same topology
-            and the same weights, also where these are drawn.
-        optimizer: what trains the model already: a torch optimiser, a wrapper of one, or a list. State of the replaced
-            Parameters is dropped.
+            the sparse fan-in asks for. A mask settles the live blocks by itself, whatever the plan says.
+            Layers of equal weights, biases, density and keep are copies, as in a target network beside an online one:
+            they get the same topology and the same weights, also where these are drawn. Equal density is meant up to
+            one block of each group, which the plan's rounding may add.
+        optimizer: what trains the model already: a torch optimiser, a wrapper of one, or a list of all of them. State
+            of the converted layers is dropped.
     Returns:
         The model; a new module only if the model itself is one nn.Linear or nn.Conv2d.
     Raises:
-        ValueError: as `plan`; or the plan is of another model.
+        ValueError: as `plan`; the plan is of another model; or `optimizer` does not hold a weight that wants training,
+            keeps Parameters outside of its groups, or is one that rules refuse.
     Warns:
-        UserWarning: nothing became sparse. Later, at the step of an optimiser that holds a replaced Parameter: it
-            trains what the model no longer has.
+        UserWarning: nothing became sparse. Later, at the first step of an optimiser that holds a replaced weight and
+            not the new one: it trains what the model no longer has.
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
         >>> sparsify(model, density=0.25, keep="fresh")[0].weight.shape
@@ -220,36 +221,32 @@ def sparsify(
         if _first(keeps, target.name) is None:
             raise ValueError(f"sparsify: no pattern of keep fits layer {target.name!r}; end with '*'")
     optimizers = [] if optimizer is None else unwrap("sparsify", optimizer)
+    converted = {target.name: layers[target.name] for target in targets}
+    if optimizers:
+        check_handover(optimizers, converted)
+    copies = _copies(targets, layers, keeps)
     if not targets:
         reasons = sorted({layer.reason for layer in chosen.layers})
         warnings.warn(f"sparsify: nothing became sparse ({'; '.join(reasons) or 'no layer was found'})", stacklevel=2)
     replaced: dict[nn.Module, nn.Module] = {}
     topologies: dict[SparseLayer, tuple[Topology, str | Tensor]] = {}
-    twins: dict[SparseLayer, SparseLayer] = {}
     for target in targets:
         layer, kept = layers[target.name], keeps[_first(keeps, target.name)]
-        twin = _twin(layer, (*topologies, *replaced)) if isinstance(kept, str) else None
-        if isinstance(layer, SparseLayer) and twin is not None:
-            topologies[layer], twins[layer] = topologies[twin], twin
-        elif isinstance(layer, SparseLayer):
+        if isinstance(layer, SparseLayer):
             topologies[layer] = choose_topology(layer._matrices(), list(target.live), layer.block_size, kept), kept
-        elif twin is not None:
-            replaced[layer] = _copy_for(layer, replaced[twin])
         else:
             source = _as_linear(layer) if isinstance(layer, _conv1d()) else layer
             replaced[layer] = SPARSE[type(source)]._from_dense(source, list(target.live), target.block_size, kept)
     # from here on nothing can fail
     for layer, (topology, kept) in topologies.items():
         layer.take_topology(topology, kept)
-        if layer in twins:
-            layer.load_state_dict(twins[layer].state_dict())
-        for own in optimizers:
-            own.state.pop(layer.weight, None)
-    names = {layer: name for name, layer in layers.items()}
-    for old, new in replaced.items():
-        for name, parameter in old.named_parameters():
-            _hand_over(parameter, getattr(new, name), optimizers)
-            watch_replaced(parameter, f"{names[old]}.{name}")
+    new = {name: replaced.get(layer, layer) for name, layer in converted.items()}
+    for name, original in copies.items():
+        new[name].load_state_dict(new[original].state_dict())
+    if optimizers:
+        hand_over(optimizers, converted, new)
+    else:
+        watch_stale({name: layer for name, layer in converted.items() if layer in replaced}, new)
     model = _swap(model, replaced)
     _set_nested_tensors(model)
     return model
@@ -368,16 +365,35 @@ def _not_taken(model: nn.Module, taken: Mapping[str, nn.Module]) -> list[LayerPl
     return found
 
 
-def _twin(layer: nn.Module, earlier: Iterable[nn.Module]) -> nn.Module | None:
-    """An earlier layer of which this one is a copy: equal options, topology, weight and bias."""
-    for other in earlier:
-        same = type(other) is type(layer) and other.extra_repr() == layer.extra_repr()
-        if same and isinstance(layer, SparseLayer):
-            own = layer.topology
-            same = own.shape == other.topology.shape and other.topology.is_at(own.block_rows, own.block_cols)
-        if same and _equal(other.weight, layer.weight) and _equal(other.bias, layer.bias):
-            return other
-    return None
+def _copies(
+    targets: Sequence[LayerPlan], layers: Mapping[str, nn.Module], keeps: Mapping[str, str | Tensor]
+) -> dict[str, str]:
+    """Layers of which an earlier one is the original, and its name: equal options, weight, bias, density and keep."""
+    copies: dict[str, str] = {}
+    alike: dict[tuple, list[LayerPlan]] = {}
+    for target in targets:
+        layer, kept = layers[target.name], keeps[_first(keeps, target.name)]
+        if isinstance(kept, Tensor) or layer.weight.is_meta:
+            continue
+        sample = layer.weight.detach().flatten()[:8].tolist()  # so that few pairs are compared in full
+        key = (type(layer), layer.extra_repr(), target.groups, target.block_size, str(kept), *sample)
+        earlier = alike.setdefault(key, [])
+        for original in earlier:
+            # the plan's rounding may give one of two copies a block more
+            rounded = all(abs(a - b) <= 1 for a, b in zip(original.live, target.live, strict=True))
+            if rounded and _is_copy(layer, layers[original.name]):
+                copies[target.name] = original.name
+                break
+        else:
+            earlier.append(target)
+    return copies
+
+
+def _is_copy(layer: nn.Module, other: nn.Module) -> bool:
+    same = True
+    if isinstance(layer, SparseLayer):
+        same = other.topology.is_at(layer.topology.block_rows, layer.topology.block_cols)
+    return same and _equal(other.weight, layer.weight) and _equal(other.bias, layer.bias)
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:
@@ -397,22 +413,6 @@ def _as_linear(conv1d: nn.Module) -> nn.Linear:
     linear.weight.copy_(weight.t()).requires_grad_(weight.requires_grad)
     linear.bias.copy_(bias).requires_grad_(bias.requires_grad)
     return linear
-
-
-def _copy_for(layer: nn.Module, sparse: SparseLayer) -> SparseLayer:
-    """A sparse layer of equal values for a dense copy, with the copy's own mode and requires_grad."""
-    made = copy.deepcopy(sparse).train(layer.training)
-    for name, parameter in made.named_parameters():
-        parameter.requires_grad_(getattr(layer, name).requires_grad)
-    return made
-
-
-def _hand_over(old: nn.Parameter, new: nn.Parameter, optimizers: list[Optimizer]) -> None:
-    """Put a new Parameter into the groups of the optimisers that held the old one."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["params"] = [new if p is old else p for p in group["params"]]
-        optimizer.state.pop(old, None)
 
 
 def _first(patterns: Iterable[str], name: str) -> str | None:

@@ -25,6 +25,7 @@ def init_(layer: SparseLayer, function: Callable[..., object], **options) -> Spa
         The layer.
     Raises:
         TypeError: the layer is no sparse layer, or the function cannot be called.
+        ValueError: the function does not fill the tensor in place. The layer is left as it was, whatever is raised.
     Example:
         >>> layer = SparseLinear(256, 256, density=0.1)
         >>> init_(layer, torch.nn.init.kaiming_normal_, nonlinearity="relu").weight.shape
@@ -39,8 +40,12 @@ def init_(layer: SparseLayer, function: Callable[..., object], **options) -> Spa
     kernel = getattr(layer, "kernel_size", ())
     dtype = torch.promote_types(layer.weight.dtype, torch.float32)  # orthogonal_ knows no 16-bit numbers
     matrices = torch.empty(topology.groups, out, into, dtype=dtype, device=layer.weight.device)
+    matrices.fill_(torch.nan)  # what the function leaves out is found, and never taken for a weight
     for matrix in matrices:
         function(matrix.view(out, -1, *kernel), **options)
+    if not matrices.is_meta and matrices.isnan().any():
+        name = getattr(function, "__name__", type(function).__name__)
+        raise ValueError(f"init_: function must fill a tensor {[out, into]} in place, but {name} left NaN in it")
     layer.take_blocks(matrices * _row_scales(layer, out, into)[..., None])
     return layer
 

@@ -23,6 +23,13 @@ def watch(weight: nn.Parameter) -> None:
         _Watch(weight)
 
 
+def settle(weight: nn.Parameter) -> None:
+    """Say nothing more of a weight; something else has told that it is not trained."""
+    for hook in (weight._post_accumulate_grad_hooks or {}).values():
+        if isinstance(hook, _Watch):
+            hook.settle()
+
+
 class _Watch:
     def __init__(self, weight: nn.Parameter):
         self.passes = 0
@@ -57,42 +64,13 @@ class _Watch:
                 "sparsify(model), from model.parameters(), or freeze the layer with requires_grad_(False)",
                 stacklevel=4,
             )
-        # judged once; the next backward pass removes the hook that runs now, which may not remove itself
-        self.version = None
+        self.settle()
         self.hooks.append(weight.register_post_accumulate_grad_hook(self))
+
+    def settle(self) -> None:
+        # the next backward pass removes the hooks, since the hook that runs now may not remove itself
+        self.passes, self.version = max(1, self.passes), None
 
     def stop(self) -> None:
         for hook in self.hooks:
             hook.remove()
-
-
-# Parameters that sparsify has replaced, by id, with a name; they leave when they die.
-_replaced: dict[int, tuple[weakref.ref, str]] = {}
-_hooks: list = []
-
-
-def watch_replaced(parameter: nn.Parameter, name: str) -> None:
-    """Warn if an optimiser takes a step with a Parameter that the model no longer has."""
-    key = id(parameter)
-    _replaced[key] = weakref.ref(parameter, lambda _: _forget(key)), name
-    if not _hooks:
-        _hooks.append(register_optimizer_step_post_hook(_judge_replaced))
-
-
-def _judge_replaced(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-    held = [id(p) for group in optimizer.param_groups for p in group["params"] if id(p) in _replaced]
-    if held:
-        names = ", ".join(_replaced[key][1] for key in held)
-        for key in held:
-            del _replaced[key]  # told once
-        warnings.warn(
-            f"{type(optimizer).__name__} holds {names} of before sparsify(model), and trains nothing that the model "
-            "has; build the optimiser afterwards, or call sparsify(model, ..., optimizer=optimizer)",
-            stacklevel=4,
-        )
-
-
-def _forget(key: int) -> None:
-    _replaced.pop(key, None)
-    if not _replaced and _hooks:
-        _hooks.pop().remove()

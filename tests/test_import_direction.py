@@ -17,6 +17,7 @@ ORDER = (
     "layer",
     "linear conv",
     "initialise rewire.optimizer_state",
+    "handover",
     "convert",
     "summary load rewire.arguments rewire.scores",
     "rewire.schedule rewire.select rewire.ranks",

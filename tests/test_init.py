@@ -55,3 +55,15 @@ def test_padding_and_dead_slots_stay_zero(dtype):
 def test_what_is_no_sparse_layer_or_no_rule_is_refused(arguments, message):
     with pytest.raises(TypeError, match=message):
         sk.init_(*arguments)
+
+
+def test_a_function_that_fills_nothing_in_place_is_refused_and_changes_nothing():
+    layer = sk.SparseLinear(32, 16, block_size=8)
+    before = layer.weight.detach().clone()
+
+    def returns_another(weight):
+        return torch.zeros_like(weight)
+
+    with pytest.raises(ValueError, match=r"fill a tensor \[16, 32\] in place, but returns_another left NaN"):
+        sk.init_(layer, returns_another)
+    assert torch.equal(layer.weight, before)

@@ -15,11 +15,25 @@ from sparsekern.untrained import PASSES
 ENOUGH = PASSES + 3
 
 
+def forgotten(layers=1):
+    """A model whose optimiser was given something else."""
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(layers)))
+    return sk.sparsify(model, density=0.5, block_size=4), optim.SGD(nn.Linear(16, 16).parameters(), 0.1)
+
+
 def before_sparsify(layers=1):
     """A model whose optimiser was built too early."""
     model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(layers)))
     optimizer = optim.SGD(model.parameters(), 0.1)
     return sk.sparsify(model, density=0.5, block_size=4), optimizer
+
+
+def warnings_of(run):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    assert {w.filename for w in caught} <= {__file__}
+    return [str(w.message) for w in caught]
 
 
 def backward(model, passes=1):
@@ -40,8 +54,8 @@ def hooks(layer):
 
 
 @pytest.mark.parametrize("layers", [1, 3])
-def test_an_optimiser_built_before_sparsify_is_told_of_once(layers):
-    model, optimizer = before_sparsify(layers)
+def test_an_optimiser_that_does_not_hold_the_weights_is_told_of_once(layers):
+    model, optimizer = forgotten(layers)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         train(model, optimizer, steps=2 * ENOUGH)
@@ -145,7 +159,7 @@ def test_what_is_meant_so_gives_no_warning(recwarn):
 
 def test_a_compiled_model_is_watched_as_an_eager_one():
     torch.compiler.reset()
-    model, optimizer = before_sparsify()
+    model, optimizer = forgotten()
     with pytest.warns(UserWarning, match="never changed"):
         train(torch.compile(model, backend="aot_eager", fullgraph=True), optimizer)
 
@@ -162,3 +176,43 @@ def test_a_watched_layer_can_be_copied_moved_and_made_in_inference_mode():
         torch.__future__.set_swap_module_params_on_conversion(False)
     with torch.inference_mode():
         sk.SparseLinear(16, 16, density=0.5, block_size=4)
+
+
+@pytest.mark.parametrize(("layers", "named"), [(1, "layer '0' had"), (3, "layer '0' and of 2 more had")])
+def test_an_optimiser_built_before_sparsify_is_told_of_at_its_first_step_and_never_again(layers, named):
+    model, optimizer = before_sparsify(layers)
+    first = warnings_of(lambda: train(model, optimizer, steps=1))
+    assert len(first) == 1 and first[0].startswith("SGD") and named in first[0]
+    assert warnings_of(lambda: train(model, optimizer, steps=2 * ENOUGH)) == []
+    assert not any(map(hooks, model))
+    optimizer.param_groups.clear()
+    gc.collect()
+    assert not _global_optimizer_post_hooks
+
+
+def test_an_optimiser_that_trains_the_new_weights_too_is_left_in_peace():
+    model, optimizer = before_sparsify(2)
+    optimizer.add_param_group({"params": list(model.parameters())})
+    head = nn.Linear(16, 16)
+    assert warnings_of(lambda: train(model.append(head), optimizer, optim.SGD(head.parameters(), 0.1))) == []
+
+
+def test_weights_that_were_frozen_or_whose_model_is_gone_are_nobody_s_worry():
+    frozen = nn.Sequential(nn.Linear(16, 16)).requires_grad_(False).append(nn.Linear(16, 8))
+    optimizer = optim.SGD(frozen.parameters(), 0.1)
+    sk.sparsify(frozen, density=0.5, block_size=4, exclude=["1"])
+    gone, other = before_sparsify()
+    del gone
+    assert warnings_of(optimizer.step) + warnings_of(other.step) == []
+
+
+def test_a_replaced_weight_leaves_no_hook_behind():
+    model, optimizer = before_sparsify()
+    assert len(_global_optimizer_post_hooks) == 1
+    del optimizer
+    assert not _global_optimizer_post_hooks
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.to(torch.float64)  # refuses weights that something else refers to
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
