@@ -18,6 +18,10 @@ KEEP = ("magnitude", "random", "fresh")
 class SparseLayer(nn.Module):
     """Base of SparseLinear and SparseConv2d: a block-sparse matrix [out, in]. Rules act on its instances."""
 
+    topology: Topology
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         shape: tuple[int, int],

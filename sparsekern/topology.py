@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 try:
-    from sparsekern import _C
+    from sparsekern import _C  # type: ignore[attr-defined]
 except ImportError:  # backends/cpu.py says why, to whoever asks for it
     _C = None
 
@@ -20,7 +20,7 @@ class Layout(NamedTuple):
 
     block_rows: Tensor  # int16 or int32 [num_slots]: global block row of each slot, -1 = dead
     block_cols: Tensor  # likewise the global block column
-    index: Tensor  # int32, flat; see `Layout.row_pairs` and its neighbours
+    index: Tensor  # type: ignore[assignment]  # int32, flat; see `Layout.row_pairs` and its neighbours
     num_rows: int  # block rows, all groups together
     num_cols: int
     groups: int
@@ -218,13 +218,15 @@ class Topology(nn.Module):
     ):
         super().__init__()
         check_geometry(shape, block_size, groups)
-        self.shape = tuple(shape)
+        out, into = shape
+        self.shape = out, into
         self.block_size = block_size
         self.groups = groups
         # torch's fused inference path of nn.TransformerEncoderLayer reads weights as dense matrices. It stands back
         # where any module inside has a hook; nothing calls this module, so the hook costs nothing.
         self.register_forward_hook(_stand_back)
-        self.grid = tuple(groups * -(-size // groups // block_size) for size in shape)
+        rows, cols = (groups * -(-size // groups // block_size) for size in shape)
+        self.grid = rows, cols
         self.padded = self.shape != tuple(blocks * block_size for blocks in self.grid)
         check_blocks(block_rows, block_cols, self.grid, groups)
         dtype = torch.int16 if max(self.grid) < 2**15 else torch.int32
