@@ -1,4 +1,4 @@
-"""Compile what the Triton launchers launch for GPUs that are not there: `python tests/aot.py` prints what comes of it.
+"""Compile what the Triton launchers launch for GPUs that are not there: `python tests/helpers/aot.py` prints it.
 
 The launchers themselves are called, on CPU tensors, with kernels that only note their arguments. Triton's wheel brings
 ptxas, cuobjdump and nvdisasm, so neither a GPU nor a driver is needed.
