@@ -24,8 +24,8 @@ class Tile(NamedTuple):
 
 # By (product, block size, arithmetic): "half" is bfloat16 and float16, "tf32" float32 with tensor cores, "ieee" float32
 # without. Of several tiles, a launch takes the first with PROGRAMS_PER_SM programs for a multiprocessor, or the last.
-# Chosen by ahead-of-time compilation for sm_90 (`python tests/helpers/aot.py` prints it): no spills and, where it can be
-# had, room for two programs on a multiprocessor, so that one computes while the other starts or ends.
+# Chosen by ahead-of-time compilation for sm_90 (`python tests/helpers/aot.py` prints it): no spills and, where it can
+# be had, room for two programs on a multiprocessor, so that one computes while the other starts or ends.
 DEFAULT: dict[tuple[str, int, str], tuple[Tile, ...]] = {
     ("dds", 16, "half"): (Tile(128, 64, 4, 3), Tile(64, 64, 4, 4)),
     ("dds", 32, "half"): (Tile(128, 64, 4, 3), Tile(64, 64, 4, 4)),
