@@ -303,7 +303,8 @@ def choose_topology(
                 f"keep: a mask must be boolean of shape {tuple(matrices.shape)} (elements) or {grid} (blocks), "
                 f"got {keep.dtype} of shape {tuple(keep.shape)}"
             )
-        if not mask.any():
+        pruned_away = isinstance(density, list) and density and not any(density)  # as a plan of what GMP left may say
+        if not mask.any() and not pruned_away:
             raise ValueError("keep: a mask must be True somewhere, but it is False everywhere; no block would live")
         if mask.shape != grid:
             mask = _block_sums(mask.float(), block_size) > 0
