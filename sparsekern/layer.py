@@ -46,8 +46,8 @@ class SparseLayer(nn.Module):
         device = device or torch.get_default_device()
         self.topology = copy.deepcopy(topology).to(device)
         blocks = (topology.num_slots, topology.block_size, topology.block_size)
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"{type(self).__name__}: dtype must be of real floating-point numbers, got {dtype}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"{type(self).__name__}: dtype must be of real floating-point numbers, got {dtype!r}")
         self.weight = nn.Parameter(torch.empty(blocks, device=device, dtype=dtype))
         watch(self.weight)
         self.register_parameter(

@@ -338,6 +338,8 @@ class Topology(nn.Module):
             ValueError: the coordinates are no topology of this geometry.
         """
         check_blocks(block_rows, block_cols, self.grid, self.groups)
+        if block_rows.is_meta and not self.block_rows.is_meta:
+            raise ValueError("Topology: block_rows and block_cols are on meta, where they have no values")
         self._replace(block_rows, block_cols)
 
     def keep_slots(self, slots: Tensor) -> None:
@@ -492,6 +494,8 @@ def check_block_size(block_size: int) -> None:
 
 def check_geometry(shape: tuple[int, int], block_size: int, groups: int) -> None:
     check_block_size(block_size)
+    if not isinstance(shape, tuple | list) or len(shape) != 2:
+        raise ValueError(f"shape must be (out_features, in_features), got {shape!r}")
     if not _is_count(groups):
         raise ValueError(f"groups must be a positive integer, got groups={groups!r}")
     for name, size in zip(("out_features", "in_features"), shape, strict=True):
@@ -510,6 +514,9 @@ def check_blocks(block_rows: Tensor, block_cols: Tensor, grid: tuple[int, int], 
     if block_rows.dim() != 1 or block_rows.shape != block_cols.shape:
         shapes = f"{tuple(block_rows.shape)} and {tuple(block_cols.shape)}"
         raise ValueError(f"Topology: block_rows and block_cols must be of one length, got shapes {shapes}")
+    if block_rows.device != block_cols.device:
+        devices = f"{block_rows.device} and {block_cols.device}"
+        raise ValueError(f"Topology: block_rows and block_cols must be on one device, got {devices}")
     if block_rows.device.type == "meta":
         return
     rows, cols = block_rows.long(), block_cols.long()
