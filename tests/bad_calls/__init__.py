@@ -56,6 +56,7 @@ LAYERS = {
     "full": {"density": 1.0, "block_size": 8},
     "padded": {"density": 0.4, "block_size": 16},
     "groups": {"density": 0.5, "block_size": 4, "groups": 2},
+    "groups of block 1": {"density": 0.5, "block_size": 1, "groups": 2},
 }
 
 
