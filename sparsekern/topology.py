@@ -316,8 +316,8 @@ class Topology(nn.Module):
         return sum(t.numel() * t.element_size() for t in (self.block_rows, self.block_cols, self.index))
 
     def live_per_group(self) -> list[int]:
-        group = self.block_rows.long() // (self.grid[0] // self.groups)
-        return torch.bincount(group[self.block_rows >= 0], minlength=self.groups).tolist()
+        rows = self.layout.block_rows.long()
+        return torch.bincount(rows[rows >= 0] // (self.grid[0] // self.groups), minlength=self.groups).tolist()
 
     def mask(self) -> Tensor:
         """Boolean grid [groups, rows, cols] per group, True where a block is live."""
@@ -326,8 +326,13 @@ class Topology(nn.Module):
         return mask[:-1].view(self.groups, self.grid[0] // self.groups, self.grid[1] // self.groups)
 
     def rebuild(self) -> None:
-        """Bring the index up to date with the coordinates, in place and without a host synchronisation."""
+        """Bring the index up to date with the coordinates, in place and without a host synchronisation.
+
+        Raises:
+            ValueError: on a CPU, a block is outside of the grid. That no block is twice is the caller's business.
+        """
         layout = self._layout()
+        _check_range(layout)
         self.index.copy_(build_index(layout))
         stamp(layout)
 
@@ -338,9 +343,12 @@ class Topology(nn.Module):
             ValueError: the coordinates are no topology of this geometry.
         """
         check_blocks(block_rows, block_cols, self.grid, self.groups)
-        if block_rows.is_meta and not self.block_rows.is_meta:
-            raise ValueError("Topology: block_rows and block_cols are on meta, where they have no values")
+        self._check_values(block_rows)
         self._replace(block_rows, block_cols)
+
+    def _check_values(self, coordinates: Tensor) -> None:
+        if coordinates.is_meta and not self.block_rows.is_meta:
+            raise ValueError("Topology: block_rows and block_cols are on meta, where they have no values")
 
     def keep_slots(self, slots: Tensor) -> None:
         """Keep these slots, int64 [any], in this order and in the same tensors: what compaction needs."""
@@ -436,6 +444,7 @@ class Topology(nn.Module):
         if saved != own:
             raise ValueError(f"load_state_dict: the checkpoint's topology has {words} {saved}, the layer {own}")
         check_blocks(rows, cols, self.grid, self.groups)
+        self._check_values(rows)
         return True
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
@@ -533,6 +542,15 @@ def check_blocks(block_rows: Tensor, block_cols: Tensor, grid: tuple[int, int], 
     twice = places[1:][places.diff() == 0]
     if len(twice):
         raise ValueError(f"Topology: block {divmod(int(twice[0]), grid[1])} is live in two slots")
+
+
+def _check_range(layout: Layout) -> None:
+    """`check_blocks` where a CPU finds a row or column outside of the grid, which takes no sorting to see."""
+    sides = ((layout.block_rows, layout.num_rows), (layout.block_cols, layout.num_cols))
+    if not (layout.block_rows.is_cpu and type(layout.block_rows) is Tensor and layout.num_slots):
+        return
+    if any(int(blocks.min()) < -1 or int(blocks.max()) >= count for blocks, count in sides):
+        check_blocks(layout.block_rows, layout.block_cols, (layout.num_rows, layout.num_cols), layout.groups)
 
 
 def _random_positions(rows: int, cols: int, count: int) -> Tensor:
