@@ -142,7 +142,7 @@ class DropAndGrow(Rule):
         if scores is None:
             return random_candidates(layout, count, stream(self.seed, self._index[path], self.events))
         if isinstance(scores, Tensor) and scores.dtype == torch.int64:
-            return scores
+            return self._checked_keys(path, scores, count)
         grid = (layout.groups, layout.num_rows // layout.groups, layout.num_cols // layout.groups)
         table = self._checked(path, "grow_scores", scores, grid) + 0.0  # -0.0 becomes 0.0, which may grow
         return best_candidates(layout, count, lambda strip, _: float_bits(table[:, strip].flatten(1)))
@@ -155,6 +155,16 @@ class DropAndGrow(Rule):
                 f"{type(self).__name__}.{function}: layer {path!r} wants floating-point scores {shape}, got {got}"
             )
         return scores.float()
+
+    def _checked_keys(self, path: str, keys: Tensor, count: int) -> Tensor:
+        """The keys that a rule gave; on a CPU, their places are those of the grid."""
+        groups, num_blocks = self.layers[path].groups, self.layers[path].topology.num_blocks // self.layers[path].groups
+        where = f"{type(self).__name__}.grow_scores: layer {path!r} wants int64 keys"
+        if keys.dim() != 2 or keys.shape[0] != groups or keys.shape[1] < count:
+            raise ValueError(f"{where} ({groups}, {count} or more), got {tuple(keys.shape)}")
+        if keys.is_cpu and (last := int(positions_of(keys).max())) >= num_blocks:
+            raise ValueError(f"{where} of the {num_blocks} places of a group, got place {last}")
+        return keys
 
     def _counts(self, path: str, fraction: float) -> tuple[list[int], list[float]]:
         """Blocks to replace in each group, no more than there are dead places, and the remainders to carry."""
