@@ -63,6 +63,8 @@ class SparseLinear(SparseLayer):
             return dds(x, weight, self._modules["topology"], bias, True, None, self.growth)
         if not isinstance(group, Tensor):
             raise TypeError(f"SparseLinear: group must be a tensor of integers, got {type(group).__name__}")
+        if not isinstance(x, Tensor):
+            raise TypeError(f"SparseLinear: x must be a tensor, got {type(x).__name__}")
         if group.shape != x.shape[:-1]:
             raise ValueError(
                 f"SparseLinear: group must hold one id per token, {tuple(x.shape[:-1])}, got {tuple(group.shape)}"

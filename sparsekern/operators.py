@@ -354,7 +354,10 @@ library.define(f"sdd(Tensor dy, Tensor x, Tensor? token_offsets, {LAYOUT_SCHEMA}
 def _dds_kernel(x, weight, bias, token_offsets, *flat):
     *layout, transpose = flat
     layout = _checked(Layout.from_flat(layout))
-    _check_operand("dds", "x", x, layout.num_cols if transpose else layout.num_rows, layout, token_offsets)
+    check_devices("dds", x, weight, bias, token_offsets, layout.block_rows)
+    check_operand("dds", "x", x, layout.num_cols if transpose else layout.num_rows, layout, token_offsets)
+    if bias is not None and not transpose:
+        raise ValueError("dds: bias belongs to x Wᵀ, but transpose is False")
     blocks = (layout.num_slots, layout.block_size, layout.block_size)
     if weight.shape != blocks or weight.dtype != x.dtype:
         raise ValueError(f"dds: weight must be {x.dtype} {blocks}, got {weight.dtype} {tuple(weight.shape)}")
@@ -368,8 +371,9 @@ def _dds_kernel(x, weight, bias, token_offsets, *flat):
 
 def _sdd_kernel(dy, x, token_offsets, *layout):
     layout = _checked(Layout.from_flat(layout))
-    _check_operand("sdd", "dy", dy, layout.num_rows, layout, token_offsets)
-    _check_operand("sdd", "x", x, layout.num_cols, layout, token_offsets)
+    check_devices("sdd", dy, x, token_offsets, layout.block_rows)
+    check_operand("sdd", "dy", dy, layout.num_rows, layout, token_offsets)
+    check_operand("sdd", "x", x, layout.num_cols, layout, token_offsets)
     if dy.dtype != x.dtype or len(dy) != len(x):
         raise ValueError(f"sdd: dy is {dy.dtype} of {len(dy)} tokens, but x {x.dtype} of {len(x)}")
     return choose.backend_for("sdd", x, layout, token_offsets).sdd(row_major(dy), row_major(x), layout, token_offsets)
@@ -377,24 +381,46 @@ def _sdd_kernel(dy, x, token_offsets, *layout):
 
 def _checked(layout: Layout) -> Layout:
     """A layout that native kernels may follow: one that comes from a Topology, or agrees with itself."""
-    if layout.groups < 1 or layout.num_rows % layout.groups or layout.num_cols % layout.groups:
-        raise ValueError(
-            f"layout: {layout.num_rows} x {layout.num_cols} blocks are not shared equally by groups={layout.groups}"
-        )
+    check_groups(layout)
     if not is_current(layout):
         catch_up(layout)
     return layout
 
 
-def _check_operand(name: str, what: str, x: Tensor, blocks: int, layout: Layout, token_offsets: Tensor | None) -> None:
+def check_groups(layout: Layout) -> None:
+    if layout.groups < 1 or layout.num_rows % layout.groups or layout.num_cols % layout.groups:
+        raise ValueError(
+            f"layout: {layout.num_rows} x {layout.num_cols} blocks are not shared equally by groups={layout.groups}"
+        )
+
+
+def check_operand(name: str, what: str, x: Tensor, blocks: int, layout: Layout, token_offsets: Tensor | None) -> None:
     if token_offsets is not None:
         blocks //= layout.groups
         if token_offsets.dtype not in (torch.int32, torch.int64) or token_offsets.shape != (layout.groups + 1,):
             got = f"{token_offsets.dtype} {tuple(token_offsets.shape)}"
             raise ValueError(f"{name}: token_offsets must be int32 or int64 ({layout.groups + 1},), got {got}")
+    if not x.is_floating_point():
+        raise ValueError(f"{name}: {what} must be real floating-point numbers, got {x.dtype}")
     if x.dim() != 2 or x.shape[1] != blocks * layout.block_size:
         want = blocks * layout.block_size
         raise ValueError(f"{name}: {what} must be [tokens, {want}], whole blocks of features, got {tuple(x.shape)}")
+    if token_offsets is not None and token_offsets.is_cpu:  # elsewhere reading them would synchronise
+        check_rising(name, token_offsets, len(x))
+
+
+def check_rising(name: str, token_offsets: Tensor, tokens: int) -> None:
+    """Refuse offsets, on the CPU, that do not share all tokens out."""
+    ends = token_offsets.tolist()
+    if ends != sorted(ends) or (ends[0], ends[-1]) != (0, tokens):
+        raise ValueError(f"{name}: token_offsets must rise from 0 to {tokens}, the number of tokens, got {ends}")
+
+
+def check_devices(name: str, x: Tensor, *others: Tensor | None) -> None:
+    """Refuse operands of two devices; a single one on "meta" makes torch ask what the result would look like."""
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise ValueError(f"{name}: operands must be on one device, got {x.device} and {other.device}")
 
 
 for _device in ("CPU", "CUDA"):
@@ -406,6 +432,7 @@ for _device in ("CPU", "CUDA"):
 def _(x, weight, bias, token_offsets, *flat):
     *layout, transpose = flat
     layout = Layout.from_flat(layout)
+    check_devices("dds", x, weight, bias, token_offsets, *layout.tensors)
     blocks = layout.num_rows if transpose else layout.num_cols
     if token_offsets is not None:
         blocks //= layout.groups
@@ -415,6 +442,7 @@ def _(x, weight, bias, token_offsets, *flat):
 @torch.library.register_fake("sparsekern::sdd", lib=library)
 def _(dy, x, token_offsets, *layout):
     layout = Layout.from_flat(layout)
+    check_devices("sdd", dy, x, token_offsets, *layout.tensors)
     return x.new_empty(layout.num_slots, layout.block_size, layout.block_size)
 
 

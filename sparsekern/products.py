@@ -59,21 +59,23 @@ def dds(
         if token_offsets is not None:
             token_offsets = _as_offsets("dds", token_offsets, topology, x)
         _check("dds", topology, x, weight, bias, topology.shape[int(transpose)], token_offsets)
-    except AttributeError:  # looking at the types first would cost every call
-        _check_types("dds", topology, token_offsets, x=x, weight=weight)
+        if bias is not None and not transpose:
+            raise ValueError("dds: bias belongs to x Wᵀ, but transpose is False")
+        layout = topology.layout
+        groups = 1 if token_offsets is not None else topology.groups
+        rows, weight = _pad(x, topology, int(transpose), groups), weight.contiguous()
+        if bias is not None:
+            if topology.shape[0] // topology.groups % topology.block_size:
+                bias = _pad(bias, topology, 0, topology.groups).flatten()
+            bias = bias.contiguous()
+        y = operators.dds(rows, weight, bias, token_offsets, layout, transpose)
+        if growth is not None and y.requires_grad:
+            y = growth.watch(y, rows, token_offsets, layout)
+    except (AttributeError, RuntimeError):  # looking at the types first would cost every call
+        _check_types("dds", topology, x=x, weight=weight, bias=bias, token_offsets=token_offsets)
+        if growth is not None and not hasattr(growth, "watch"):
+            raise TypeError(f"dds: growth must have a method watch, got {type(growth).__name__}") from None
         raise
-    if bias is not None and not transpose:
-        raise ValueError("dds: bias belongs to x Wᵀ, but transpose is False")
-    layout = topology.layout
-    groups = 1 if token_offsets is not None else topology.groups
-    rows, weight = _pad(x, topology, int(transpose), groups), weight.contiguous()
-    if bias is not None:
-        if topology.shape[0] // topology.groups % topology.block_size:
-            bias = _pad(bias, topology, 0, topology.groups).flatten()
-        bias = bias.contiguous()
-    y = operators.dds(rows, weight, bias, token_offsets, layout, transpose)
-    if growth is not None and y.requires_grad:
-        y = growth.watch(y, rows, token_offsets, layout)
     y = _crop(y, topology, int(not transpose), groups)
     return y if x.dim() == 2 else y.reshape(x.shape[:-1] + y.shape[1:])
 
@@ -100,14 +102,14 @@ def sdd(dy: Tensor, x: Tensor, topology: Topology, token_offsets: Tensor | None 
             token_offsets = _as_offsets("sdd", token_offsets, topology, x)
         _check("sdd", topology, dy, x, None, topology.shape[0], token_offsets)
         _check("sdd", topology, x, dy, None, topology.shape[1], token_offsets)
-    except AttributeError:
-        _check_types("sdd", topology, token_offsets, dy=dy, x=x)
+        if dy.shape[:-1] != x.shape[:-1]:
+            raise ValueError(f"sdd: dy has {tuple(dy.shape[:-1])} tokens, but x has {tuple(x.shape[:-1])}")
+        groups = 1 if token_offsets is not None else topology.groups
+        dy, x = _pad(dy, topology, 0, groups), _pad(x, topology, 1, groups)
+        return operators.sdd(dy, x, token_offsets, topology.layout)
+    except (AttributeError, RuntimeError):
+        _check_types("sdd", topology, dy=dy, x=x, token_offsets=token_offsets)
         raise
-    if dy.shape[:-1] != x.shape[:-1]:
-        raise ValueError(f"sdd: dy has {tuple(dy.shape[:-1])} tokens, but x has {tuple(x.shape[:-1])}")
-    groups = 1 if token_offsets is not None else topology.groups
-    dy, x = _pad(dy, topology, 0, groups), _pad(x, topology, 1, groups)
-    return operators.sdd(dy, x, token_offsets, topology.layout)
 
 
 def _quick_dds(x, weight, topology: Topology, bias, transpose: bool, growth: Growth | None) -> Tensor | None:
@@ -163,12 +165,17 @@ def _check(
         )
 
 
-def _check_types(name: str, topology: object, token_offsets: object, **operands: object) -> None:
+def _check_types(name: str, topology: object, **operands: object) -> None:
+    """Say which argument is none that can be multiplied, after something failed."""
     if not isinstance(topology, Topology):
         raise TypeError(f"{name}: topology must be a sparsekern.Topology, got {type(topology).__name__}")
-    for what, operand in (*operands.items(), ("token_offsets", token_offsets)):
-        if not isinstance(operand, Tensor) and (what != "token_offsets" or operand is not None):
-            raise TypeError(f"{name}: {what} must be a tensor, got {type(operand).__name__}")
+    for what, operand in operands.items():
+        if operand is None and what in ("bias", "token_offsets"):
+            continue
+        if not isinstance(operand, Tensor):
+            raise TypeError(f"{name}: {what} must be a tensor, got {type(operand).__name__}") from None
+        if operand.layout != torch.strided:
+            raise ValueError(f"{name}: {what} must be dense, got {operand.layout}") from None
 
 
 def _as_offsets(name: str, token_offsets: Tensor, topology: Topology, x: Tensor) -> Tensor:
@@ -186,9 +193,7 @@ def _as_offsets(name: str, token_offsets: Tensor, topology: Topology, x: Tensor)
         token_offsets = token_offsets.to(torch.int64)
     readable = token_offsets.device.type == "cpu" and not torch.compiler.is_compiling()  # a GPU would synchronise
     if readable and operators.is_plain(token_offsets):
-        ends, tokens = token_offsets.tolist(), x.shape[:-1].numel()
-        if ends != sorted(ends) or (ends[0], ends[-1]) != (0, tokens):
-            raise ValueError(f"{name}: token_offsets must rise from 0 to {tokens}, the number of tokens, got {ends}")
+        operators.check_rising(name, token_offsets, x.shape[:-1].numel())
     return token_offsets.contiguous()
 
 

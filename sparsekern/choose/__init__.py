@@ -143,7 +143,7 @@ _device_name = devices.name_of
 
 
 def _find(backend: str) -> Backend:
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; there are {', '.join(BACKENDS)}")
     if reason := BACKENDS[backend].unavailable():
         raise RuntimeError(f"backend {backend!r} was asked for, but {reason}")

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from sparsekern import choose
-from sparsekern.operators import LAYOUT_SCHEMA, check_unchanged, in_transform, library
+from sparsekern.operators import (
+    LAYOUT_SCHEMA,
+    check_devices,
+    check_groups,
+    check_operand,
+    check_unchanged,
+    in_transform,
+    library,
+)
 from sparsekern.topology import Layout, Topology
 
 # Elements looked at in one go: 2 MB of keys, about a core's cache.
@@ -83,7 +91,7 @@ class GrowthScores:
         self.armed = torch.zeros((), dtype=torch.bool, device=device)
         if topology.block_size > 1:
             rows, cols = (n // topology.groups for n in topology.grid)
-            self.scores = torch.full((topology.groups, rows, cols), -1.0, device=device)
+            self.scores = torch.full((topology.groups, rows, cols), -1.0, dtype=torch.float32, device=device)
         else:
             dead = topology.num_blocks // topology.groups - min(topology.live_per_group())
             count = min(dead, topology.num_slots)
@@ -133,9 +141,12 @@ library.define(
 
 def _score_growth(dy, x, token_offsets, *args):
     *layout, armed, scores = args
-    layout = Layout.from_flat(layout)
+    if armed.dtype != torch.bool or armed.dim():
+        raise ValueError(f"score_growth: armed must be a boolean (), got {armed.dtype} {tuple(armed.shape)}")
     if armed.device.type == "cpu" and not armed:  # elsewhere reading the flag would synchronise
         return
+    layout = Layout.from_flat(layout)
+    _check_scores(dy, x, token_offsets, layout, armed, scores)
     dy, x = dy.detach().contiguous(), x.detach()
     if layout.block_size == 1:
         _keep_best(dy, x, token_offsets, layout, armed, scores)
@@ -157,6 +168,30 @@ def _keep_best(dy, x, token_offsets, layout, armed, keys):
     keys.copy_(torch.where(armed, best_candidates(layout, keys.shape[1], score), keys))
 
 
+def _check_scores(dy, x, token_offsets, layout: Layout, armed, scores) -> None:
+    """Refuse what does not fit the layout: the backends would follow it."""
+    check_groups(layout)
+    check_devices("score_growth", x, dy, token_offsets, layout.block_rows, armed, scores)
+    check_operand("score_growth", "dy", dy, layout.num_rows, layout, token_offsets)
+    check_operand("score_growth", "x", x, layout.num_cols, layout, token_offsets)
+    if dy.dtype != x.dtype or len(dy) != len(x):
+        raise ValueError(f"score_growth: dy is {dy.dtype} of {len(dy)} tokens, but x {x.dtype} of {len(x)}")
+    groups = layout.groups
+    if layout.block_size == 1:
+        dtype, shape, fits = torch.int64, (groups, "any"), scores.dim() == 2 and scores.shape[0] == groups
+    else:
+        dtype, shape = torch.float32, (groups, layout.num_rows // groups, layout.num_cols // groups)
+        fits = scores.shape == shape
+    if scores.dtype != dtype or not fits:
+        want = f"{dtype} ({', '.join(map(str, shape))})"
+        raise ValueError(f"score_growth: scores must be {want}, got {scores.dtype} {tuple(scores.shape)}")
+
+
+def _fake_score_growth(dy, x, token_offsets, *args) -> None:
+    *layout, armed, scores = args
+    check_devices("score_growth", x, dy, token_offsets, *layout[:3], armed, scores)
+
+
 library.impl("score_growth", _score_growth, "CPU")
 library.impl("score_growth", _score_growth, "CUDA")
-torch.library.register_fake("sparsekern::score_growth", lambda *args: None, lib=library)
+torch.library.register_fake("sparsekern::score_growth", _fake_score_growth, lib=library)
