@@ -329,10 +329,9 @@ class Topology(nn.Module):
         """Bring the index up to date with the coordinates, in place and without a host synchronisation.
 
         Raises:
-            ValueError: on a CPU, a block is outside of the grid. That no block is twice is the caller's business.
+            ValueError: by the C++ module, a block is outside of the grid. Blocks that are live twice are not looked for.
         """
         layout = self._layout()
-        _check_range(layout)
         self.index.copy_(build_index(layout))
         stamp(layout)
 
@@ -542,15 +541,6 @@ def check_blocks(block_rows: Tensor, block_cols: Tensor, grid: tuple[int, int], 
     twice = places[1:][places.diff() == 0]
     if len(twice):
         raise ValueError(f"Topology: block {divmod(int(twice[0]), grid[1])} is live in two slots")
-
-
-def _check_range(layout: Layout) -> None:
-    """`check_blocks` where a CPU finds a row or column outside of the grid, which takes no sorting to see."""
-    sides = ((layout.block_rows, layout.num_rows), (layout.block_cols, layout.num_cols))
-    if not (layout.block_rows.is_cpu and type(layout.block_rows) is Tensor and layout.num_slots):
-        return
-    if any(int(blocks.min()) < -1 or int(blocks.max()) >= count for blocks, count in sides):
-        check_blocks(layout.block_rows, layout.block_cols, (layout.num_rows, layout.num_cols), layout.groups)
 
 
 def _random_positions(rows: int, cols: int, count: int) -> Tensor:
