@@ -247,9 +247,9 @@ class SparseLayer(nn.Module):
         weight, rows = state_dict.get(prefix + "weight"), state_dict.get(prefix + "topology.block_rows")
         if prefix + "weight" in state_dict:
             self._check_weight(prefix, weight)
+        adopts = self.topology.check_checkpoint(state_dict, prefix + "topology.")
         if self.bias is not None and prefix + "bias" in state_dict:
             self._check_bias(prefix, state_dict[prefix + "bias"])
-        adopts = self.topology.check_checkpoint(state_dict, prefix + "topology.")
         if weight is None:
             if adopts and not self.topology.is_at(rows, state_dict[prefix + "topology.block_cols"]):
                 raise ValueError(
