@@ -329,7 +329,7 @@ class Topology(nn.Module):
         """Bring the index up to date with the coordinates, in place and without a host synchronisation.
 
         Raises:
-            ValueError: by the C++ module, a block is outside of the grid. Blocks that are live twice are not looked for.
+            ValueError: by the C++ module: a block is outside of the grid. Blocks that are live twice are not found.
         """
         layout = self._layout()
         self.index.copy_(build_index(layout))
