@@ -45,7 +45,7 @@ class Driver:
 
 
 def microseconds(calls: dict) -> dict[str, float]:
-    """The least of many short means, of all calls in turn: what disturbs a machine only ever adds."""
+    """The least of many short means, of all calls in turn. Other work on the machine only makes calls slower."""
     least = dict.fromkeys(calls, float("inf"))
     for _ in range(REPEAT):
         for name, call in calls.items():

@@ -48,7 +48,7 @@ sanitize() { # sanitize LIMIT TOOL: the GPU tests, each allocation by itself, so
     return
   fi
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$1" compute-sanitizer --tool "$2" --error-exitcode 9 --target-processes all \
-    "$python" -m pytest -q -x -m gpu -p no:cacheprovider tests/test_gpu.py -k "products or norms"
+    "$python" -m pytest -q -x -m gpu -p no:cacheprovider tests/gpu/test_gpu.py -k "products or norms"
 }
 
 tuned_into=sparsekern/devices
@@ -66,7 +66,7 @@ if [ -z "$rehearse" ]; then
   wait "${warming[@]}"
 fi
 
-[ -z "$rehearse" ] && stage 60 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py tests/test_cost.py
+[ -z "$rehearse" ] && stage 60 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/gpu/test_gpu.py tests/library/test_cost.py
 bench 25 bench/bench_limits.py bench/bench_captured.py
 stage 80 "$python" -W ignore -m bench.tune --seconds 65 --folder "$tuned_into"
 [ -z "$rehearse" ] && cp sparsekern/devices/nvidia*.json "$out"

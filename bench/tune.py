@@ -27,12 +27,13 @@ from bench.contenders import reason
 from bench.measure import microseconds
 from bench.problem import Problem
 from sparsekern import devices
-from sparsekern.backends.triton import launch
-from sparsekern.backends.triton.launch import Tile
+from sparsekern.backends.triton import tiles
+from sparsekern.backends.triton.tiles import Tile
 from sparsekern.choose import cost
 
 SIZES = cases.SIZES["full" if ON_GPU else "smoke"]
 NAME = torch.cuda.get_device_name() if ON_GPU else "rehearsal on a CPU"
+TABLE = tiles.of(torch.device("cuda", torch.cuda.current_device()) if ON_GPU else torch.device("cpu"))
 ARITHMETICS = limits.arithmetics(SIZES)
 DENSITIES = (0.1, 0.5) if ON_GPU else (0.25, 0.75)  # between which both paths take time linear in the density
 FEW_TOKENS = SIZES.tokens[-1]
@@ -59,19 +60,19 @@ def problem_of(case: Case) -> Problem:
 
 def candidates(product: str, block_size: int, arithmetic: str) -> list[Tile]:
     """The table's tiles first, then whatever fits a multiprocessor."""
-    table = list(launch.TILES[product, block_size, arithmetic])
+    table = list(TABLE[product, block_size, arithmetic])
     if not ON_GPU:
         return table[:1]
     element = cost.ELEMENT[arithmetic]
-    tiles = [Tile(m, k, *shape) for m in (64, 128, 256) for k in (32, 64) for shape in SHAPES]
-    tiles = [
+    shapes = (Tile(m, k, *shape) for m in (64, 128, 256) for k in (32, 64) for shape in SHAPES)
+    return table + [
         tile
-        for tile in tiles
-        if element * tile.stages * tile.k * (tile.m + block_size) <= MOST_SHARED
+        for tile in shapes
+        if tile not in table
+        and element * tile.stages * tile.k * (tile.m + block_size) <= MOST_SHARED
         and 16 <= tile.m * block_size / (32 * tile.warps) <= MOST_SUMS
         and (product == "dds" or tile.m >= block_size)
     ]
-    return table + [tile for tile in tiles if tile not in table]
 
 
 def compile_tile(case: Case, product: str, tile: Tile) -> None:
@@ -85,7 +86,7 @@ def compile_tile(case: Case, product: str, tile: Tile) -> None:
 def launched(problem: Problem, product: str, tile: Tile):
     """The results of a product with this tile."""
     case = problem.case
-    launch.TILES[product, case.block_size, case.kind] = (tile,)
+    TABLE[product, case.block_size, case.kind] = (tile,)
     calls = contenders.kernels(problem)
     return {name: calls[name](*problem.first) for name in NAMES[product]}
 
@@ -114,15 +115,15 @@ def fastest(case: Case, product: str) -> Tile | None:
 def tuned_tiles(product: str, block_size: int, arithmetic: str, pool) -> tuple[Tile, ...]:
     """The fastest tile for many tokens and, for dds, a smaller one for few; they stay in force in this process."""
     key = product, block_size, arithmetic
-    before = launch.TILES[key]
+    before = TABLE[key]
     case = case_of(block_size, arithmetic)
     if pool is not None:
         list(pool.map(compile_tile, *zip(*((case, product, t) for t in candidates(*key)), strict=True)))
     many = fastest(case, product)
-    launch.TILES[key] = before
+    TABLE[key] = before
     few = fastest(replace(case, tokens=FEW_TOKENS), product) if product == "dds" else None
-    launch.TILES[key] = before if many is None else (many, few) if few and few.m < many.m else (many,)
-    return launch.TILES[key]
+    TABLE[key] = before if many is None else (many, few) if few and few.m < many.m else (many,)
+    return TABLE[key]
 
 
 def break_even(product: str, block_size: int, arithmetic: str, tokens: int) -> dict:
@@ -188,7 +189,7 @@ def main() -> None:
     facts = started(arguments.folder)
     for entry in facts["tiles"]:
         product, block_size, kind = entry.split()
-        launch.TILES[product, int(block_size), kind] = tuple(Tile(*tile) for tile in facts["tiles"][entry])
+        TABLE[product, int(block_size), kind] = tuple(Tile(*tile) for tile in facts["tiles"][entry])
     write(arguments.folder, facts)
 
     context = multiprocessing.get_context("spawn")

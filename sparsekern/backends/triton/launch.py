@@ -1,4 +1,4 @@
-"""The launchers of the Triton kernels, and the table of their tiles.
+"""The launchers of the Triton kernels.
 
 A launcher allocates the output, launches, returns: `products` has checked shapes, dtypes and devices. None of them
 synchronises with the device, and no grid depends on which blocks are live. They run at every product, so they count
@@ -8,70 +8,14 @@ in plain integers (`triton.cdiv` takes a microsecond), and launch what `prepare`
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparsekern import devices
-from sparsekern.backends.triton import kernels
+from sparsekern.backends.triton import kernels, tiles
 from sparsekern.backends.triton.prepare import current_device, current_stream, prepare
+from sparsekern.backends.triton.tiles import Tile
 from sparsekern.topology import Layout, build_index
-
-
-class Tile(NamedTuple):
-    """How one program of a kernel is shaped, by product:
-
-    dds    `m` tokens on the M side, `k` elements of K in a turn: parts of a block, or several blocks side by side
-    sdd    `m` elements on the M side, the columns of m // B blocks; `k` tokens in a turn
-    norms  `m` x `m` elements of the dense gradient, `k` tokens in a turn
-    """
-
-    m: int
-    k: int
-    warps: int
-    stages: int
-
-
-# By (product, block size, arithmetic): "half" is bfloat16 and float16, "tf32" float32 with tensor cores, "ieee" float32
-# without. Of several tiles, a launch takes the first with PROGRAMS_PER_SM programs for a multiprocessor, or the last.
-# Chosen by ahead-of-time compilation for sm_90 (`python tests/aot.py` prints what comes of them): no spills, and where
-# it can be had room for two programs on a multiprocessor, so that one computes while the other starts or ends. Not yet
-# measured; an offline tuner may replace entries.
-TILES: dict[tuple[str, int, str], tuple[Tile, ...]] = {
-    ("dds", 16, "half"): (Tile(128, 64, 4, 3), Tile(64, 64, 4, 4)),
-    ("dds", 32, "half"): (Tile(128, 64, 4, 3), Tile(64, 64, 4, 4)),
-    ("dds", 64, "half"): (Tile(256, 32, 8, 4), Tile(128, 64, 4, 3), Tile(64, 64, 4, 4)),
-    ("dds", 128, "half"): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
-    ("dds", 16, "tf32"): (Tile(128, 32, 4, 3), Tile(64, 32, 4, 4)),
-    ("dds", 32, "tf32"): (Tile(128, 32, 4, 3), Tile(64, 32, 4, 4)),
-    ("dds", 64, "tf32"): (Tile(128, 32, 4, 3), Tile(64, 32, 4, 3)),
-    ("dds", 128, "tf32"): (Tile(128, 32, 8, 3), Tile(64, 32, 4, 3)),
-    ("dds", 16, "ieee"): (Tile(64, 32, 4, 3),),
-    ("dds", 32, "ieee"): (Tile(128, 32, 4, 3),),
-    ("dds", 64, "ieee"): (Tile(64, 32, 4, 3),),
-    ("dds", 128, "ieee"): (Tile(64, 32, 8, 3),),
-    ("sdd", 16, "half"): (Tile(128, 64, 4, 3),),
-    ("sdd", 32, "half"): (Tile(128, 64, 4, 3),),
-    ("sdd", 64, "half"): (Tile(128, 64, 4, 3),),
-    ("sdd", 128, "half"): (Tile(128, 64, 8, 3),),
-    ("sdd", 16, "tf32"): (Tile(128, 32, 4, 3),),
-    ("sdd", 32, "tf32"): (Tile(128, 32, 8, 3),),
-    ("sdd", 64, "tf32"): (Tile(128, 32, 8, 3),),
-    ("sdd", 128, "tf32"): (Tile(128, 32, 8, 3),),
-    ("sdd", 16, "ieee"): (Tile(64, 32, 4, 3),),
-    ("sdd", 32, "ieee"): (Tile(64, 32, 4, 3),),
-    ("sdd", 64, "ieee"): (Tile(128, 16, 4, 3),),
-    ("sdd", 128, "ieee"): (Tile(128, 16, 8, 3),),
-}
-for _block_size in (16, 32, 64, 128):  # the tile of a dense product, whatever blocks its norms are taken of
-    TILES["norms", _block_size, "half"] = (Tile(128, 64, 8, 3),)
-    TILES["norms", _block_size, "tf32"] = TILES["norms", _block_size, "ieee"] = (Tile(128, 32, 8, 3),)
-
-if torch.cuda.is_available():  # what `python -m bench.tune` found to be faster on this device, or on one like it
-    for _key, _tiles in devices.known(devices.name_of())["tiles"].items():
-        _product, _block_size, _arithmetic = _key.split()
-        TILES[_product, int(_block_size), _arithmetic] = tuple(Tile(*tile) for tile in _tiles)
 
 PROGRAMS_PER_SM = 2
 # An sdd with fewer than this many programs per multiprocessor is split over tokens, while every part has SPLIT_TOKENS.
@@ -127,7 +71,7 @@ def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = No
     """The live blocks of dyᵀx, [num_slots, B, B]. See `sparsekern.products.sdd`; here both are 2-D and padded."""
     layout = _indexed(layout)
     arithmetic, b, num_slots = _arithmetic(x), layout.block_size, layout.num_slots
-    (tile,) = TILES["sdd", b, arithmetic]
+    (tile,) = tiles.of(x.device)["sdd", b, arithmetic]
     blocks = max(1, tile.m // b)
     num_tokens = x.shape[0]
     splits = _splits(num_slots // blocks, num_tokens, x.device)
@@ -181,7 +125,7 @@ def quick_sdd(x: Tensor, layout: Layout) -> tuple | None:
     arithmetic, b, device = _arithmetic(x), layout.block_size, x.get_device()
     if layout.full:
         return None
-    (tile,) = TILES["sdd", b, arithmetic]
+    (tile,) = tiles.of(x.device)["sdd", b, arithmetic]
     splits = _splits(layout.num_slots // max(1, tile.m // b), x.shape[0], x.device)
     launch = _prepared.get(_sdd_key(tile, splits, arithmetic, device, layout, x, None))
     sums = _prepared.get(_sum_key(splits, layout.num_slots * b * b, device, x.dtype))
@@ -207,7 +151,7 @@ def _sum_key(splits: int, size: int, device: int, dtype: torch.dtype) -> tuple:
 def _dds_tile(arithmetic: str, b: int, num_tokens: int, groups: int, out_blocks: int, device: torch.device) -> Tile:
     """Of the tokens, their highest bit decides, so that a prepared product needs one launch for each."""
     num_tokens = 1 << num_tokens.bit_length() - 1
-    for tile in TILES["dds", b, arithmetic]:
+    for tile in tiles.of(device)["dds", b, arithmetic]:
         # every group may end in a tile of its own
         programs = (-(-num_tokens // tile.m) + groups - 1) * out_blocks
         if programs >= PROGRAMS_PER_SM * _num_sms(device):
@@ -239,7 +183,7 @@ def add_block_norms(
 ) -> None:
     """Add the squared norms of the blocks of dyᵀx to float32 `norms` [groups, rows, cols] if `armed` is set."""
     arithmetic, b = _arithmetic(x), layout.block_size
-    (tile,) = TILES["norms", b, arithmetic]
+    (tile,) = tiles.of(x.device)["norms", b, arithmetic]
     groups, rows, cols = norms.shape
     with _on_device(x):
         kernels.block_norms_kernel[(-(-cols * b // tile.m), -(-rows * b // tile.m), groups)](
@@ -250,7 +194,7 @@ def add_block_norms(
 
 
 def _arithmetic(x: Tensor) -> str:
-    """The third word of TILES for operands like x."""
+    """The third word of a table of tiles, for operands like x."""
     if x.dtype != torch.float32:
         return "half"
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
@@ -259,7 +203,8 @@ def _arithmetic(x: Tensor) -> str:
 def _outer_precision(arithmetic: str) -> str:
     """Precision of dyᵀx. Both factors have K, the tokens, in the wrong place for Hopper's tf32 instruction.
 
-    Three bfloat16 products have no such wish, are more accurate than tf32, and cost nothing where copies are the limit.
+    Three bfloat16 products take K in either place and are more accurate than tf32. They cost nothing where copies are
+    the limit.
     """
     return "bf16x3" if arithmetic == "tf32" else "ieee"
 

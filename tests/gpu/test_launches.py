@@ -1,4 +1,4 @@
-"""Prepared launches without a GPU: launched.py in a process of its own, whose libcuda.so.1 is tests/libcuda.c."""
+"""Prepared launches without a GPU: helpers/launched.py in a process of its own, whose libcuda.so.1 is libcuda.c."""
 
 import os
 import re
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parent.parent.parent
+HELPERS = ROOT / "tests" / "helpers"
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -20,7 +21,7 @@ def test_prepared_launches_pass_what_tritons_launcher_passes(tmp_path):
     import triton.backends.nvidia
 
     # Triton's own code is linked with all the functions it names, though it calls few
-    own = (HERE / "libcuda.c").read_text()
+    own = (HELPERS / "libcuda.c").read_text()
     theirs = (Path(triton.backends.nvidia.__path__[0]) / "driver.c").read_text()
     others = set(re.findall(r"\b(cu[A-Z]\w*)\(", theirs)) - set(re.findall(r"^int (\w+)", own, re.MULTILINE))
     source = tmp_path / "libcuda.c"
@@ -31,8 +32,8 @@ def test_prepared_launches_pass_what_tritons_launcher_passes(tmp_path):
         "TRITON_INTERPRET": "0",
         "TRITON_LIBCUDA_PATH": str(tmp_path),
         "LD_LIBRARY_PATH": f"{tmp_path}:{os.environ.get('LD_LIBRARY_PATH', '')}",
-        "PYTHONPATH": f"{HERE.parent}:{os.environ.get('PYTHONPATH', '')}",
+        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", HERE / "launched.py"]
-    run = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", HELPERS / "launched.py"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, f"{run.stdout[-8000:]}\n{run.stderr[:3000]}"

@@ -9,7 +9,7 @@ import sparsekern as sk
 from sparsekern.rewire.growth import pack
 from sparsekern.rewire.optimizer_state import element_state
 
-from . import layer, model, refused, sparse_model
+from . import layer, model, refused, sparse_model, works
 
 # Rules.
 

@@ -1,4 +1,4 @@
-"""Compile what the Triton launchers launch for GPUs that are not there: `python tests/aot.py` prints what comes of it.
+"""Compile what the Triton launchers launch for GPUs that are not there: `python tests/helpers/aot.py` prints it.
 
 The launchers themselves are called, on CPU tensors, with kernels that only note their arguments. Triton's wheel brings
 ptxas, cuobjdump and nvdisasm, so neither a GPU nor a driver is needed.
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import sparsekern as sk
-from sparsekern.backends.triton import launch
+from sparsekern.backends.triton import launch, tiles
 from sparsekern.table import table
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes that one program may use
@@ -36,7 +37,7 @@ class Case(NamedTuple):
     product: str  # dds (x Wᵀ), dds_back (x W), sdd, sum_splits (its second pass), norms
     block_size: int
     arithmetic: str  # half, tf32, ieee
-    tile: launch.Tile
+    tile: tiles.Tile
     dtype: torch.dtype
     ragged: bool = False
 
@@ -67,10 +68,10 @@ class Report(NamedTuple):
 
 def cases() -> Iterator[Case]:
     """Every tile of the table, dds in both orientations; ragged and float16 for one block size."""
-    for (table_name, block_size, arithmetic), tiles in launch.TILES.items():
+    for (table_name, block_size, arithmetic), own in tiles.DEFAULT.items():
         dtype = torch.bfloat16 if arithmetic == "half" else torch.float32
         names = {"dds": ("dds", "dds_back"), "sdd": ("sdd", "sum_splits")}.get(table_name, (table_name,))
-        for name, tile in product(names, tiles):
+        for name, tile in product(names, own):
             if name == "sum_splits" and (block_size, arithmetic) != (16, "half"):
                 continue
             yield Case(name, block_size, arithmetic, tile, dtype)
@@ -128,7 +129,7 @@ class _Recorder:
 
 def _launched(case: Case):
     """(kernel, its arguments, options) of the launch that matters; sizes are multiples of 16 where they mostly are."""
-    launches, before = [], (launch.kernels, launch.TILES, launch.SPLITS_PER_SM)
+    launches, before = [], (launch.kernels, launch.tiles, launch.SPLITS_PER_SM)
     kernels, precision = launch.kernels, torch.get_float32_matmul_precision()
     recorders = {name: _Recorder(getattr(kernels, name), launches) for name in dir(kernels) if name.endswith("_kernel")}
     name = {"dds_back": "dds", "sum_splits": "sdd"}.get(case.product, case.product)
@@ -141,7 +142,7 @@ def _launched(case: Case):
     bias = torch.empty(groups * features, dtype=x.dtype)
     try:
         torch.set_float32_matmul_precision("highest" if case.arithmetic == "ieee" else "high")
-        launch.TILES = {(name, case.block_size, case.arithmetic): (case.tile,)}
+        launch.tiles = SimpleNamespace(of=lambda device: {(name, case.block_size, case.arithmetic): (case.tile,)})
         launch.SPLITS_PER_SM = 1024 if case.product == "sum_splits" else 1
         launch.kernels = type("kernels", (), recorders)
         if case.product == "dds":
@@ -156,7 +157,7 @@ def _launched(case: Case):
             launch.add_block_norms(x, x, topology.layout, norms, torch.tensor(True), offsets)
     finally:
         torch.set_float32_matmul_precision(precision)
-        launch.kernels, launch.TILES, launch.SPLITS_PER_SM = before
+        launch.kernels, launch.tiles, launch.SPLITS_PER_SM = before
     return launches[-1]
 
 

@@ -13,7 +13,7 @@ from oracle import BOUND, random_topology
 
 import sparsekern as sk
 from sparsekern.backends import reference
-from sparsekern.backends.triton import DTYPES, copies, launch
+from sparsekern.backends.triton import DTYPES, copies, launch, tiles
 
 interpreter.repair()
 
@@ -103,8 +103,9 @@ def test_products_match_float64(block_size, dtype, tokens, kind):
 def test_every_tile_serves_more_tokens_than_it_holds(block_size, arithmetic, monkeypatch):
     monkeypatch.setattr(launch, "_arithmetic", lambda x: arithmetic)
     topology = random_topology((3, 3), block_size, live=0.6, dead=1)
-    for tile in launch.TILES["dds", block_size, arithmetic]:
-        monkeypatch.setitem(launch.TILES, ("dds", block_size, arithmetic), (tile,))
+    table = tiles.of(torch.device("cpu"))
+    for tile in table["dds", block_size, arithmetic]:
+        monkeypatch.setitem(table, ("dds", block_size, arithmetic), (tile,))
         check(topology, tile.m + 9, torch.float16 if arithmetic == "half" else torch.float32)
 
 

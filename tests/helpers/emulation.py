@@ -1,4 +1,4 @@
-"""The CUDA kernels of csrc/cuda compiled for a CPU (tests/emulated), in place of the launches of a GPU."""
+"""The CUDA kernels of csrc/cuda compiled for a CPU (tests/helpers/emulated), in place of the launches of a GPU."""
 
 import ctypes
 import functools
@@ -12,12 +12,12 @@ import pytest
 
 from sparsekern.backends import cuda
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 @functools.cache
 def library(source: str) -> ctypes.CDLL:
-    """tests/emulated/<source>, compiled; the test is skipped where that cannot be."""
+    """tests/helpers/emulated/<source>, compiled; the test is skipped where that cannot be."""
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
         pytest.skip("no C++ compiler is here, and the emulated kernels need one")
@@ -25,7 +25,7 @@ def library(source: str) -> ctypes.CDLL:
         pytest.skip(f"the emulation switches threads on Linux x86-64 only, and this is {platform.platform()}")
     target = Path(tempfile.mkdtemp()) / "emulated.so"
     command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", "-Wno-unknown-pragmas"]
-    subprocess.run([*command, str(ROOT / "tests" / "emulated" / source), "-o", str(target)], check=True)
+    subprocess.run([*command, str(Path(__file__).parent / "emulated" / source), "-o", str(target)], check=True)
     return ctypes.CDLL(str(target))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-FILE = Path(__file__).with_name("interpreted.py")
+FILE = Path(__file__).parent.parent / "helpers" / "interpreted.py"
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 

@@ -8,7 +8,7 @@ import aot  # noqa: E402
 
 @pytest.mark.parametrize("arch", [90, 80])
 def test_every_launch_compiles_without_spills_and_with_wide_copies(arch):
-    """`python tests/aot.py` prints the table; a failure prints it here."""
+    """`python tests/helpers/aot.py` prints the table; a failure prints it here."""
     reports = aot.compile_all(arch)
     print(aot.print_table(reports))
     wrong = []

@@ -14,7 +14,7 @@ from sparsekern.__main__ import report
 from sparsekern.backends import cpu
 from sparsekern.choose import BACKENDS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 def line(name: str) -> str:

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 # A module imports modules of earlier lines only. A folder's name stands for all its files.
 ORDER = (
     "topology devices table untrained rewire.hash",

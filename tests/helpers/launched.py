@@ -1,4 +1,4 @@
-"""Prepared launches against Triton's own, byte by byte: test_launches.py runs this file, with tests/libcuda.c loaded.
+"""Prepared launches against Triton's own, byte by byte: test_launches.py runs this file, with libcuda.c loaded.
 
 Kernels are compiled for an H100 and loaded nowhere. Triton's launcher and ours both reach the stub of the driver.
 """

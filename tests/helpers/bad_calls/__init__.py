@@ -1,4 +1,4 @@
-"""Calls that no one should make. `PYTHONPATH=tests python -m bad_calls` prints what became of them.
+"""Calls that no one should make. `PYTHONPATH=tests/helpers python -m bad_calls` prints what became of them.
 
 A call is refused by a sentence that names what is wrong, or works and has the right value. Anything else is a fault: a
 crash, an answer without a word, or an error of Python's or torch's own that names nothing of ours.

@@ -1,4 +1,4 @@
-"""Compile csrc/cuda for GPUs that are not there: `python tests/nvcc.py` prints what each kernel takes of them."""
+"""Compile csrc/cuda for GPUs that are not there: `python tests/helpers/nvcc.py` prints what each kernel takes."""
 
 import re
 import subprocess
@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from sparsekern.table import table  # noqa: E402
