@@ -46,8 +46,8 @@ class SparseLayer(nn.Module):
         device = device or torch.get_default_device()
         self.topology = copy.deepcopy(topology).to(device)
         blocks = (topology.num_slots, topology.block_size, topology.block_size)
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"{type(self).__name__}: dtype must be of real floating-point numbers, got {dtype}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"{type(self).__name__}: dtype must be of real floating-point numbers, got {dtype!r}")
         self.weight = nn.Parameter(torch.empty(blocks, device=device, dtype=dtype))
         watch(self.weight)
         self.register_parameter(
@@ -94,11 +94,10 @@ class SparseLayer(nn.Module):
 
     def fan_in(self) -> Tensor:
         """float32 [block rows]: inputs that the rows of each block row really read, padding not counted."""
-        topology = self.topology
-        live = topology.block_rows >= 0
-        width = self._extent(topology.block_cols, 1) * live
-        fan_in = torch.zeros(topology.grid[0], dtype=torch.float32, device=width.device)
-        return fan_in.index_add_(0, topology.block_rows.long().clamp(min=0), width.float())
+        layout = self.topology.layout
+        width = self._extent(layout.block_cols, 1) * (layout.block_rows >= 0)
+        fan_in = torch.zeros(layout.num_rows, dtype=torch.float32, device=width.device)
+        return fan_in.index_add_(0, layout.block_rows.long().clamp(min=0), width.float())
 
     def lanes(self) -> Tensor:
         """Boolean [num_slots, B, B], or [num_slots, 1, 1] where nothing is padded: elements that stand for a weight."""
@@ -236,7 +235,8 @@ class SparseLayer(nn.Module):
 
     def _compressed(self) -> tuple[Tensor, Tensor, Tensor]:
         """Row starts [block rows + 1], block columns and blocks of the live slots, sorted by (row, column)."""
-        rows, cols = self.topology.block_rows.long(), self.topology.block_cols.long()
+        layout = self.topology.layout
+        rows, cols = layout.block_rows.long(), layout.block_cols.long()
         live = (rows >= 0).nonzero().squeeze(1)
         slots = live[(rows * self.topology.grid[1] + cols)[live].argsort()]
         starts = F.pad(torch.bincount(rows[slots], minlength=self.topology.grid[0]).cumsum(0), (1, 0))
@@ -245,9 +245,11 @@ class SparseLayer(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # all that can be wrong is found before anything is changed: a refused checkpoint leaves the layer as it was
         weight, rows = state_dict.get(prefix + "weight"), state_dict.get(prefix + "topology.block_rows")
-        if weight is not None:
+        if prefix + "weight" in state_dict:
             self._check_weight(prefix, weight)
         adopts = self.topology.check_checkpoint(state_dict, prefix + "topology.")
+        if self.bias is not None and prefix + "bias" in state_dict:
+            self._check_bias(prefix, state_dict[prefix + "bias"])
         if weight is None:
             if adopts and not self.topology.is_at(rows, state_dict[prefix + "topology.block_cols"]):
                 raise ValueError(
@@ -264,9 +266,7 @@ class SparseLayer(nn.Module):
 
     def _check_weight(self, prefix: str, weight: Tensor) -> None:
         """Refuse what are no blocks of this layer's size."""
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-            raise ValueError(f"load_state_dict: {prefix}weight must be a tensor of real numbers, got {got}")
+        _check_numbers(prefix + "weight", weight)
         if weight.dim() != 3 or weight.shape[1:] != self.weight.shape[1:]:
             want = ("num_slots", *self.weight.shape[1:])
             hint = "; convert a dense one with SparseLinear.from_linear" if weight.dim() == 2 else ""
@@ -274,6 +274,12 @@ class SparseLayer(nn.Module):
                 f"load_state_dict: {prefix}weight must have shape ({', '.join(map(str, want))}), "
                 f"the checkpoint's has {tuple(weight.shape)}{hint}"
             )
+
+    def _check_bias(self, prefix: str, bias: Tensor) -> None:
+        _check_numbers(prefix + "bias", bias)
+        if bias.shape != self.bias.shape:
+            want = tuple(self.bias.shape)
+            raise ValueError(f"load_state_dict: {prefix}bias must have shape {want}, got {tuple(bias.shape)}")
 
     @torch.no_grad()
     def _resize(self, num_slots: int) -> None:
@@ -323,6 +329,14 @@ def choose_topology(
     for group, count in enumerate(live):
         mask[group, ranked[group, :count]] = True
     return Topology.from_mask(mask.view(grid), shape, block_size)
+
+
+def _check_numbers(key: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"load_state_dict: {key} must be a tensor of real numbers, got {got}")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"load_state_dict: {key} must be dense, got {tensor.layout}")
 
 
 def _is_fresh(keep: str | Tensor) -> bool:

@@ -316,8 +316,8 @@ class Topology(nn.Module):
         return sum(t.numel() * t.element_size() for t in (self.block_rows, self.block_cols, self.index))
 
     def live_per_group(self) -> list[int]:
-        group = self.block_rows.long() // (self.grid[0] // self.groups)
-        return torch.bincount(group[self.block_rows >= 0], minlength=self.groups).tolist()
+        rows = self.layout.block_rows.long()
+        return torch.bincount(rows[rows >= 0] // (self.grid[0] // self.groups), minlength=self.groups).tolist()
 
     def mask(self) -> Tensor:
         """Boolean grid [groups, rows, cols] per group, True where a block is live."""
@@ -326,7 +326,11 @@ class Topology(nn.Module):
         return mask[:-1].view(self.groups, self.grid[0] // self.groups, self.grid[1] // self.groups)
 
     def rebuild(self) -> None:
-        """Bring the index up to date with the coordinates, in place and without a host synchronisation."""
+        """Bring the index up to date with the coordinates, in place and without a host synchronisation.
+
+        Raises:
+            ValueError: by the C++ module: a block is outside of the grid. Blocks that are live twice are not found.
+        """
         layout = self._layout()
         self.index.copy_(build_index(layout))
         stamp(layout)
@@ -338,7 +342,12 @@ class Topology(nn.Module):
             ValueError: the coordinates are no topology of this geometry.
         """
         check_blocks(block_rows, block_cols, self.grid, self.groups)
+        self._check_values(block_rows)
         self._replace(block_rows, block_cols)
+
+    def _check_values(self, coordinates: Tensor) -> None:
+        if coordinates.is_meta and not self.block_rows.is_meta:
+            raise ValueError("Topology: block_rows and block_cols are on meta, where they have no values")
 
     def keep_slots(self, slots: Tensor) -> None:
         """Keep these slots, int64 [any], in this order and in the same tensors: what compaction needs."""
@@ -434,6 +443,7 @@ class Topology(nn.Module):
         if saved != own:
             raise ValueError(f"load_state_dict: the checkpoint's topology has {words} {saved}, the layer {own}")
         check_blocks(rows, cols, self.grid, self.groups)
+        self._check_values(rows)
         return True
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
@@ -492,6 +502,8 @@ def check_block_size(block_size: int) -> None:
 
 def check_geometry(shape: tuple[int, int], block_size: int, groups: int) -> None:
     check_block_size(block_size)
+    if not isinstance(shape, tuple | list) or len(shape) != 2:
+        raise ValueError(f"shape must be (out_features, in_features), got {shape!r}")
     if not _is_count(groups):
         raise ValueError(f"groups must be a positive integer, got groups={groups!r}")
     for name, size in zip(("out_features", "in_features"), shape, strict=True):
@@ -510,6 +522,9 @@ def check_blocks(block_rows: Tensor, block_cols: Tensor, grid: tuple[int, int], 
     if block_rows.dim() != 1 or block_rows.shape != block_cols.shape:
         shapes = f"{tuple(block_rows.shape)} and {tuple(block_cols.shape)}"
         raise ValueError(f"Topology: block_rows and block_cols must be of one length, got shapes {shapes}")
+    if block_rows.device != block_cols.device:
+        devices = f"{block_rows.device} and {block_cols.device}"
+        raise ValueError(f"Topology: block_rows and block_cols must be on one device, got {devices}")
     if block_rows.device.type == "meta":
         return
     rows, cols = block_rows.long(), block_cols.long()

@@ -38,6 +38,25 @@ def check_seed(where: str, seed: int) -> int:
     return int(seed)
 
 
+def check_count(where: str, argument: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
+        raise ValueError(f"{where}: {argument} must be an integer of at least 0, got {value!r}")
+
+
+def check_by_group(where: str, argument: str, value: object, layers: dict[str, SparseLayer], least: float) -> None:
+    """Refuse what is not a list of finite numbers of at least `least` for each layer, one for each group."""
+    if not isinstance(value, dict) or value.keys() != layers.keys():
+        raise ValueError(f"{where}: {argument} must be a dictionary of the layers {sorted(layers)}, got {value!r}")
+    for path, of_groups in value.items():
+        if not isinstance(of_groups, list | tuple) or len(of_groups) != layers[path].groups:
+            got = f"got {of_groups!r}"
+            raise ValueError(f"{where}: {argument} of layer {path!r} must be {layers[path].groups} numbers, {got}")
+        for number in of_groups:
+            check_finite(where, f"{argument} of layer {path!r}", number)
+            if number < least:
+                raise ValueError(f"{where}: {argument} of layer {path!r} must be at least {least}, got {number}")
+
+
 def sparse_layers(where: str, model: nn.Module) -> dict[str, SparseLayer]:
     """The sparse layers of a model by name; at least one."""
     if not isinstance(model, nn.Module):

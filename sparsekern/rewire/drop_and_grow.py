@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsekern.layer import SparseLayer
+from sparsekern.rewire.arguments import check_by_group, check_flag
 from sparsekern.rewire.growth import GrowthScores, best_candidates, float_bits, pack, positions_of, scores_of
 from sparsekern.rewire.hash import stream
 from sparsekern.rewire.ranks import distributed, gathered
@@ -88,6 +89,8 @@ class DropAndGrow(Rule):
         return super().state_dict() | {"carry": {path: list(carry) for path, carry in self._carry.items()}}
 
     def load_state_dict(self, state: dict) -> None:
+        if isinstance(state, dict) and "carry" in state:  # before anything changes; what is missing is said above
+            check_by_group(f"{type(self).__name__}.load_state_dict", "carry", state["carry"], self.layers, least=-1)
         super().load_state_dict(state)
         self._carry = {path: list(carry) for path, carry in state["carry"].items()}
 
@@ -142,19 +145,36 @@ class DropAndGrow(Rule):
         if scores is None:
             return random_candidates(layout, count, stream(self.seed, self._index[path], self.events))
         if isinstance(scores, Tensor) and scores.dtype == torch.int64:
-            return scores
+            return self._checked_keys(path, scores, count)
         grid = (layout.groups, layout.num_rows // layout.groups, layout.num_cols // layout.groups)
         table = self._checked(path, "grow_scores", scores, grid) + 0.0  # -0.0 becomes 0.0, which may grow
         return best_candidates(layout, count, lambda strip, _: float_bits(table[:, strip].flatten(1)))
 
     def _checked(self, path: str, function: str, scores: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The scores that a rule gave, as float32."""
+        device = self.layers[path].weight.device
         if not isinstance(scores, Tensor) or scores.shape != shape or not scores.is_floating_point():
             got = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(
                 f"{type(self).__name__}.{function}: layer {path!r} wants floating-point scores {shape}, got {got}"
             )
+        if scores.device != device:
+            raise ValueError(
+                f"{type(self).__name__}.{function}: layer {path!r} is on {device}, the scores are on {scores.device}"
+            )
         return scores.float()
+
+    def _checked_keys(self, path: str, keys: Tensor, count: int) -> Tensor:
+        """The keys that a rule gave, whose places are those of the grid; reads nothing on the host."""
+        groups, num_blocks = self.layers[path].groups, self.layers[path].topology.num_blocks // self.layers[path].groups
+        where = f"{type(self).__name__}.grow_scores: layer {path!r} wants int64 keys"
+        if keys.device != self.layers[path].weight.device:
+            raise ValueError(f"{where} on {self.layers[path].weight.device}, got some on {keys.device}")
+        if keys.dim() != 2 or keys.shape[0] != groups or keys.shape[1] < count:
+            raise ValueError(f"{where} ({groups}, {count} or more), got {tuple(keys.shape)}")
+        inside = (positions_of(keys) < num_blocks).all()
+        torch._assert_async(inside, f"{where} of the {num_blocks} places of a group, got one of a place beyond")
+        return keys
 
     def _counts(self, path: str, fraction: float) -> tuple[list[int], list[float]]:
         """Blocks to replace in each group, no more than there are dead places, and the remainders to carry."""
@@ -208,6 +228,8 @@ class RigL(DropAndGrow):
         return _sum_keys_over_ranks(scores) if layer.block_size == 1 else _sum_over_ranks(scores)
 
     def load_state_dict(self, state: dict) -> None:
+        if isinstance(state, dict) and "armed" in state:
+            check_flag(f"{type(self).__name__}.load_state_dict", "armed", state["armed"])
         super().load_state_dict(state)
         self._arm(state["armed"])
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsekern import choose
-from sparsekern.rewire.arguments import check_finite, check_flag
+from sparsekern.rewire.arguments import check_by_group, check_count, check_finite, check_flag
 from sparsekern.rewire.optimizer_state import element_state
 from sparsekern.rewire.ranks import distributed
 from sparsekern.rewire.rule import Rule
@@ -75,6 +75,10 @@ class GMP(Rule):
         return super().state_dict() | {"done": self._done, "initial": initial, "compactions": self.compactions}
 
     def load_state_dict(self, state: dict) -> None:
+        if isinstance(state, dict) and {"done", "initial", "compactions"} <= state.keys():
+            check_flag("GMP.load_state_dict", "done", state["done"])
+            check_count("GMP.load_state_dict", "compactions", state["compactions"])
+            check_by_group("GMP.load_state_dict", "initial", state["initial"], self.layers, least=0)
         super().load_state_dict(state)
         self._done, self._initial, self.compactions = state["done"], state["initial"], state["compactions"]
 

@@ -90,6 +90,11 @@ def element_state(optimizers: list[Optimizer], param: nn.Parameter) -> Iterator[
                 continue
             if value.numel() <= 1 and value.shape != param.shape:
                 continue
+            if value.dim() == 3 and value.shape[1:] == param.shape[1:] and len(value) != len(param):
+                raise ValueError(
+                    f"rewire: {kind} keeps {name!r} of {len(value)} slots, but the weight has {len(param)}: it took "
+                    "over another topology since; build the optimiser anew, or load its state too"
+                )
             if value.shape != param.shape or type(value) not in (Tensor, nn.Parameter) or not value.is_floating_point():
                 raise _refusal(kind, name, f"{type(value).__name__} {tuple(value.shape)} ({value.dtype})", param)
             yield state, name, value, _fresh(optimizer, name, param)
@@ -137,6 +142,9 @@ def reset_state(optimizer: Optimizer | Sequence[Optimizer], layer: nn.Module | n
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"reset_state: the mask must be a boolean tensor, got {got}")
+    if mask.layout != torch.strided or mask.device != param.device:
+        got = f"{mask.layout} on {mask.device}"
+        raise ValueError(f"reset_state: the mask must be dense, on the parameter's device {param.device}, got {got}")
     if id(param) not in held_by(optimizers):
         kinds = ", ".join(type(o).__name__ for o in optimizers)
         raise ValueError(f"reset_state: {kinds} does not hold this parameter of shape {tuple(param.shape)}")

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from sparsekern.layer import SparseLayer
 from sparsekern.rewire.arguments import (
+    check_count,
     check_finite,
     check_flag,
     check_rewirable,
@@ -156,6 +157,17 @@ class Rule:
                 f"{type(self).__name__}.load_state_dict: this is no state of a {type(self).__name__}; "
                 f"it lacks {', '.join(sorted(missing))}"
             )
+        where = f"{type(self).__name__}.load_state_dict"
+        check_finite(where, "clock", state["clock"])
+        if state["clock"] < 0:
+            raise ValueError(f"{where}: clock must not be negative, got {state['clock']}")
+        for name in ("events", "next"):
+            check_count(where, name, state[name])
+        if not isinstance(state["moved"], dict):
+            raise ValueError(f"{where}: moved must be a dictionary by layer, got {state['moved']!r}")
+        for path, moved in state["moved"].items():
+            if not isinstance(moved, tuple | list) or len(moved) != 2 or not all(isinstance(m, int) for m in moved):
+                raise ValueError(f"{where}: moved of layer {path!r} must be two integers, got {moved!r}")
         if set(state["moved"]) != set(self.layers):
             raise ValueError(
                 f"{type(self).__name__}.load_state_dict: the state is for layers {sorted(state['moved'])}, "

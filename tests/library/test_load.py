@@ -83,7 +83,10 @@ BAD = {
     "a weight is missing": (lambda s: without(s, "body.0.weight"), "body.0.weight"),
     "a key is unexpected": (lambda s: s | {"head.bias": torch.zeros(3)}, "Unexpected key.*head.bias"),
     "a dense tensor is of another shape": (lambda s: s | {"body.2.bias": torch.zeros(95)}, "size mismatch for body.2"),
-    "a sparse bias is of another shape": (lambda s: s | {"body.3.bias": torch.zeros(65)}, "size mismatch for body.3"),
+    "a sparse bias is of another shape": (
+        lambda s: s | {"body.3.bias": torch.zeros(65)},
+        "body.3.bias must have shape",
+    ),
     "slots are too few": (lambda s: s | {"heads.weight": s["heads.weight"][:7]}, "heads.weight has 7 slots"),
     "a block is out of range": (
         lambda s: s | {"conv.topology.block_cols": s["conv.topology.block_cols"] + 1000},
