@@ -20,7 +20,7 @@ from torch.autograd import Function, forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from sparsekern import choose, quick
-from sparsekern.topology import Layout, catch_up, is_current
+from sparsekern.topology import Layout, catch_up, check_block_size, is_current
 
 _PLAIN = (Tensor, nn.Parameter)
 _LEGACY_VMAP = torch._C._dispatch_key_parse("VmapMode")
@@ -353,7 +353,7 @@ library.define(f"sdd(Tensor dy, Tensor x, Tensor? token_offsets, {LAYOUT_SCHEMA}
 
 def _dds_kernel(x, weight, bias, token_offsets, *flat):
     *layout, transpose = flat
-    layout = _checked(Layout.from_flat(layout))
+    layout = checked(Layout.from_flat(layout))
     check_devices("dds", x, weight, bias, token_offsets, layout.block_rows)
     check_operand("dds", "x", x, layout.num_cols if transpose else layout.num_rows, layout, token_offsets)
     if bias is not None and not transpose:
@@ -370,7 +370,7 @@ def _dds_kernel(x, weight, bias, token_offsets, *flat):
 
 
 def _sdd_kernel(dy, x, token_offsets, *layout):
-    layout = _checked(Layout.from_flat(layout))
+    layout = checked(Layout.from_flat(layout))
     check_devices("sdd", dy, x, token_offsets, layout.block_rows)
     check_operand("sdd", "dy", dy, layout.num_rows, layout, token_offsets)
     check_operand("sdd", "x", x, layout.num_cols, layout, token_offsets)
@@ -379,19 +379,28 @@ def _sdd_kernel(dy, x, token_offsets, *layout):
     return choose.backend_for("sdd", x, layout, token_offsets).sdd(row_major(dy), row_major(x), layout, token_offsets)
 
 
-def _checked(layout: Layout) -> Layout:
-    """A layout that native kernels may follow: one that comes from a Topology, or agrees with itself."""
-    check_groups(layout)
+def checked(layout: Layout) -> Layout:
+    """A layout that native kernels may follow: one that comes from a Topology, or agrees with itself.
+
+    A caller of the registered operators may mix the tensors of one topology with the numbers of another.
+    """
+    rows, cols, groups = layout.num_rows, layout.num_cols, layout.groups
+    check_block_size(layout.block_size)
+    if not (0 < rows < 2**31 and 0 < cols < 2**31) or groups < 1 or rows % groups or cols % groups:
+        raise ValueError(
+            f"layout: num_rows={rows} and num_cols={cols} must be from 1 to 2**31 - 1 blocks, "
+            f"shared equally by groups={groups}"
+        )
+    check_devices("layout", layout.block_rows, layout.block_cols, layout.index)
+    built_for = getattr(layout.index, "built_for", layout.geometry)
+    if built_for != layout.geometry:
+        raise ValueError(
+            "layout: (num_rows, num_cols, groups, block_size, full) must be those of the topology whose index this "
+            f"is, {built_for}, got {layout.geometry}"
+        )
     if not is_current(layout):
         catch_up(layout)
     return layout
-
-
-def check_groups(layout: Layout) -> None:
-    if layout.groups < 1 or layout.num_rows % layout.groups or layout.num_cols % layout.groups:
-        raise ValueError(
-            f"layout: {layout.num_rows} x {layout.num_cols} blocks are not shared equally by groups={layout.groups}"
-        )
 
 
 def check_operand(name: str, what: str, x: Tensor, blocks: int, layout: Layout, token_offsets: Tensor | None) -> None:

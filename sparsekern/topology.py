@@ -143,6 +143,7 @@ def _build_index_in_cpp(layout: Layout) -> Tensor:
 def stamp(layout: Layout) -> None:
     """Note that the index agrees with the coordinates as they are now."""
     layout.index.built_from = layout.block_rows, layout.block_cols, layout.versions()
+    layout.index.built_for = layout.geometry
 
 
 def is_current(layout: Layout) -> bool:

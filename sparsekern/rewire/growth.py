@@ -14,9 +14,9 @@ from sparsekern import choose
 from sparsekern.operators import (
     LAYOUT_SCHEMA,
     check_devices,
-    check_groups,
     check_operand,
     check_unchanged,
+    checked,
     in_transform,
     library,
 )
@@ -170,7 +170,7 @@ def _keep_best(dy, x, token_offsets, layout, armed, keys):
 
 def _check_scores(dy, x, token_offsets, layout: Layout, armed, scores) -> None:
     """Refuse what does not fit the layout: the backends would follow it."""
-    check_groups(layout)
+    checked(layout)
     check_devices("score_growth", x, dy, token_offsets, layout.block_rows, armed, scores)
     check_operand("score_growth", "dy", dy, layout.num_rows, layout, token_offsets)
     check_operand("score_growth", "x", x, layout.num_cols, layout, token_offsets)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from . import CALLS, Call, checkpoints, conversions, layers, products, rules  # noqa: F401
+from . import CALLS, Call, checkpoints, conversions, layers, layouts, products, rules  # noqa: F401
 from .known import KNOWN
 
 SECONDS = 20  # that a call may take
