@@ -127,7 +127,8 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    wide = torch.float64  # stays as it is, as do numbers that are not floating-point: those are refused, not cut off
+    return tuple(t if t is None or t.dtype == wide or not t.is_floating_point() else t.to(dtype) for t in tensors)
 
 
 def _check(
