@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from sparsekern import operators, quick
 from sparsekern.topology import INTEGERS, Layout, Topology
 
+_SIDES = {False: 0, True: 1}  # of a topology's shape that x has, by `transpose`
+
 
 class Growth(Protocol):
     """What scores the gradient of W in every backward: RigL's `sparsekern.rewire.growth.GrowthScores`."""
@@ -58,7 +60,7 @@ def dds(
         x, weight, bias = _autocast(x, weight, bias)
         if token_offsets is not None:
             token_offsets = _as_offsets("dds", token_offsets, topology, x)
-        _check("dds", topology, x, weight, bias, topology.shape[int(transpose)], token_offsets)
+        _check("dds", topology, x, weight, bias, topology.shape[_SIDES[transpose]], token_offsets)
         if bias is not None and not transpose:
             raise ValueError("dds: bias belongs to x Wᵀ, but transpose is False")
         layout = topology.layout
@@ -71,8 +73,10 @@ def dds(
         y = operators.dds(rows, weight, bias, token_offsets, layout, transpose)
         if growth is not None and y.requires_grad:
             y = growth.watch(y, rows, token_offsets, layout)
-    except (AttributeError, RuntimeError):  # looking at the types first would cost every call
+    except (AttributeError, RuntimeError, KeyError, TypeError):  # looking at the types first would cost every call
         _check_types("dds", topology, x=x, weight=weight, bias=bias, token_offsets=token_offsets)
+        if not isinstance(transpose, bool):
+            raise TypeError(f"dds: transpose must be True or False, got {transpose!r}") from None
         if growth is not None and not hasattr(growth, "watch"):
             raise TypeError(f"dds: growth must have a method watch, got {type(growth).__name__}") from None
         raise
@@ -175,6 +179,10 @@ def _check_types(name: str, topology: object, **operands: object) -> None:
             continue
         if not isinstance(operand, Tensor):
             raise TypeError(f"{name}: {what} must be a tensor, got {type(operand).__name__}") from None
+        if operand.is_nested:
+            raise ValueError(
+                f"{name}: {what} must be one tensor, got a nested one; pad it, or multiply its parts"
+            ) from None
         if operand.layout != torch.strided:
             raise ValueError(f"{name}: {what} must be dense, got {operand.layout}") from None
 

@@ -382,3 +382,36 @@ def in_bfloat16(m, x) -> None:
     y = m(x)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y, m.to_linear()(x), rtol=2e-2, atol=2e-2)
+
+
+for bad in (None, 2, -1, "yes", [], 0.5, torch.tensor([1, 0])):
+    refused(f"dds transpose {bad!r}", lambda bad=bad: product(transpose=bad, bias=None), "transpose must be", bad)
+for kind in ("block 8", "block 1", "full", "padded"):
+    for name, change, sentence in (
+        ("nested", lambda x: torch.nested.nested_tensor([x[:2], x[2:]]), "x must be one tensor, got a nested one"),
+        ("sparse by rows", lambda x: x.to_sparse_csr(), "x must be dense, got torch.sparse_csr"),
+        ("of MKL-DNN", lambda x: x.to_mkldnn(), "x must be dense, got torch._mkldnn|x must have rows whose elements"),
+        ("quantised", lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8), "numbers, got torch.quint8"),
+        ("of float8", lambda x: x.to(torch.float8_e4m3fn), "one dtype, got torch.float8_e4m3fn"),
+    ):
+        refused(f"{kind}: x {name}", lambda k=kind, c=change: layer(k)(c(torch.randn(5, 24))), sentence)
+    for name in ("weight", "bias"):
+        refused(
+            f"{kind}: a sparse {name}",
+            lambda k=kind, n=name: (
+                lambda m: (setattr(m, n, nn.Parameter(getattr(m, n).detach().to_sparse())), m(torch.randn(5, 24)))
+            )(layer(k)),
+            f"{name} must be dense, got torch.sparse_coo",
+        )
+        for what, bad in (("a number", 3.0), ("a list", [1.0]), ("a text", "x")):
+            refused(
+                f"{kind}: {name} {what}",
+                lambda k=kind, n=name, bad=bad: (
+                    lambda m: sk.dds(
+                        **{"x": torch.randn(5, 24), "weight": m.weight, "topology": m.topology, "transpose": True}
+                        | {n: bad}
+                    )
+                )(layer(k)),
+                f"{name} must be a tensor",
+                bad,
+            )
