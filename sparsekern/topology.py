@@ -44,12 +44,12 @@ class Layout(NamedTuple):
     def num_slots(self) -> int:
         return self.block_rows.shape[0]
 
-    def versions(self) -> tuple[int, int]:
-        """How often torch has seen the coordinates being written; numbers of the host, so that reading them is free."""
+    def versions(self) -> tuple[int, int, int]:
+        """How often torch has seen coordinates and index being written; numbers of the host, free to read."""
         try:
-            return self.block_rows._version, self.block_cols._version
+            return self[0]._version, self[1]._version, self[2]._version
         except RuntimeError:  # tensors made in inference mode count nothing
-            return -1, -1
+            return -1, -1, -1
 
     def positions(self) -> Tensor:
         """int64 [num_slots]: place of each block among all, (group, row, col) row-major; their number if dead."""
@@ -141,7 +141,7 @@ def _build_index_in_cpp(layout: Layout) -> Tensor:
 
 
 def stamp(layout: Layout) -> None:
-    """Note that the index agrees with the coordinates as they are now."""
+    """Note that the index, as it is now, agrees with the coordinates as they are now."""
     layout.index.built_from = layout.block_rows, layout.block_cols, layout.versions()
     layout.index.built_for = layout.geometry
 
@@ -351,8 +351,17 @@ class Topology(nn.Module):
             raise ValueError("Topology: block_rows and block_cols are on meta, where they have no values")
 
     def keep_slots(self, slots: Tensor) -> None:
-        """Keep these slots, int64 [any], in this order and in the same tensors: what compaction needs."""
-        self._replace(self.block_rows[slots], self.block_cols[slots])
+        """Keep these slots, int64 [any], in this order and in the same tensors: what compaction needs.
+
+        Raises:
+            ValueError: they are no slots of this topology, or a live one is among them twice.
+        """
+        if not isinstance(slots, Tensor) or slots.dtype not in INTEGERS or slots.dim() != 1:
+            got = f"{slots.dtype} {tuple(slots.shape)}" if isinstance(slots, Tensor) else type(slots).__name__
+            raise ValueError(f"keep_slots: slots must be integers [any], got {got}")
+        if ((slots < 0) | (slots >= self.num_slots)).any():
+            raise ValueError(f"keep_slots: slots must be from 0 to {self.num_slots - 1}, got {slots.tolist()}")
+        self.replace(self.block_rows[slots.long()], self.block_cols[slots.long()])
 
     @torch.no_grad()
     def _replace(self, block_rows: Tensor, block_cols: Tensor) -> None:

@@ -251,3 +251,60 @@ for how, sentence in HOW.items():
                 lambda m=MAKE[kind], h=how, r=read: r(nonsense(m(), h)),
                 sentence,
             )
+
+
+# An index that somebody wrote is built anew; kernels would have followed it out of their memory.
+
+
+def index_written(m: nn.Module, change) -> None:
+    with torch.no_grad():
+        change(m.topology)
+    x = operand(m).requires_grad_()
+    y = m(x)
+    close(y, dense(m)(x))
+    y.sum().backward()
+    close(x.grad, torch.autograd.grad(dense(m)(x).sum(), x)[0])
+
+
+for kind, make in MAKE.items():
+    for name, change in (
+        ("of huge numbers", lambda t: t.index.fill_(10**8)),
+        ("of negative numbers", lambda t: t.index.fill_(-3)),
+        ("of zeros", lambda t: t.index.zero_()),
+        ("in reverse", lambda t: t.index.copy_(t.index.flip(0))),
+    ):
+        works(f"{kind}: an index {name}", lambda m=make, c=change: index_written(m(), c))
+    refused(
+        f"{kind}: an index written between forward and backward",
+        lambda m=make: (lambda m, x: (lambda y: (m.topology.index.zero_(), y.sum().backward()))(m(x)))(
+            m(), torch.randn(2, 4, 6, 6) if m is conv else torch.randn(5, 24)
+        ),
+        "backward: the topology",
+    )
+    for name, change, sentence in (
+        ("an index of another size", lambda t: setattr(t, "index", torch.zeros(3).int()), "want an index"),
+        ("an index of float32", lambda t: setattr(t, "index", t.index.float()), "want an index"),
+        ("fewer rows", lambda t: setattr(t, "block_rows", t.block_rows[:-1]), "one length|slots|wants a weight"),
+        ("rows of bool", lambda t: setattr(t, "block_rows", t.block_rows > 0), "integers, got torch.bool"),
+        ("cols complex", lambda t: setattr(t, "block_cols", t.block_cols * 1j), "integers, got torch.complex"),
+        ("cols outside", lambda t: setattr(t, "block_cols", t.block_cols + 5000), "outside"),
+    ):
+        refused(
+            f"{kind}: {name} in its place",
+            lambda m=make, c=change: (lambda m: (c(m.topology), m(operand(m))))(m()),
+            sentence,
+        )
+    for bad in ([0], None, 0, torch.tensor(0), torch.tensor([0.0]), torch.tensor([True]), torch.tensor([[0]])):
+        refused(
+            f"{kind}: keep_slots {bad!r}",
+            lambda m=make, bad=bad: m().topology.keep_slots(bad),
+            "keep_slots: slots must be integers .any., got",
+        )
+    for bad in ([10**6], [-1]):
+        refused(
+            f"{kind}: keep_slots {bad!r}",
+            lambda m=make, bad=bad: m().topology.keep_slots(torch.tensor(bad)),
+            "keep_slots: slots must be from 0 to",
+            bad[0],
+        )
+    refused(f"{kind}: keep_slots twice", lambda m=make: m().topology.keep_slots(torch.tensor([0, 0])), "in two slots")
