@@ -26,6 +26,8 @@ def check_times(where: str, update_every: float, start_step: float, end_step: fl
         check_finite(where, argument, value)
     if update_every <= 0:
         raise ValueError(f"{where}: update_every must be positive, got {update_every}")
+    if start_step < 0:
+        raise ValueError(f"{where}: start_step must not be negative, got {start_step}")
     if end_step is not None:
         check_finite(where, "end_step", end_step)
         if end_step < start_step:

@@ -97,6 +97,11 @@ def element_state(optimizers: list[Optimizer], param: nn.Parameter) -> Iterator[
                 )
             if value.shape != param.shape or type(value) not in (Tensor, nn.Parameter) or not value.is_floating_point():
                 raise _refusal(kind, name, f"{type(value).__name__} {tuple(value.shape)} ({value.dtype})", param)
+            if value.device != param.device:
+                raise ValueError(
+                    f"rewire: {kind} keeps {name!r} on {value.device}, but the weight is on {param.device}; "
+                    "state that is kept elsewhere cannot follow a rewire"
+                )
             yield state, name, value, _fresh(optimizer, name, param)
 
 

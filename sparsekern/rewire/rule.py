@@ -79,6 +79,8 @@ class Rule:
         self._moved: dict[str, tuple[int | Tensor, int | Tensor]] = dict.fromkeys(self.layers, (0, 0))
         self._nan = {path: torch.zeros((), dtype=torch.bool, device=l.weight.device) for path, l in self.layers.items()}
         self._covered = {path: l.topology.mask() for path, l in self.layers.items()} if coverage else None
+        # Versions of the coordinates when a layer and its followers were last known to have one topology.
+        self._compared = {path: self._versions(path) for path in self.layers}
         self._seen = self._adoptions()
         self._with_state = self._layers_with_state()
         self._state_loads = self._state_loads_seen = 0
@@ -109,10 +111,12 @@ class Rule:
         fires = due is not None and self._reached(now, due) and self._ready()
         changed = False
         if fires:
-            for layer in self.layers.values():  # state that cannot follow is refused before the first layer changes
+            self._check_copies()  # what cannot follow is refused before the first layer changes
+            for layer in self.layers.values():
                 deque(element_state(self._optimizers, layer.weight), maxlen=0)
             with torch.no_grad():
                 changed = self._event(now)
+            self._compared = {path: self._versions(path) for path in self.layers}
             self.events += 1
             self._advance(now)
         self._prepare(pace)
@@ -173,6 +177,8 @@ class Rule:
                 f"{type(self).__name__}.load_state_dict: the state is for layers {sorted(state['moved'])}, "
                 f"but the model has {sorted(self.layers)}"
             )
+        if self._covered is not None and "covered" in state:
+            self._check_covered(where, state["covered"])
         self._check_adoptions()
         self.clock, self.events, self._next = state["clock"], state["events"], state["next"]
         self._moved = {path: tuple(moved) for path, moved in state["moved"].items()}
@@ -254,6 +260,45 @@ class Rule:
                     "copy the model (copy.deepcopy, or load_state_dict) before making the rule"
                 )
         return {path: modules[_bare(path)] for path in self.layers}
+
+    def _check_copies(self) -> None:
+        """Refuse layers whose weight, or whose follower's topology, is no longer what the rule was made for."""
+        where, held = f"{type(self).__name__}.step", held_by(self._optimizers)
+        for path, layer in self.layers.items():
+            if self._moves and id(layer.weight) not in held:
+                raise RuntimeError(
+                    f"{where}: the weight of layer {path!r} is another parameter than when the rule was made, and the "
+                    "optimiser does not hold it; build the optimiser and the rule anew"
+                )
+            for copy in self._copies(path):
+                if copy.weight.shape[0] != copy.topology.num_slots:
+                    raise RuntimeError(
+                        f"{where}: the weight of layer {path!r} has {copy.weight.shape[0]} slots, "
+                        f"but its topology has {copy.topology.num_slots}"
+                    )
+            versions = self._versions(path)
+            if versions != self._compared[path]:  # somebody wrote coordinates; otherwise none are read
+                own = layer.topology
+                for follower in self.followers:
+                    other = follower[path].topology
+                    if not other.is_at(own.block_rows, own.block_cols):
+                        raise RuntimeError(
+                            f"{where}: layer {path!r} of a follower no longer has the topology of the model, with "
+                            f"{other.num_slots} and {own.num_slots} slots; load the model's state_dict into it"
+                        )
+
+    def _versions(self, path: str) -> list[tuple[int, ...]]:
+        """How often the coordinates of a layer and of its followers were written."""
+        return [copy.topology.layout.versions() for copy in self._copies(path)]
+
+    def _check_covered(self, where: str, covered: object) -> None:
+        if not isinstance(covered, dict) or covered.keys() != self._covered.keys():
+            raise ValueError(f"{where}: covered must be a dictionary of the layers {sorted(self._covered)}")
+        for path, own in self._covered.items():
+            mask = covered[path]
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != own.shape:
+                got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+                raise ValueError(f"{where}: covered of layer {path!r} must be a boolean {tuple(own.shape)}, got {got}")
 
     def _adoptions(self) -> dict[str, int]:
         return {path: layer.topology.adoptions for path, layer in self.layers.items()}

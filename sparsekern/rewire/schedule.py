@@ -33,6 +33,7 @@ class Cosine:
         check_fraction(self.fraction)
 
     def __call__(self, progress: float) -> float:
+        check_finite("cosine", "progress", progress)
         return self.fraction / 2 * (1 + math.cos(math.pi * progress))
 
 

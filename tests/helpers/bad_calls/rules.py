@@ -322,3 +322,107 @@ for bad in (None, 3, {}, {"0": [1], "2": ["x"]}, {"0": [1], "2": []}, {"0": [-1]
     refused(f"GMP state initial {bad!r}", lambda b=bad: resumed(sk.GMP, lambda s: s.update(initial=b)), "initial")
 works("SET state carry of rounding", lambda: resumed(sk.SET, lambda s: s.update(carry={"0": [-1e-10], "2": [0.9]})))
 refused("SET state carry -2", lambda: resumed(sk.SET, lambda s: s.update(carry={"0": [-2.0], "2": [0.9]})), "carry")
+
+
+# What became of the model, its followers and the optimiser since the rule was made.
+
+
+def later(kind, change, **options) -> None:
+    """An event after a change; a refusal leaves the layers as they were."""
+    made = sk.sparsify(model(), density=1.0 if kind is sk.GMP else 0.4, block_size=8)
+    follower = copy.deepcopy(made)
+    r = rule(kind, made, followers=[follower], **options)
+    for _ in range(2):
+        made(torch.randn(5, 24)).sum().backward()
+        r.optimizer.step()
+    change(r, made, follower)
+    before = copy.deepcopy([m.state_dict() for m in (made, follower)])
+    try:
+        for _ in range(3):
+            r.step()
+    except Exception:
+        for m, state in zip((made, follower), before, strict=True):
+            assert all(torch.equal(value, state[name]) for name, value in m.state_dict().items()), "a layer changed"
+        raise
+
+
+def backwards(t: sk.Topology) -> None:
+    t.replace(t.block_rows.flip(0), t.block_cols.flip(0))
+
+
+def fresh(weight: nn.Parameter, **options) -> nn.Parameter:
+    return nn.Parameter(torch.zeros_like(weight, **options))
+
+
+STATE = "exp_avg"
+for k, kind in KINDS.items():
+    for name, change, sentence in (
+        ("the weight replaced", lambda r, m, f: setattr(m[0], "weight", fresh(m[0].weight)), "another parameter than"),
+        ("the weight gone", lambda r, m, f: m[0].register_parameter("weight", None), "another parameter than"),
+        (
+            "the weight shorter",
+            lambda r, m, f: setattr(m[0].weight, "data", m[0].weight.data[1:]),
+            "slots, but its top",
+        ),
+        (
+            "the follower's shorter",
+            lambda r, m, f: setattr(f[0].weight, "data", f[0].weight.data[1:]),
+            "slots, but its",
+        ),
+        ("the follower's slots in reverse", lambda r, m, f: backwards(f[0].topology), "follower no longer has"),
+        ("the follower sparser", lambda r, m, f: f[2].set_density(0.2), "layer '2' of a follower no longer has"),
+        ("state on meta", lambda r, m, f: moved_state(r, STATE, lambda s: s.to("meta")), f"keeps '{STATE}' on meta"),
+        ("state complex", lambda r, m, f: moved_state(r, STATE, lambda s: s * 1j), f"keeps '{STATE}' as .*complex64"),
+        ("state of int64", lambda r, m, f: moved_state(r, STATE, lambda s: s.long()), f"keeps '{STATE}' as .*int64"),
+        ("state flat", lambda r, m, f: moved_state(r, STATE, lambda s: s.flatten()), f"keeps '{STATE}' as"),
+        ("state sums", lambda r, m, f: moved_state(r, STATE, lambda s: s.sum((1, 2))), f"keeps '{STATE}' as"),
+        ("state in a list", lambda r, m, f: moved_state(r, STATE, lambda s: [s]), f"keeps '{STATE}' as list"),
+        ("coordinates outside", lambda r, m, f: m[0].topology.block_rows.fill_(9000), "outside|no longer has"),
+        ("the follower's outside", lambda r, m, f: f[0].topology.block_rows.fill_(9000), "outside|no longer has"),
+    ):
+        refused(f"{k}: later {name}", lambda kind=kind, c=change: later(kind, c), sentence)
+    works(f"{k}: nothing later", lambda kind=kind: later(kind, lambda r, m, f: None))
+    works(
+        f"{k}: the follower loaded later",
+        lambda kind=kind: later(kind, lambda r, m, f: f.load_state_dict(m.state_dict())),
+    )
+    for bad in (-1, -0.5, -1e9):
+        refused(f"{k} start_step {bad!r}", lambda kind=kind, bad=bad: rule(kind, start_step=bad), "start_step", bad)
+    for name, bad in (("seeds", {"seeds": 1}), ("density", {"density": 0.3}), ("lr", {"lr": 1})):
+        refused(f"{k} of an unknown {name}", lambda kind=kind, bad=bad: rule(kind, **bad), f"keyword argument '{name}'")
+    for bad in ({"a": model()}, nn.Linear, [nn.Linear], [sparse_model(), None], 3.0, True):
+        refused(f"{k} followers {bad!r:.30}", lambda kind=kind, bad=bad: rule(kind, followers=bad), "follower")
+    if kind is not sk.GMP:
+        for name, change in (
+            ("a number", lambda s: 3),
+            ("None", lambda s: None),
+            ("empty", lambda s: {}),
+            ("of other layers", lambda s: {"1": s["0"]}),
+            ("a list of layers", lambda s: list(s.values())),
+            ("of numbers", lambda s: dict.fromkeys(s, 1)),
+            ("of other shapes", lambda s: {path: mask[0] for path, mask in s.items()}),
+            ("of float32", lambda s: {path: mask.float() for path, mask in s.items()}),
+        ):
+            refused(f"{k} state covered {name}", lambda kind=kind, c=change: covered(kind, c), "covered")
+
+
+def moved_state(r, name: str, change) -> None:
+    state = r.optimizer.state[r.layers["0"].weight]
+    state[name] = change(state[name])
+
+
+def covered(kind, change) -> None:
+    r = rule(kind, coverage=True)
+    state = r.state_dict()
+    state["covered"] = change(state["covered"])
+    before = r.stats()
+    try:
+        r.load_state_dict(state)
+    except Exception:
+        assert r.stats() == before, "the rule changed"
+        raise
+
+
+for schedule in (sk.cosine(0.3),):
+    for bad in ("x", None, [0.5], float("nan"), float("inf"), torch.tensor(0.5), 1j, True):
+        refused(f"{schedule} at {bad!r}", lambda s=schedule, bad=bad: s(bad), "cosine: progress must be", bad)
