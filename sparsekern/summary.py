@@ -104,6 +104,8 @@ def summary(model: nn.Module, optimizer: Optimizer | None = None) -> Summary:
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"summary: model must be a torch.nn.Module, got {type(model).__name__}")
+    if optimizer is not None and not (hasattr(optimizer, "state") and hasattr(optimizer, "param_groups")):
+        raise ValueError(f"summary: optimizer must be a torch optimiser, got {type(optimizer).__name__}")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
     state = {} if optimizer is None else optimizer.state
     lines = tuple(

@@ -155,7 +155,7 @@ for name, change, sentence in (
 ):
     for made in ("plan_from", "load"):
         refused(f"{made}: {name}", lambda made=made, c=change: from_saved(made, c), sentence)
-for bad in ("adam", 3, [1], nn.Linear(3, 3)):
+for bad in ("adam", 3, [], [1], {}, nn.Linear(3, 3)):
     refused(f"summary optimizer {bad!r:.20}", lambda bad=bad: sk.summary(sparse_model(), bad), "optimizer must be")
 
 

@@ -1,7 +1,7 @@
 """Calls that still end as they should not, by name. The test fails for another, and for one that is mended.
 
 What they have in common: SparseConv2d multiplies by torch's convolution without a look at its operands, constructs from
-options that nn.Conv2d lets pass, and plan_from, summary and sparsify believe what they are given.
+options that nn.Conv2d lets pass, and plan_from and sparsify believe what they are given.
 """
 
 KNOWN = {
@@ -63,8 +63,4 @@ KNOWN = {
     "plan_from: rows twice",
     "sparsify a list of distributions",
     "sparsify keep of numbers",
-    "summary optimizer 'adam'",
-    "summary optimizer 3",
-    "summary optimizer Linear(in_features=3",
-    "summary optimizer [1]",
 }
