@@ -109,8 +109,18 @@ void build_index(const Layout& layout, int32_t* index) {
     if (layout.full) return;
     const int64_t n = layout.num_slots;
     std::vector<int32_t> rows(n), cols(n), live, dead, by_row, by_col, row_offsets, col_offsets, sorted;
+    const int group_rows = layout.num_rows / layout.groups, group_cols = layout.num_cols / layout.groups;
     for (int64_t slot = 0; slot < n; slot++) {
-        rows[slot] = layout.row(slot), cols[slot] = layout.col(slot);
+        const int row = layout.row(slot), col = layout.col(slot);
+        const bool is_dead = row == -1 && col == -1;
+        const bool inside = row >= 0 && row < layout.num_rows && col >= 0 && col < layout.num_cols;
+        if (!is_dead && !(inside && row / group_rows == col / group_cols))
+            throw std::invalid_argument(
+                "build_index: slot " + std::to_string(slot) + " has block (" + std::to_string(row) + ", " +
+                std::to_string(col) + "), outside the " + std::to_string(layout.num_rows) + " x " +
+                std::to_string(layout.num_cols) + " blocks in " + std::to_string(layout.groups) + " groups"
+            );
+        rows[slot] = row, cols[slot] = col;
         (rows[slot] < 0 ? dead : live).push_back(int32_t(slot));
     }
     counting_sort(live, rows, layout.num_rows, row_offsets, by_row);
