@@ -10,10 +10,8 @@ import sparsekern
 
 
 def test_no_bad_call_crashes_or_passes_without_a_sentence():
-    roots = (
-        Path(sparsekern.__file__).parent.parent,
-        Path(__file__).parents[1] / "helpers",
-    )  # the package under test, and the table
+    # the package under test, and the table
+    roots = Path(sparsekern.__file__).parents[1], Path(__file__).parents[1] / "helpers"
     run = subprocess.run(
         [sys.executable, "-m", "bad_calls"],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, roots))},

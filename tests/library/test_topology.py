@@ -186,3 +186,12 @@ def test_replace_takes_coordinates_of_another_number_in_the_same_tensors(block_s
     assert [id(t) for t in (topology.block_rows, topology.block_cols, topology.index)] == tensors
     assert torch.equal(topology.mask(), other.mask())
     assert_index_matches_coordinates(topology)
+
+
+@pytest.mark.parametrize(("row", "col"), [(9, 0), (0, 9), (-2, 0), (-1, 0), (2, 0)])
+def test_a_rebuild_of_coordinates_outside_of_the_grid_is_refused(row, col):
+    topology = random_topology((2, 3), 4, 2)
+    with torch.no_grad():
+        topology.block_rows[0], topology.block_cols[0] = row, col
+    with pytest.raises(ValueError, match=rf"slot 0 has block \({row}, {col}\), outside the 4 x 6 blocks in 2 groups"):
+        topology.rebuild()
