@@ -43,6 +43,10 @@ class SparseLayer(nn.Module):
             raise ValueError(
                 f"{type(self).__name__}: topology is for shape {topology.shape}, but the layer's is {shape}"
             )
+        elif groups not in (1, topology.groups):
+            raise ValueError(f"{type(self).__name__}: topology has {topology.groups} groups, got groups={groups!r}")
+        if not isinstance(bias, int):  # True and False are
+            raise ValueError(f"{type(self).__name__}: bias must be True or False, got {bias!r}")
         device = device or torch.get_default_device()
         self.topology = copy.deepcopy(topology).to(device)
         blocks = (topology.num_slots, topology.block_size, topology.block_size)
@@ -139,6 +143,10 @@ class SparseLayer(nn.Module):
     @torch.no_grad()
     def take_blocks(self, matrices: Tensor) -> None:
         """Take the weight's values out of dense matrices [groups, out / groups, in / groups]."""
+        want = (self.groups, *(size // self.groups for size in self.topology.shape))
+        if not isinstance(matrices, Tensor) or matrices.shape != want or not matrices.is_floating_point():
+            got = f"{matrices.dtype} {tuple(matrices.shape)}" if isinstance(matrices, Tensor) else f"{matrices!r}"
+            raise ValueError(f"take_blocks: matrices must be real numbers {want}, got {got}")
         self.weight.copy_(gather(_pad_to_blocks(matrices, self.block_size), self.topology.layout))
 
     @torch.no_grad()

@@ -63,6 +63,8 @@ class SparseLinear(SparseLayer):
             return dds(x, weight, self._modules["topology"], bias, True, None, self.growth)
         if not isinstance(group, Tensor):
             raise TypeError(f"SparseLinear: group must be a tensor of integers, got {type(group).__name__}")
+        if group.layout != torch.strided or group.is_nested:
+            raise ValueError(f"SparseLinear: group must be dense, got {group.layout}, nested={group.is_nested}")
         if not isinstance(x, Tensor):
             raise TypeError(f"SparseLinear: x must be a tensor, got {type(x).__name__}")
         if group.shape != x.shape[:-1]:

@@ -258,6 +258,8 @@ class Topology(nn.Module):
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() not in (2, 3):
             got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"from_mask: mask must be boolean [groups, rows, cols] or [rows, cols], got {got}")
+        if mask.layout != torch.strided or mask.is_meta:
+            raise ValueError(f"from_mask: mask must be dense and have values, got {mask.layout} on {mask.device}")
         mask = mask if mask.dim() == 3 else mask[None]
         groups, rows, cols = mask.shape
         check_geometry(shape, block_size, groups)
@@ -521,6 +523,8 @@ def check_geometry(shape: tuple[int, int], block_size: int, groups: int) -> None
             raise ValueError(f"{name} must be a positive multiple of groups, got {name}={size!r}, groups={groups}")
         if size <= 0 or groups <= 0 or size % groups:
             raise ValueError(f"{name} must be a positive multiple of groups, got {name}={size}, groups={groups}")
+        if size // block_size >= 2**31 - groups:  # the index is of int32
+            raise ValueError(f"{name} must be under 2**31 blocks of {block_size}, got {name}={size}")
 
 
 def check_blocks(block_rows: Tensor, block_cols: Tensor, grid: tuple[int, int], groups: int) -> None:
@@ -529,6 +533,10 @@ def check_blocks(block_rows: Tensor, block_cols: Tensor, grid: tuple[int, int], 
         if not isinstance(coordinates, Tensor) or coordinates.dtype not in INTEGERS:
             got = coordinates.dtype if isinstance(coordinates, Tensor) else type(coordinates).__name__
             raise ValueError(f"Topology: {name} must be a tensor of integers, got {got}")
+        if coordinates.layout != torch.strided or coordinates.is_nested:
+            raise ValueError(
+                f"Topology: {name} must be dense, got {coordinates.layout}, nested={coordinates.is_nested}"
+            )
     if block_rows.dim() != 1 or block_rows.shape != block_cols.shape:
         shapes = f"{tuple(block_rows.shape)} and {tuple(block_cols.shape)}"
         raise ValueError(f"Topology: block_rows and block_cols must be of one length, got shapes {shapes}")

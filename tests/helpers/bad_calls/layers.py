@@ -284,3 +284,75 @@ for name, options in (
         lambda options=options: sk.SparseConv2d(**{"in_channels": 4, "out_channels": 8, "kernel_size": 3} | options),
         name.removeprefix("in_").removeprefix("out_"),
     )
+
+
+# Coordinates, masks and ids of other storage; sizes that int32 does not hold; arguments that contradict a topology.
+
+
+def nested(values: torch.Tensor) -> torch.Tensor:
+    return torch.nested.nested_tensor([values, values[:1]])
+
+
+PLACES = torch.tensor([0, 1])
+for name, change in (
+    ("sparse", lambda t: t.to_sparse()),
+    ("nested", nested),
+    ("of numpy", lambda t: t.numpy()),
+    ("with gradients", lambda t: t.double().requires_grad_()),
+):
+    sentence = "must be dense|must be a tensor of integers"
+    refused(f"Topology rows {name}", lambda c=change: sk.Topology(c(PLACES), PLACES, (40, 24), 8), sentence)
+    refused(f"Topology cols {name}", lambda c=change: sk.Topology(PLACES, c(PLACES), (40, 24), 8), sentence)
+    for kind in LAYERS:
+        refused(
+            f"{kind}: replace {name}", lambda k=kind, c=change: layer(k).topology.replace(*2 * (c(PLACES),)), sentence
+        )
+    refused(
+        f"group ids {name}",
+        lambda c=change: layer("groups")(torch.randn(2, 12), group=c(PLACES)),
+        "group must be (dense|a tensor)|ids must be integers",
+    )
+for name, mask in (
+    ("sparse", (torch.ones(5, 3) > 0).to_sparse()),
+    ("on meta", torch.ones(5, 3, dtype=torch.bool, device="meta")),
+    ("of no groups", torch.ones(0, 5, 3, dtype=torch.bool)),
+    ("of numpy", numpy.ones((5, 3), dtype=bool)),
+):
+    refused(f"from_mask {name}", lambda mask=mask: sk.Topology.from_mask(mask, (40, 24), 8), "from_mask: mask|groups")
+for ids in ([0, 2**62], [0, -(2**63)], [0, 2], [-1, 0]):
+    refused(
+        f"group ids {ids}",
+        lambda ids=ids: layer("groups")(torch.randn(2, 12), group=torch.tensor(ids)),
+        f"must be in 0..1, got {min(ids)}..{max(ids)}",
+    )
+refused("group ids of one group", lambda: layer()(torch.randn(2, 24), group=PLACES), "must be in 0..0, got 0..1")
+for shape in ((2**33, 24), (40, 2**40)):
+    name = "out_features" if shape[0] > 40 else "in_features"
+    refused(
+        f"Topology of shape {shape}",
+        lambda s=shape: sk.Topology(PLACES, PLACES, s, 1),
+        f"{name} must be under 2..31 blocks of 1",
+        max(shape),
+    )
+for bad in (2, 3):
+    refused(
+        f"groups {bad} with a topology of one",
+        lambda bad=bad: sk.SparseLinear(24, 48, groups=bad, topology=sk.Topology.random((48, 24), 0.5, 8)),
+        "topology has 1 groups, got groups=",
+        bad,
+    )
+for bad in ("no", "", None, [], torch.ones(40), 0.5):
+    refused(f"bias {bad!r:.20}", lambda bad=bad: sk.SparseLinear(24, 40, bias=bad), "bias must be True or False", bad)
+for options in ({"sparsity": 0.1}, {"densities": 0.1}, {"blocksize": 8}):
+    refused(f"options {options}", lambda o=options: sk.SparseLinear(24, 40, **o), f"argument '{next(iter(options))}'")
+for kind, (make, _) in ALL.items():
+    for bad in (None, 3, [[1.0]], torch.randn(1, 3, 3), torch.randn(3), torch.tensor(1.0)):
+        refused(
+            f"{kind}: take_blocks {bad!r:.20}", lambda m=make, bad=bad: m().take_blocks(bad), "take_blocks: matrices"
+        )
+    for dtype in (torch.complex64, torch.int64, torch.bool):
+        refused(
+            f"{kind}: take_blocks of {dtype}",
+            lambda m=make, d=dtype: (lambda m: m.take_blocks(m._matrices().to(d)))(m()),
+            f"take_blocks: matrices must be real numbers .* got {dtype}",
+        )
