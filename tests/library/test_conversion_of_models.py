@@ -205,6 +205,35 @@ def test_an_encoder_gets_its_nested_tensors_back():
     assert sk.densify(encoder).use_nested_tensor
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("place", [(0, "linear1"), (1, "linear2")], ids=str)
+def test_an_encoder_takes_padded_sequences_with_a_layer_that_was_placed_by_hand(place):
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2).eval()
+    layer, name = encoder.layers[place[0]], place[1]
+    setattr(layer, name, sk.SparseLinear.from_linear(getattr(layer, name), 0.5, 8))
+    dense = sk.densify(copy.deepcopy(encoder))
+    x, padding = torch.randn(2, 5, 32), torch.tensor([[False] * 3 + [True] * 2, [False] * 5])
+    assert encoder.use_nested_tensor
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            y, expected = (model(x, src_key_padding_mask=padding)[~padding] for model in (encoder, dense))
+            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_a_layer_of_nested_tensors_has_the_values_and_gradients_of_their_parts(layout):
+    layer, parts = sk.SparseLinear(32, 16, density=0.5, block_size=8), [torch.randn(n, 32) for n in (3, 1, 4)]
+    y = layer(torch.nested.nested_tensor(parts, layout=layout))
+    assert y.is_nested and y.layout == layout
+    sum(one.square().sum() for one in y.unbind()).backward()
+    gradient, layer.weight.grad = layer.weight.grad, None
+    expected = layer(torch.cat(parts))
+    torch.testing.assert_close(torch.cat(y.unbind()), expected)
+    expected.square().sum().backward()
+    torch.testing.assert_close(gradient, layer.weight.grad)
+
+
 @pytest.mark.parametrize("block_size", [1, 8])
 def test_the_flop_counter_counts_live_blocks(block_size):
     layer = sk.SparseLinear(64, 32, density=0.25, block_size=block_size)
