@@ -20,7 +20,15 @@ from sparsekern.linear import SparseLinear
 from sparsekern.rewire.density import DISTRIBUTIONS, Dims
 from sparsekern.rewire.optimizer_state import unwrap
 from sparsekern.table import table
-from sparsekern.topology import Topology, check_block_size, check_geometry, live_count
+from sparsekern.topology import (
+    COORDINATES,
+    Topology,
+    check_block_size,
+    check_blocks,
+    check_geometry,
+    live_count,
+    saved_geometry,
+)
 
 SPARSE = {nn.Linear: SparseLinear, nn.Conv2d: SparseConv2d}
 MAX_PADDING = 0.25  # of a layer's elements; a layer padded by more is larger and slower than its density says
@@ -133,19 +141,20 @@ def plan(
         2      7 x 64           16   1.0000     -   -  stays: blocks of 16 would pad it by 129%
         1 of 2 layers sparse, 4 of 16 blocks live: density 0.2500 of these, 0.3239 of all layers listed
     """
-    if distribution not in DISTRIBUTIONS:
+    if not isinstance(distribution, str) or distribution not in DISTRIBUTIONS:
         raise ValueError(f"plan: distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}")
     if not isinstance(model, nn.Module):
         raise ValueError(f"plan: model must be a torch.nn.Module, got {type(model).__name__}")
     exclude, modules = _patterns(exclude), _module_types(modules)
-    densities, block_sizes = _by_pattern("density", density), _by_pattern("block_size", block_size)
+    densities, block_sizes = _by_pattern("plan: density", density), _by_pattern("plan: block_size", block_size)
     for value in densities.values():
         live_count(value, 1)  # checks the range
     for value in block_sizes.values():
         check_block_size(value)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, (SparseLayer, *modules))}
-    for argument, patterns in (("exclude", exclude), ("density", densities), ("block_size", block_sizes)):
-        for pattern in patterns:
+    given = {"exclude": exclude, "density": density, "block_size": block_size}
+    for argument, patterns in given.items():
+        for pattern in patterns if isinstance(patterns, Mapping | tuple) else ():
             if not any(fnmatchcase(name, pattern) for name in layers):
                 warnings.warn(f"plan: {argument} pattern {pattern!r} fits no layer of the model", stacklevel=2)
 
@@ -213,7 +222,7 @@ def sparsify(
         torch.Size([3, 16, 16])
     """
     chosen = density if isinstance(density, Plan) else plan(model, density, block_size, distribution, exclude, modules)
-    keeps = keep if isinstance(keep, Mapping) else {"*": keep}
+    keeps = _by_pattern("sparsify: keep", keep)
     layers = dict(model.named_modules())
     targets = [layer for layer in chosen.layers if layer.live]
     for target in targets:
@@ -279,24 +288,41 @@ def plan_from(state_dict: Mapping[str, object]) -> Plan:
     """The plan of a saved model, so that it can be rebuilt: `sparsify(model, plan_from(saved)).load_state_dict(saved)`.
 
     Raises:
-        ValueError: the state_dict holds no sparse layer.
+        ValueError: the state_dict holds no sparse layer, or one whose topology is none.
     """
     if not isinstance(state_dict, Mapping):
         raise ValueError(
             f"plan_from: state_dict must be a mapping of names to tensors, got {type(state_dict).__name__}"
         )
     end = "topology._extra_state"
-    layers = []
-    for key, state in state_dict.items():
-        if key.endswith(end):
-            *shape, block_size, groups, _ = state.tolist()
-            layer = LayerPlan(key.removesuffix(end).removesuffix("."), tuple(shape), groups, block_size, ())
-            rows = state_dict[key.removesuffix("_extra_state") + "block_rows"].long()
-            live = torch.bincount(rows[rows >= 0] // layer.grid[0], minlength=groups)
-            layers.append(replace(layer, live=tuple(live.tolist())))
+    for key in state_dict:
+        if not isinstance(key, str):
+            raise ValueError(f"plan_from: state_dict must have names as keys, got {key!r}")
+    layers = [_saved_layer(state_dict, key.removesuffix(end)) for key in state_dict if key.endswith(end)]
     if not layers:
         raise ValueError(f"plan_from: the state_dict holds no sparse layer (no key ends in {end!r})")
     return Plan(tuple(layers))
+
+
+def _saved_layer(state_dict: Mapping[str, object], prefix: str) -> LayerPlan:
+    """The plan of the layer at this prefix, which ends in a dot unless it is the model itself."""
+    name, keys = prefix.removesuffix("."), [f"{prefix}topology.{part}" for part in ("_extra_state", *COORDINATES)]
+    for key in keys:
+        if key not in state_dict:
+            raise ValueError(f"plan_from: layer {name!r} has no {key} in the state_dict")
+    extra, rows, cols = (state_dict[key] for key in keys)
+    try:
+        *shape, block_size, groups = saved_geometry(keys[0], extra)
+        check_geometry(tuple(shape), block_size, groups)
+        layer = LayerPlan(name, tuple(shape), groups, block_size, ())
+        check_blocks(rows, cols, tuple(groups * size for size in layer.grid), groups)
+    except ValueError as error:
+        raise ValueError(f"plan_from: layer {name!r}: {error}") from error
+    if rows.is_meta or cols.is_meta:
+        raise ValueError(f"plan_from: {keys[1]} and {keys[2]} are on meta, where they have no values")
+    rows = rows.long()
+    live = torch.bincount(rows[rows >= 0] // layer.grid[0], minlength=groups)
+    return replace(layer, live=tuple(live.tolist()))
 
 
 def _set_nested_tensors(model: nn.Module) -> None:
@@ -322,7 +348,7 @@ def _patterns(exclude: Iterable[str]) -> tuple[str, ...]:
 
 
 def _module_types(modules: type[nn.Module] | Iterable[type[nn.Module]]) -> tuple[type[nn.Module], ...]:
-    if not isinstance(modules, type) and not isinstance(modules, Iterable):
+    if isinstance(modules, str) or not isinstance(modules, type | Iterable):
         raise ValueError(f"plan: modules may hold nn.Linear and nn.Conv2d, got {modules!r}")
     modules = (modules,) if isinstance(modules, type) else tuple(modules)
     for module_type in modules:
@@ -341,10 +367,10 @@ def _by_pattern(name: str, value: object) -> Mapping[str, object]:
     if not isinstance(value, Mapping):
         return {"*": value}
     if not value:
-        raise ValueError(f"plan: {name} must name at least one pattern, got an empty mapping")
+        raise ValueError(f"{name} must name at least one pattern, got an empty mapping")
     for pattern in value:
         if not isinstance(pattern, str):
-            raise ValueError(f"plan: {name} must be keyed by patterns as 'head*', got {pattern!r}")
+            raise ValueError(f"{name} must be keyed by patterns as 'head*', got {pattern!r}")
     return value
 
 
@@ -355,10 +381,10 @@ def _not_taken(model: nn.Module, taken: Mapping[str, nn.Module]) -> list[LayerPl
         if name in taken or any(module is layer for layer in taken.values()):
             continue
         own = [(key, p) for key, p in module._parameters.items() if p is not None and not is_lazy(p) and p.dim() > 1]
-        if own and not any(name.startswith(f"{path}.") for path in taken):
+        if own and not any(name.startswith(f"{path}." if path else "") for path in taken):
             key, weight = max(own, key=lambda pair: pair[1].numel())
-            shape = (weight.shape[0], weight[0].numel())
-            reason = f"it is a {type(module).__name__}" + ("" if key == "weight" else f" with a matrix {key}")
+            shape = (weight.shape[0], math.prod(weight.shape[1:]))
+            reason = f"it is of type {type(module).__name__}" + ("" if key == "weight" else f" with a matrix {key}")
             if type(module) in SPARSE:
                 reason += ", which modules does not name"
             found.append(LayerPlan(name, shape, 1, 0, (), reason))
@@ -429,7 +455,7 @@ def _geometry(name: str, layer: nn.Module) -> tuple[tuple[int, int], int]:
     if isinstance(layer, _conv1d()):
         return tuple(layer.weight.shape[::-1]), 1
     groups = getattr(layer, "groups", 1)
-    return (layer.weight.shape[0], groups * layer.weight[0].numel()), groups
+    return (layer.weight.shape[0], groups * math.prod(layer.weight.shape[1:])), groups
 
 
 def _reason_to_stay(name: str, layer: nn.Module, block_size: int, holders: Counter) -> str:
@@ -441,10 +467,12 @@ def _reason_to_stay(name: str, layer: nn.Module, block_size: int, holders: Count
     if isinstance(layer, SparseLayer):
         return ""
     if type(layer) not in (*SPARSE, *_conv1d()):
-        return f"it is a {type(layer).__name__}, whose weight other code may read"
+        return f"it is of type {type(layer).__name__}, whose weight other code may read"
     if not block_size:
         return "no block size is given for it"
     shape, groups = _geometry(name, layer)
+    if not all(shape):
+        return "its weight is empty"
     check_geometry(shape, block_size, groups)
     padded = math.prod(size // groups + -(size // groups) % block_size for size in shape)
     padding = padded * groups * groups / math.prod(shape) - 1

@@ -7,6 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 
 from sparsekern.backends.reference import densify, gather
 from sparsekern.topology import Topology, check_geometry, live_count, live_counts
@@ -207,6 +208,9 @@ class SparseLayer(nn.Module):
         want = cls._dense_type()
         if not isinstance(dense, want):
             raise TypeError(f"{cls.__name__}: wants an nn.{want.__name__} to convert, got {type(dense).__name__}")
+        if is_lazy(dense.weight):
+            raise ValueError(f"{cls.__name__}: {type(dense).__name__} is lazy and has no shape yet; run it once")
+        _check_mask(keep)
         groups = getattr(dense, "groups", 1)
         matrices = dense.weight.detach().reshape(groups, dense.weight.shape[0] // groups, -1)
         if isinstance(keep, Tensor) and keep.shape == dense.weight.shape:
@@ -309,7 +313,8 @@ def choose_topology(
     check_geometry(shape, block_size, groups)
     grid = (groups, -(-out // block_size), -(-into // block_size))
     if isinstance(keep, Tensor):
-        mask = keep.to(matrices.device)
+        _check_mask(keep)
+        mask = keep if matrices.is_meta else keep.to(matrices.device)  # on "meta" it would lose its values
         if mask.dim() == 2 and groups == 1:
             mask = mask[None]
         if mask.dtype != torch.bool or mask.shape not in (matrices.shape, grid):
@@ -349,6 +354,13 @@ def _check_numbers(key: str, tensor: object) -> None:
 
 def _is_fresh(keep: str | Tensor) -> bool:
     return isinstance(keep, str) and keep == "fresh"
+
+
+def _check_mask(keep: object) -> None:
+    """Refuse a mask that has no values to read."""
+    if isinstance(keep, Tensor) and (keep.layout != torch.strided or keep.is_nested or keep.is_meta):
+        kind = "nested" if keep.is_nested else keep.layout
+        raise ValueError(f"keep: a mask must be dense and have values, got {kind} on {keep.device}")
 
 
 def _pad_to_blocks(matrices: Tensor, block_size: int) -> Tensor:

@@ -60,7 +60,12 @@ class SparseLinear(SparseLayer):
             parameters = self._parameters
             weight, bias = parameters.get("weight"), parameters.get("bias")
             weight, bias = self.weight if weight is None else weight, self.bias if bias is None else bias
-            return dds(x, weight, self._modules["topology"], bias, True, None, self.growth)
+            try:
+                return dds(x, weight, self._modules["topology"], bias, True, None, self.growth)
+            except (RuntimeError, ValueError):  # looking first would cost every call
+                if not getattr(x, "is_nested", False):
+                    raise
+            return self._forward_nested(x)
         if not isinstance(group, Tensor):
             raise TypeError(f"SparseLinear: group must be a tensor of integers, got {type(group).__name__}")
         if group.layout != torch.strided or group.is_nested:
@@ -95,6 +100,12 @@ class SparseLinear(SparseLayer):
             growth=self.growth,
         )
         return _permute(y, inverse, order).reshape(group.shape + y.shape[1:])
+
+    def _forward_nested(self, x: Tensor) -> Tensor:
+        """Of what nn.TransformerEncoder makes of sequences that are padded: one product of all its parts."""
+        parts = x.unbind()
+        y = self.forward(torch.cat(parts)).split([len(part) for part in parts])
+        return torch.nested.as_nested_tensor(list(y), layout=x.layout)
 
     @classmethod
     def from_linear(

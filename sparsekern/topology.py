@@ -193,7 +193,9 @@ def _stand_back(*_) -> None:
     """A hook that does nothing."""
 
 
-_SAVED = ("block_rows", "block_cols", "_extra_state")
+COORDINATES = ("block_rows", "block_cols")
+_SAVED = (*COORDINATES, "_extra_state")
+_GEOMETRY = "(out_features, in_features, block_size, groups)"
 
 
 class Topology(nn.Module):
@@ -448,12 +450,12 @@ class Topology(nn.Module):
         if any(prefix + name not in state_dict for name in _SAVED):
             return False
         rows, cols, extra = (state_dict[prefix + name] for name in _SAVED)
-        words = "(out_features, in_features, block_size, groups)"
-        if not isinstance(extra, Tensor) or extra.shape != (5,) or extra.dtype not in INTEGERS:
-            raise ValueError(f"load_state_dict: {prefix}_extra_state must be 5 integers, {words} and full, got {extra}")
-        saved, own = tuple(extra.tolist()[:4]), (*self.shape, self.block_size, self.groups)
+        saved, own = (
+            saved_geometry(f"load_state_dict: {prefix}_extra_state", extra),
+            (*self.shape, self.block_size, self.groups),
+        )
         if saved != own:
-            raise ValueError(f"load_state_dict: the checkpoint's topology has {words} {saved}, the layer {own}")
+            raise ValueError(f"load_state_dict: the checkpoint's topology has {_GEOMETRY} {saved}, the layer {own}")
         check_blocks(rows, cols, self.grid, self.groups)
         self._check_values(rows)
         return True
@@ -525,6 +527,13 @@ def check_geometry(shape: tuple[int, int], block_size: int, groups: int) -> None
             raise ValueError(f"{name} must be a positive multiple of groups, got {name}={size}, groups={groups}")
         if size // block_size >= 2**31 - groups:  # the index is of int32
             raise ValueError(f"{name} must be under 2**31 blocks of {block_size}, got {name}={size}")
+
+
+def saved_geometry(name: str, extra: object) -> tuple[int, ...]:
+    """(out_features, in_features, block_size, groups) as `Topology.get_extra_state` gave them."""
+    if not isinstance(extra, Tensor) or extra.shape != (5,) or extra.dtype not in INTEGERS or extra.is_meta:
+        raise ValueError(f"{name} must be 5 integers, {_GEOMETRY} and full, got {extra!r}")
+    return tuple(extra.tolist()[:4])
 
 
 def check_blocks(block_rows: Tensor, block_cols: Tensor, grid: tuple[int, int], groups: int) -> None:

@@ -94,8 +94,8 @@ def test_layers_that_start_at_zero_are_no_copies():
 def test_a_model_without_a_layer_to_convert_says_so_and_lists_what_it_has():
     model = nn.ModuleDict({"embedding": nn.Embedding(8, 16), "mix": nn.Bilinear(8, 8, 8), "norm": nn.LayerNorm(8)})
     reasons = {layer.name: layer.reason for layer in sk.plan(model).layers}
-    assert reasons == {"embedding": "it is a Embedding", "mix": "it is a Bilinear"}
-    with pytest.warns(UserWarning, match="nothing became sparse.*it is a Bilinear; it is a Embedding"):
+    assert reasons == {"embedding": "it is of type Embedding", "mix": "it is of type Bilinear"}
+    with pytest.warns(UserWarning, match="nothing became sparse.*it is of type Bilinear; it is of type Embedding"):
         sk.sparsify(model)
 
 
@@ -121,6 +121,48 @@ def test_conv1d_of_transformers_becomes_sparse_where_transformers_is_in_use(monk
     sk.sparsify(model, density=1.0, block_size=8)
     assert isinstance(model[0], sk.SparseLinear) and model[0].in_features == 32
     torch.testing.assert_close(model(x), dense(x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_conv1d_that_transformers_has_becomes_sparse():
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from transformers.pytorch_utils import Conv1D as Theirs
+
+    model = nn.ModuleDict({"expand": Theirs(64, 32), "shrink": Theirs(32, 64)})
+    x, dense = torch.randn(2, 3, 32), copy.deepcopy(model)
+    assert [layer.shape for layer in sk.plan(model, 0.5, 8).layers] == [(64, 32), (32, 64)]
+    sk.sparsify(model, density=1.0, block_size=8)
+    for name, y in (("expand", x), ("shrink", torch.randn(2, 3, 64))):
+        assert isinstance(model[name], sk.SparseLinear)
+        torch.testing.assert_close(model[name](y), dense[name](y), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_inside_of_a_layer_is_not_listed_beside_it():
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(32, 32))
+    for model in (layer, nn.Sequential(layer)):
+        assert [one.reason for one in sk.plan(model).layers] == ["its weight is computed from other parameters"]
+
+
+def test_only_patterns_that_were_given_are_said_to_fit_nothing():
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        sk.sparsify(nn.Sequential(nn.ReLU()), 0.3, 8)
+    assert [str(one.message) for one in heard] == ["sparsify: nothing became sparse (no layer was found)"]
+
+
+def test_a_layer_without_elements_stays_and_the_others_become_sparse():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 0), nn.Linear(0, 8), nn.Embedding(0, 8))
+    reasons = [layer.reason for layer in sk.plan(model, 0.3, 8).layers]
+    assert reasons == ["", "its weight is empty", "its weight is empty", "it is of type Embedding"]
+    assert isinstance(sk.sparsify(model, 0.3, 8)[0], sk.SparseLinear)
+
+
+def test_a_mask_with_values_settles_the_topology_of_a_model_on_meta():
+    mask = torch.rand(4, 4) < 0.5
+    mask[0, 0] = True
+    model = sk.sparsify(nn.Sequential(nn.Linear(32, 32, device="meta")), 0.3, 8, keep=mask)
+    assert model[0].weight.is_meta and model[0].topology.num_slots == int(mask.sum())
 
 
 def test_a_failure_half_way_leaves_the_model_as_it_was():
@@ -163,6 +205,35 @@ def test_an_encoder_gets_its_nested_tensors_back():
     assert sk.densify(encoder).use_nested_tensor
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("place", [(0, "linear1"), (1, "linear2")], ids=str)
+def test_an_encoder_takes_padded_sequences_with_a_layer_that_was_placed_by_hand(place):
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2).eval()
+    layer, name = encoder.layers[place[0]], place[1]
+    setattr(layer, name, sk.SparseLinear.from_linear(getattr(layer, name), 0.5, 8))
+    dense = sk.densify(copy.deepcopy(encoder))
+    x, padding = torch.randn(2, 5, 32), torch.tensor([[False] * 3 + [True] * 2, [False] * 5])
+    assert encoder.use_nested_tensor
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            y, expected = (model(x, src_key_padding_mask=padding)[~padding] for model in (encoder, dense))
+            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_a_layer_of_nested_tensors_has_the_values_and_gradients_of_their_parts(layout):
+    layer, parts = sk.SparseLinear(32, 16, density=0.5, block_size=8), [torch.randn(n, 32) for n in (3, 1, 4)]
+    y = layer(torch.nested.nested_tensor(parts, layout=layout))
+    assert y.is_nested and y.layout == layout
+    sum(one.square().sum() for one in y.unbind()).backward()
+    gradient, layer.weight.grad = layer.weight.grad, None
+    expected = layer(torch.cat(parts))
+    torch.testing.assert_close(torch.cat(y.unbind()), expected)
+    expected.square().sum().backward()
+    torch.testing.assert_close(gradient, layer.weight.grad)
+
+
 @pytest.mark.parametrize("block_size", [1, 8])
 def test_the_flop_counter_counts_live_blocks(block_size):
     layer = sk.SparseLinear(64, 32, density=0.25, block_size=block_size)
@@ -170,3 +241,12 @@ def test_the_flop_counter_counts_live_blocks(block_size):
     with FlopCounterMode(display=False) as counter:
         layer(x).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 5 * layer.weight.numel()
+
+
+@pytest.mark.parametrize("block_size", [1, 8])
+def test_the_flop_counter_counts_groups_that_are_ragged_by_their_average(block_size):
+    layer = sk.SparseLinear(64, 32, density=0.25, block_size=block_size, groups=2)
+    x, group = torch.randn(6, 32, requires_grad=True), torch.tensor([0, 1, 1, 0, 1, 0])
+    with FlopCounterMode(display=False) as counter:
+        layer(x, group=group).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 3 * layer.weight.numel()  # three tokens for each of the two groups

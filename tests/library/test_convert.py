@@ -291,7 +291,7 @@ def test_convolutions_are_left_alone_unless_asked_for():
         reasons = {layer.name: layer.reason for layer in sk.plan(model, modules=[modules]).layers}
         assert reasons.pop(taken) == ""
         assert list(reasons.values()) == [
-            f"it is a {type(model[1 - int(taken)]).__name__}, which modules does not name"
+            f"it is of type {type(model[1 - int(taken)]).__name__}, which modules does not name"
         ]
 
 
@@ -315,9 +315,9 @@ def test_the_table_shows_each_layer_and_why_it_stays():
         "head": "excluded",
         "logits": "blocks of 16 would pad it by 129%",
         "tied": "its weight is tied, another module holds it too",
-        "embedding": "it is a Embedding",
-        "attention": "it is a MultiheadAttention with a matrix in_proj_weight",
-        "attention.out_proj": "it is a NonDynamicallyQuantizableLinear, whose weight other code may read",
+        "embedding": "it is of type Embedding",
+        "attention": "it is of type MultiheadAttention with a matrix in_proj_weight",
+        "attention.out_proj": "it is of type NonDynamicallyQuantizableLinear, whose weight other code may read",
         "normed": "its weight is computed from other parameters",
         "pruned": "its weight is computed from other parameters",
     }
