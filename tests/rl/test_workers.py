@@ -152,8 +152,8 @@ envs.step_async(np.zeros((2, 1)))
 print(*(worker.process.pid for worker in envs._workers), flush=True)
 {end}
 """
-    tests = Path(__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": f"{root / 'tests' / 'helpers'}{os.pathsep}{root}"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) == 2, done.stderr
