@@ -1,5 +1,7 @@
 """SparseConv2d: nn.Conv2d with a block-sparse weight, by im2col and the same products as SparseLinear."""
 
+import numbers
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -56,7 +58,16 @@ class SparseConv2d(SparseLayer):
         block_size: int = 16,
         topology: Topology | None = None,
     ):
-        # nn.Conv2d checks the arguments, writes them out as pairs and works out what 'same' pads
+        for name, value, least in (
+            ("in_channels", in_channels, 1),
+            ("out_channels", out_channels, 1),
+            ("kernel_size", kernel_size, 1),
+            ("stride", stride, 1),
+            ("padding", padding, 0),
+            ("dilation", dilation, 1),
+        ):
+            _check_size(name, value, least)
+        # nn.Conv2d checks how they fit together, writes them out as pairs and works out what 'same' pads
         conv = nn.Conv2d(
             in_channels,
             out_channels,
@@ -77,6 +88,7 @@ class SparseConv2d(SparseLayer):
         self._edges = tuple(conv._reversed_padding_repeated_twice)  # left, right, top, bottom
 
     def forward(self, x: Tensor) -> Tensor:
+        self._check(x)
         if x.dim() == 3:
             return self.forward(x[None])[0]
         if x.dim() != 4 or x.shape[1] != self.in_channels:
@@ -98,6 +110,31 @@ class SparseConv2d(SparseLayer):
         taps = F.unfold(x, self.kernel_size, self.dilation, padding, self.stride)  # [N, in_channels * kh * kw, oh * ow]
         y = dds(taps.transpose(1, 2), self.weight, self.topology, self.bias, transpose=True, growth=self.growth)
         return y.transpose(1, 2).unflatten(2, size)
+
+    def _check(self, x: Tensor) -> None:
+        """Refuse operands that do not fit; torch's convolution, on the dense path, would not name them."""
+        topology, weight, bias = self.topology, self.weight, self.bias
+        for name, operand in (("x", x), ("weight", weight), ("bias", bias)):
+            if not isinstance(operand, Tensor) and not (name == "bias" and operand is None):
+                raise TypeError(f"SparseConv2d: {name} must be a tensor, got {type(operand).__name__}")
+        if x.layout != torch.strided:
+            raise ValueError(f"SparseConv2d: x must be dense, got {x.layout}")
+        if not x.is_floating_point():
+            raise ValueError(f"SparseConv2d: x must be real floating-point numbers, got {x.dtype}")
+        blocks = (topology.num_slots, topology.block_size, topology.block_size)
+        if weight.shape != blocks:
+            raise ValueError(f"SparseConv2d: topology wants a weight of shape {blocks}, got {tuple(weight.shape)}")
+        if bias is not None and bias.shape != (self.out_channels,):
+            raise ValueError(f"SparseConv2d: topology wants {self.out_channels} biases, got {tuple(bias.shape)}")
+        casts = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+        for operand in (weight,) if bias is None else (weight, bias):
+            if operand.dtype != x.dtype and not casts:
+                raise ValueError(f"SparseConv2d: operands must have one dtype, got {x.dtype} and {operand.dtype}")
+            if operand.device != x.device:
+                raise ValueError(f"SparseConv2d: operands must be on one device, got {x.device} and {operand.device}")
+        if topology.block_rows.device != x.device:
+            where = topology.block_rows.device
+            raise ValueError(f"SparseConv2d: operands are on {x.device}, but the topology is on {where}")
 
     def _is_dense(self) -> bool:
         """Whether the weight is a full store, which F.conv2d takes as it is, and nobody forces another backend."""
@@ -156,6 +193,17 @@ class SparseConv2d(SparseLayer):
             f"padding={self.padding!r}, dilation={self.dilation}, groups={self.groups}, "
             f"padding_mode={self.padding_mode!r}, bias={self.bias is not None}"
         )
+
+
+def _check_size(name: str, value: int | tuple[int, int] | str, least: int) -> None:
+    """Refuse what nn.Conv2d lets pass, or refuses in the words of torch.empty; a padding's word is its business."""
+    if isinstance(value, str) and name == "padding":
+        return
+    pair = isinstance(value, tuple | list) and "channels" not in name
+    sizes = value if pair else (value,)
+    whole = all(isinstance(size, numbers.Integral) and not isinstance(size, bool) for size in sizes)
+    if not whole or (pair and len(sizes) not in (1, 2)) or min(sizes) < least:
+        raise ValueError(f"SparseConv2d: {name} must be an integer of {least} or more, or a pair, got {value!r}")
 
 
 def _options(conv: nn.Conv2d | SparseConv2d) -> tuple:

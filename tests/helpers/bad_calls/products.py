@@ -384,17 +384,22 @@ def in_bfloat16(m, x) -> None:
     torch.testing.assert_close(y, m.to_linear()(x), rtol=2e-2, atol=2e-2)
 
 
+def of_parts(m, x) -> None:
+    y = m(torch.nested.nested_tensor([x[:2], x[2:]]))
+    torch.testing.assert_close(torch.cat(y.unbind()), m.to_linear()(x), rtol=1e-4, atol=1e-4)
+
+
 for bad in (None, 2, -1, "yes", [], 0.5, torch.tensor([1, 0])):
     refused(f"dds transpose {bad!r}", lambda bad=bad: product(transpose=bad, bias=None), "transpose must be", bad)
 for kind in ("block 8", "block 1", "full", "padded"):
     for name, change, sentence in (
-        ("nested", lambda x: torch.nested.nested_tensor([x[:2], x[2:]]), "x must be one tensor, got a nested one"),
         ("sparse by rows", lambda x: x.to_sparse_csr(), "x must be dense, got torch.sparse_csr"),
         ("of MKL-DNN", lambda x: x.to_mkldnn(), "x must be dense, got torch._mkldnn|x must have rows whose elements"),
         ("quantised", lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8), "numbers, got torch.quint8"),
         ("of float8", lambda x: x.to(torch.float8_e4m3fn), "one dtype, got torch.float8_e4m3fn"),
     ):
         refused(f"{kind}: x {name}", lambda k=kind, c=change: layer(k)(c(torch.randn(5, 24))), sentence)
+    works(f"{kind}: x nested", lambda k=kind: of_parts(layer(k), torch.randn(5, 24)))
     for name in ("weight", "bias"):
         refused(
             f"{kind}: a sparse {name}",
