@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from sparsekern.backends import cpu
 from sparsekern.layer import SparseLayer
 from sparsekern.operators import is_plain
 from sparsekern.products import dds
@@ -80,26 +81,14 @@ class SparseLinear(SparseLayer):
             raise ValueError(f"SparseLinear: group ids must be integers, got {group.dtype}")
         if group.device != x.device:
             raise ValueError(f"SparseLinear: x is on {x.device}, but the group ids are on {group.device}")
-        ids, order = torch.sort(group.flatten().long(), stable=True)
-        offsets = torch.searchsorted(ids, torch.arange(self.groups + 1, device=ids.device))
-        inside = (offsets[0] == 0) & (offsets[-1] == len(ids))
-        if torch.compiler.is_compiling() or ids.device.type != "cpu":  # elsewhere reading it would synchronise
-            torch._assert_async(inside, f"SparseLinear: group ids must be in 0..{self.groups - 1}")
-        elif not inside:
-            raise ValueError(
-                f"SparseLinear: group ids must be in 0..{self.groups - 1}, got {int(ids[0])}..{int(ids[-1])}"
-            )
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        y = dds(
-            _permute(x.reshape(-1, x.shape[-1]), order, inverse),
-            self.weight,
-            self.topology,
-            self.bias,
-            transpose=True,
-            token_offsets=offsets,
-            growth=self.growth,
-        )
-        return _permute(y, inverse, order).reshape(group.shape + y.shape[1:])
+        rows = x.reshape(-1, x.shape[-1])
+        offsets, order, inverse = _by_group(group.flatten().long().contiguous(), self.groups)
+        if order is not None:
+            rows = _permute(rows, order, inverse)
+        y = dds(rows, self.weight, self.topology, self.bias, True, offsets, self.growth)
+        if order is not None:
+            y = _permute(y, inverse, order)
+        return y.reshape(group.shape + y.shape[1:])
 
     def _forward_nested(self, x: Tensor) -> Tensor:
         """Of what nn.TransformerEncoder makes of sequences that are padded: one product of all its parts."""
@@ -160,6 +149,29 @@ class SparseLinear(SparseLayer):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def _by_group(ids: Tensor, groups: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Token offsets [groups + 1] of ids [tokens], the stable order by group and its inverse; None: as they stand.
+
+    Raises:
+        ValueError: an id has no group; of ids on a GPU the device says so, later.
+    """
+    readable = ids.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere reading would synchronise
+    if readable and is_plain(ids) and not cpu.unavailable():
+        # one pass of C++: for a token or two, the ten operations below take longer than their product
+        if found := cpu.order_by_group(ids, groups):
+            return found
+    sorted_ids, order = torch.sort(ids, stable=True)
+    offsets = torch.searchsorted(sorted_ids, torch.arange(groups + 1, device=ids.device))
+    inside = (offsets[0] == 0) & (offsets[-1] == len(ids))
+    if not readable:
+        torch._assert_async(inside, f"SparseLinear: group ids must be in 0..{groups - 1}")
+    elif not inside:
+        raise ValueError(
+            f"SparseLinear: group ids must be in 0..{groups - 1}, got {int(sorted_ids[0])}..{int(sorted_ids[-1])}"
+        )
+    return offsets, order, torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
 def _permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:

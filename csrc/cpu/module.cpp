@@ -4,6 +4,7 @@
 #include "../bind.h"
 #include "kernels.h"
 #include "rewire.h"
+#include "tokens.h"
 
 namespace sparsekern {
 
@@ -174,6 +175,27 @@ PyObject* call_build_index(const Call& call) {
     Py_RETURN_NONE;
 }
 
+PyObject* call_order_by_group(const Call& call) {
+    static const auto& keywords =
+        *new Keywords<4>("order_by_group", {"ids", "offsets", "order", "inverse"});
+    const auto [ids_, offsets_, order_, inverse_] = keywords.read(call);
+    const int64_t tokens = ids_.numel(), groups = offsets_.numel() - 1;
+    if (groups < 1) offsets_.refuse("must have groups + 1 elements, got " + std::to_string(groups + 1));
+    const auto integers = [](const Argument& tensor, int64_t count) {
+        tensor.must_lie_side_by_side();
+        return static_cast<int64_t*>(elements(tensor, count, Dtype::int64, "int64"));
+    };
+    const int64_t* ids = integers(ids_, tokens);
+    int64_t *offsets = integers(offsets_, groups + 1), *order = integers(order_, tokens);
+    int64_t* inverse = integers(inverse_, tokens);
+    switch (order_by_group(ids, tokens, groups, offsets, order, inverse)) {
+        case TokenOrder::BY_GROUP: Py_RETURN_FALSE;
+        case TokenOrder::MIXED: Py_RETURN_TRUE;
+        case TokenOrder::OUTSIDE: Py_RETURN_NONE;
+    }
+    Py_UNREACHABLE();
+}
+
 PyMethodDef METHODS[] = {
     method<call_dds>("dds", "dds($module, *, layout, x, weight, bias, y, transpose, token_offsets, threads)\n--\n\n"
                             "y [tokens, outputs] = x Wᵀ + bias if `transpose`, else x W."),
@@ -190,6 +212,9 @@ PyMethodDef METHODS[] = {
                                    "keys [groups, count] = those of the dead places with the largest hashes."),
     method<call_build_index>("build_index", "build_index($module, *, layout)\n--\n\n"
                                             "The layout's index = that of its coordinates, whatever it holds now."),
+    method<call_order_by_group>("order_by_group",
+                                "order_by_group($module, *, ids, offsets, order, inverse)\n--\n\n"
+                                "Sort tokens by group; whether their order changes, None if an id has no group."),
     {nullptr, nullptr, 0, nullptr},
 };
 

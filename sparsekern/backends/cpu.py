@@ -115,3 +115,16 @@ def random_candidates(layout: Layout, count: int, start: int) -> Tensor:
     keys = torch.empty(layout.groups, count, dtype=torch.int64, device="cpu")
     _C.random_candidates(layout=layout, count=count, start=start, keys=keys)
     return keys
+
+
+def order_by_group(ids: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, None, None] | None:
+    """Token offsets [groups + 1] of int64 ids [tokens], the stable order by group and its inverse.
+
+    The latter are None where tokens stand by group already; all is None where an id is outside of 0 .. groups - 1.
+    """
+    tokens = ids.shape[0]
+    offsets, order, inverse = ids.new_empty(groups + 1 + 2 * tokens).split((groups + 1, tokens, tokens))
+    changes = _C.order_by_group(ids=ids, offsets=offsets, order=order, inverse=inverse)
+    if changes is None:
+        return None
+    return (offsets, order, inverse) if changes else (offsets, None, None)

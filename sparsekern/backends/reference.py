@@ -101,7 +101,8 @@ def multiply(x: Tensor, dense: Tensor, bias: Tensor | None, transpose: bool, tok
         biases = groups * (None,) if bias is None else bias.view(groups, -1)
         y = x.new_empty(len(x), dense.shape[1 if transpose else 2])
         for (a, b), matrix, own in zip(_spans(token_offsets), dense, biases, strict=True):
-            y[a:b] = F.linear(x[a:b], matrix if transpose else matrix.t(), own)
+            if a < b:  # of few tokens, most groups have none
+                y[a:b] = F.linear(x[a:b], matrix if transpose else matrix.t(), own)
         return y
     if groups == 1:
         return F.linear(x, dense[0] if transpose else dense[0].t(), bias)

@@ -44,6 +44,20 @@ def test_equal_groups_give_the_same_with_and_without_group_ids():
 
 
 @pytest.mark.parametrize(
+    "ids", [[], [2], [0, 0, 2, 2], [2, 1, 2, 0, 1], [3, 0, 3, 0, 3, 0]], ids=["none", "one", "sorted", "mixed", "turns"]
+)
+def test_tokens_are_ordered_by_group_in_cpp_as_torch_orders_them(ids):
+    group = torch.tensor(ids, dtype=torch.int64).repeat_interleave(2)[::2]  # with a stride
+    layer = sk.SparseLinear(4 * 3, 4 * 5, density=0.5, block_size=1, groups=4, dtype=torch.float64)
+    x = torch.randn(len(ids), 3, dtype=torch.float64, requires_grad=True)
+    y = layer(x, group=group)
+    by_torch = torch.vmap(lambda x: layer(x, group=group))(x[None])[0]  # a transform takes torch's sort
+    torch.testing.assert_close(y, by_torch, rtol=0, atol=1e-12)
+    (dx,), (expected,) = torch.autograd.grad(y.square().sum(), x), torch.autograd.grad(by_torch.square().sum(), x)
+    torch.testing.assert_close(dx, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
     ("ids", "message"),
     [
         (torch.tensor([0, 1, 3, 0]), r"0\.\.2, got 0\.\.3"),

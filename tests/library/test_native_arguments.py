@@ -133,3 +133,24 @@ def test_calls_name_all_arguments():
         _C.gather(*calls()["gather"].values())
     with pytest.raises(TypeError, match="layout must be a sparsekern.topology.Layout"):
         call("densify", layout=(1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("argument", "change", "message"),
+    [
+        ("ids", lambda t: t.int(), "ids must be int64, got torch.int32"),
+        ("ids", lambda t: t[:2], "order must have 2 elements, got 6"),
+        ("ids", lambda t: t.repeat_interleave(2)[::2], "ids must be contiguous"),
+        ("offsets", lambda t: t[:0], r"offsets must have groups \+ 1 elements, got 0"),
+        ("order", lambda t: t[1:], "order must have 6 elements, got 5"),
+        ("inverse", lambda t: t.float(), "inverse must be int64, got torch.float32"),
+    ],
+)
+def test_token_orders_that_cannot_be_written_are_refused(argument, change, message):
+    given = {"ids": torch.tensor([1, 0, 1, 0, 1, 1]), "offsets": torch.empty(3).long()}
+    given |= {"order": torch.empty(6).long(), "inverse": torch.empty(6).long()}
+    assert _C.order_by_group(**given) is True
+    assert given["offsets"].tolist() == [0, 2, 6] and given["order"].tolist() == [1, 3, 0, 2, 4, 5]
+    assert given["inverse"].tolist() == [2, 0, 3, 1, 4, 5]
+    with pytest.raises(ValueError, match=f"^order_by_group: {message}"):
+        _C.order_by_group(**given | {argument: change(given[argument])})
