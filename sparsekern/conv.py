@@ -8,9 +8,8 @@ from torch.nn import functional as F
 
 from sparsekern import choose
 from sparsekern.backends import cpu, dense
-from sparsekern.backends.reference import densify
 from sparsekern.layer import SparseLayer
-from sparsekern.operators import at_these_coordinates
+from sparsekern.operators import densify
 from sparsekern.products import dds
 from sparsekern.topology import Topology
 
@@ -153,12 +152,11 @@ class SparseConv2d(SparseLayer):
 
     def _conv_weight(self) -> Tensor:
         """The weight [out_channels, in_channels / groups, kh, kw]; differentiable, dead slots have no gradient."""
-        weight, layout = self.weight, self.topology.layout
-        if torch.is_grad_enabled():
-            weight = torch.where((layout.block_rows >= 0)[:, None, None], at_these_coordinates(weight, layout), 0)
-        dense = densify(weight, layout)
-        out, into = (size // self.groups for size in self.topology.shape)
-        return dense[:, :out, :into].reshape(self.out_channels, -1, *self.kernel_size)
+        dense = densify(self.weight, self.topology.layout)
+        if self.topology.padded:
+            out, into = (size // self.groups for size in self.topology.shape)
+            dense = dense[:, :out, :into]
+        return dense.reshape(self.out_channels, -1, *self.kernel_size)
 
     @classmethod
     def from_conv2d(

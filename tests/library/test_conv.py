@@ -253,3 +253,25 @@ def test_a_picture_smaller_than_the_kernel_is_refused():
 
 def test_repr_names_the_options():
     assert "4, 8, kernel_size=(3, 3), stride=(1, 1), padding='same'" in repr(sk.SparseConv2d(4, 8, 3, padding="same"))
+
+
+@pytest.mark.parametrize(("density", "block_size", "groups"), [(1.0, 1, 1), (0.4, 1, 2), (0.5, 4, 1), (1.0, 4, 1)])
+def test_the_dense_path_has_the_gradients_of_the_product_by_im2col(density, block_size, groups):
+    conv = sk.SparseConv2d(4, 6, 3, groups=groups, density=density, block_size=block_size)
+    with torch.no_grad():  # a dead slot, as GMP leaves them
+        conv.topology.block_rows[1], conv.topology.block_cols[1], conv.weight[1] = -1, -1, 0
+        conv.topology.rebuild()
+    x = torch.randn(3, 4, 7, 7, requires_grad=True)
+
+    def gradients():
+        y = conv(x)
+        first = torch.autograd.grad(y.square().mean(), (x, conv.weight, conv.bias), create_graph=True)
+        return y, *first, *torch.autograd.grad(first[1].square().sum(), (x, conv.weight))
+
+    with sk.use("dense"):
+        dense = gradients()
+    with sk.use("reference"):
+        by_im2col = gradients()
+    assert not dense[2][1].any()
+    for ours, truth in zip(dense, by_im2col, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-6)
