@@ -1,0 +1,48 @@
+import pandas
+import pytest
+import torch
+
+from bench.language import data
+from bench.language.model import Shape, density, flops, live_weights
+from bench.language.train import Settings, build, parse, train
+
+SHAPE = Shape(layers=1, width=64, context=16, heads=2)
+SETTINGS = Settings(steps=6, sequences=2, evaluate_every=2, held_out_sequences=2)
+
+
+@pytest.fixture
+def text(tmp_path):
+    for i in range(200):
+        (tmp_path / f"{i}.py").write_text(f"x = {i}\n" * 20)
+    return data.read(tmp_path)
+
+
+def test_the_split_is_fixed_and_loses_no_byte(text, tmp_path):
+    again = data.read(tmp_path)
+    assert again.digest == text.digest and again.held_out.equal(text.held_out) and again.train.equal(text.train)
+    assert len(text.train) + len(text.held_out) == sum(path.stat().st_size for path in tmp_path.glob("*.py"))
+    assert 0 < len(text.held_out) < len(text.train)
+
+
+def test_a_sparse_arm_has_its_density_and_the_narrow_one_no_more_flops():
+    shape = Shape(layers=1, width=256)
+    sparse, narrow = build(parse("set-d0.1-b16-erk"), shape, 0), build(parse("dense-narrow"), shape, 0)
+    assert density(sparse) == pytest.approx(0.1, abs=0.001)
+    theirs, ours = (flops(m.shape, live_weights(m)) for m in (narrow, sparse))
+    assert 0.8 * ours < theirs <= 1.001 * ours
+
+
+@pytest.mark.parametrize("name", ["dense", "set-d0.2-b16-erk", "rigl-d0.2-b4-uniform", "gmp-d0.2-b16-erk"])
+def test_a_resumed_run_equals_a_straight_one(name, text, tmp_path):
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    expected = pandas.read_csv(train(name, 0, text, SHAPE, SETTINGS, straight, straight))
+    train(name, 0, text, SHAPE, SETTINGS, cut, cut, stop=3)
+    resumed = pandas.read_csv(train(name, 0, text, SHAPE, SETTINGS, cut, cut))
+    pandas.testing.assert_frame_equal(resumed.drop(columns="seconds"), expected.drop(columns="seconds"), rtol=0, atol=0)
+    ours, theirs = (torch.load(f / f"{name}-seed0.pt", weights_only=False)["model"] for f in (cut, straight))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_wrong_arm_is_an_error_that_says_what_an_arm_is():
+    with pytest.raises(ValueError, match="like 'set-d0.1-b16-erk'.*got 'sett-d0.1'"):
+        parse("sett-d0.1")
