@@ -2,7 +2,7 @@ import pandas
 import pytest
 import torch
 
-from bench.language import data
+from bench.language import data, report
 from bench.language.model import Shape, density, flops, live_weights
 from bench.language.train import Settings, build, parse, train
 
@@ -46,3 +46,14 @@ def test_a_resumed_run_equals_a_straight_one(name, text, tmp_path):
 def test_a_wrong_arm_is_an_error_that_says_what_an_arm_is():
     with pytest.raises(ValueError, match="like 'set-d0.1-b16-erk'.*got 'sett-d0.1'"):
         parse("sett-d0.1")
+
+
+def test_a_report_compares_at_the_steps_and_seconds_that_all_reached(tmp_path):
+    for name, pace in (("dense", 2.0), ("set-d0.1-b16-erk", 1.0)):
+        curve = {"step": [1, 2, 4], "bits_per_byte": [6.0, 5.0, 3.0], "bytes": 1e6}
+        rows = pandas.DataFrame(curve).assign(seconds=lambda c, p=pace: c.step * p, flops=lambda c: c.step * 1e9)
+        rows.to_csv(tmp_path / f"{name}-seed0.csv", index=False)
+    report.main(tmp_path)
+    lines = (tmp_path / "language.md").read_text().splitlines()
+    assert lines[2:] == ["| dense | 1 | 3.000 | 5.000 | 1.0 |", "| set-d0.1-b16-erk | 1 | 3.000 | 3.000 | 1.0 |"]
+    assert (tmp_path / "language.png").stat().st_size > 1000
