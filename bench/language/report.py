@@ -49,14 +49,17 @@ def _spread(values: list[float]) -> str:
 
 def draw(rows: DataFrame, path: Path) -> None:
     figure, axes = pyplot.subplots(1, 3, figsize=(14, 4.5), sharey=True, layout="constrained")
-    for axis, column in zip(axes, ("step", "seconds", "flops"), strict=True):
+    columns = {"step": "steps", "seconds": "seconds of training", "flops": "FLOPs"}
+    for axis, (column, label) in zip(axes, columns.items(), strict=True):
         for (name, _), curve in rows.groupby(["arm", "seed"]):
             arm = parse(name)
             colour = "black" if arm.rule.startswith("dense") else COLOURS[arm.block_size]
-            axis.plot(curve[column], curve.bits_per_byte, STYLES[arm.rule], color=colour, label=name)
-        axis.set_xlabel(column)
+            first = curve.seed.iloc[0] == rows[rows.arm == name].seed.min()
+            axis.plot(curve[column], curve.bits_per_byte, STYLES[arm.rule], color=colour, label=name if first else None)
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
     axes[0].set_ylabel("held-out bits per byte")
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

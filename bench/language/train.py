@@ -1,6 +1,7 @@
 """One arm with one seed: trained, measured, and resumed where it was cut off."""
 
 import math
+import platform
 import re
 import time
 from dataclasses import dataclass
@@ -96,9 +97,11 @@ def rate(step: int, settings: Settings) -> float:
 
 
 def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Of weights, gradients, optimiser state, coordinates and index, as they are now."""
     tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
     tensors += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    topologies = sum(module.nbytes for module in model.modules() if isinstance(module, sk.Topology))
+    return topologies + sum(t.numel() * t.element_size() for t in tensors)
 
 
 def train(
@@ -143,10 +146,10 @@ def train(
         optimizer.step()
         if rule is not None:
             rule.step()
-        total += flops(model.shape, live_weights(model)) * settings.sequences * shape.context
         if cuda:
             torch.cuda.synchronize()
         seconds += time.perf_counter() - began
+        total += flops(model.shape, live_weights(model)) * settings.sequences * shape.context
         step += 1
         if step % settings.evaluate_every == 0 or step == settings.steps:
             rows.append(
@@ -160,6 +163,7 @@ def train(
                     "bytes": held_bytes(model, optimizer),
                     "learning_rate": settings.learning_rate,
                     "data_digest": text.digest,
+                    "python": platform.python_version(),
                 }
             )
             replace(csv, partial(pandas.DataFrame(rows).to_csv, index=False))

@@ -2,6 +2,7 @@ import pandas
 import pytest
 import torch
 
+from bench.language import __main__ as command
 from bench.language import data, report
 from bench.language.model import Shape, density, flops, live_weights
 from bench.language.train import Settings, build, parse, train
@@ -41,6 +42,26 @@ def test_a_resumed_run_equals_a_straight_one(name, text, tmp_path):
     pandas.testing.assert_frame_equal(resumed.drop(columns="seconds"), expected.drop(columns="seconds"), rtol=0, atol=0)
     ours, theirs = (torch.load(f / f"{name}-seed0.pt", weights_only=False)["model"] for f in (cut, straight))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_the_rate_of_an_arm_is_the_best_of_its_short_runs(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "read", lambda: text)
+    monkeypatch.setattr(command, "Shape", lambda: SHAPE)
+    runs, results, rates = tmp_path / "runs", tmp_path / "results", (1e3, 1e-3, 1e-2)  # the first diverges
+    command.main(command.Command(("dense",), steps=6, learning_rates=rates, trial_steps=4, runs=runs, results=results))
+    tried = {r: pandas.read_csv(runs / f"rate{r:g}" / "dense-seed0.csv").bits_per_byte.iloc[-1] for r in rates[1:]}
+    taken = pandas.read_csv(results / "dense-seed0.csv")
+    assert taken.learning_rate.unique().tolist() == [min(tried, key=tried.get)]
+    assert taken.step.iloc[-1] == 6 and "by learning rate" in capsys.readouterr().out
+
+
+def test_bytes_are_those_of_weights_gradients_moments_and_topology(text, tmp_path):
+    last = pandas.read_csv(train("static-d0.2-b4-erk", 0, text, SHAPE, SETTINGS, tmp_path, tmp_path)).iloc[-1]
+    model = build(parse("static-d0.2-b4-erk"), SHAPE, 0)
+    weights = list(model.parameters())
+    index = sum(module.topology.nbytes for module in model.modules() if hasattr(module, "topology"))
+    assert last.bytes == sum(4 * 4 * p.numel() + 4 for p in weights) + index  # Adam counts its steps in 4 bytes
+    assert {"step", "seconds", "flops", "train_loss", "density", "learning_rate", "data_digest"} <= set(last.index)
 
 
 def test_a_wrong_arm_is_an_error_that_says_what_an_arm_is():
