@@ -1,0 +1,1 @@
+"""Language models of bytes, dense against sparse: what do blocks cost, and what do they buy?"""

@@ -1,0 +1,186 @@
+"""One arm with one seed: trained, measured, and resumed where it was cut off."""
+
+import math
+import platform
+import re
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pandas
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import sparsekern as sk
+from bench.language.data import Text, batch
+from bench.language.model import GPT, Shape, density, flops, live_weights, narrow
+
+NARROW_DENSITY = 0.1  # whose FLOPs dense-narrow has
+HELD_OUT_SEED = 1 << 40
+PATTERN = re.compile(r"(set|rigl|gmp|static)-d(0\.\d+)-b(\d+)-(erk|uniform)")
+
+
+@dataclass(frozen=True)
+class Arm:
+    rule: str
+    density: float = 1.0
+    block_size: int = 1
+    distribution: str = "erk"
+
+
+@dataclass(frozen=True)
+class Settings:
+    steps: int = 300
+    sequences: int = 8
+    learning_rate: float = 1e-3
+    evaluate_every: int = 25
+    held_out_sequences: int = 64
+    device: str = "cpu"
+
+
+def parse(name: str) -> Arm:
+    if name in ("dense", "dense-narrow"):
+        return Arm(name)
+    if (match := PATTERN.fullmatch(name)) is None:
+        raise ValueError(
+            "bench.language: an arm is 'dense', 'dense-narrow' or like 'set-d0.1-b16-erk' (set, rigl, gmp or static; "
+            f"density; block size; erk or uniform), got {name!r}"
+        )
+    return Arm(match[1], float(match[2]), int(match[3]), match[4])
+
+
+def build(arm: Arm, shape: Shape, seed: int) -> GPT:
+    torch.manual_seed(seed)
+    model = GPT(narrow(shape, NARROW_DENSITY) if arm.rule == "dense-narrow" else shape)
+    if arm.rule.startswith("dense"):
+        return model
+    initial = 1.0 if arm.rule == "gmp" else arm.density
+    return sk.sparsify(model, initial, arm.block_size, arm.distribution, exclude=["head"], keep="fresh")
+
+
+def rule_for(arm: Arm, model: GPT, optimizer: torch.optim.Optimizer, steps: int, seed: int):
+    """Rewires end at three quarters of the run; GMP takes "layer" scope where the distribution is uniform."""
+    every, end = max(1, steps // 30), max(1, 3 * steps // 4)
+    if arm.rule == "gmp":
+        scope = "global" if arm.distribution == "erk" else "layer"
+        return sk.GMP(model, optimizer, arm.density, end_step=end, update_every=every, scope=scope)
+    if arm.rule in ("set", "rigl"):
+        kind = sk.SET if arm.rule == "set" else sk.RigL
+        return kind(model, optimizer, drop_fraction=sk.cosine(0.3), update_every=every, end_step=end, seed=seed)
+    return None
+
+
+def held_out_bits(model: nn.Module, text: Text, settings: Settings, context: int) -> float:
+    """Bits per byte on a fixed sample."""
+    sample = batch(text.held_out, settings.held_out_sequences, context, HELD_OUT_SEED).to(settings.device)
+    with torch.no_grad():
+        losses = [loss_of(model, part, settings).item() * len(part) for part in sample.split(settings.sequences)]
+    return sum(losses) / len(sample) / math.log(2)
+
+
+def loss_of(model: nn.Module, tokens: torch.Tensor, settings: Settings) -> torch.Tensor:
+    with torch.autocast("cuda", torch.bfloat16, enabled=settings.device == "cuda"):
+        logits = model(tokens[:, :-1])
+    return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def rate(step: int, settings: Settings) -> float:
+    """A twentieth of the run warms up; a cosine falls to a tenth."""
+    warm = max(1, settings.steps // 20)
+    if step < warm:
+        return settings.learning_rate * (step + 1) / warm
+    progress = (step - warm) / max(1, settings.steps - warm)
+    return settings.learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Of weights, gradients, optimiser state, coordinates and index, as they are now."""
+    tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    tensors += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    topologies = sum(module.nbytes for module in model.modules() if isinstance(module, sk.Topology))
+    return topologies + sum(t.numel() * t.element_size() for t in tensors)
+
+
+def train(
+    name: str,
+    seed: int,
+    text: Text,
+    shape: Shape,
+    settings: Settings,
+    runs: Path,
+    results: Path,
+    stop: int | None = None,
+) -> Path:
+    """Continue from the checkpoint, if there is one, to the end or to step `stop`; the curve's CSV is returned."""
+    arm, cuda = parse(name), settings.device == "cuda"
+    model = build(arm, shape, seed).to(settings.device)
+    optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, (0.9, 0.95), weight_decay=0.1, fused=True)
+    rule = rule_for(arm, model, optimizer, settings.steps, seed)
+    checkpoint, csv = runs / f"{name}-seed{seed}.pt", results / f"{name}-seed{seed}.csv"
+    step, seconds, total, rows = 0, 0.0, 0.0, []
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=False)
+        if saved["settings"] != (settings, shape, text.digest):
+            raise ValueError(
+                f"bench.language: {checkpoint} was begun with {saved['settings']}, "
+                f"this command says {(settings, shape, text.digest)}; give another --runs folder"
+            )
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        if rule is not None:
+            rule.load_state_dict(saved["rule"])
+        step, seconds, total, rows = saved["step"], saved["seconds"], saved["flops"], saved["rows"]
+    end = settings.steps if stop is None else stop
+    bar = tqdm(total=settings.steps, initial=step, desc=f"{name} seed {seed}")
+    while step < end:
+        began = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, settings)
+        tokens = batch(text.train, settings.sequences, shape.context, (seed << 20) + step).to(settings.device)
+        loss = loss_of(model, tokens, settings)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if rule is not None:
+            rule.step()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds += time.perf_counter() - began
+        total += flops(model.shape, live_weights(model)) * settings.sequences * shape.context
+        step += 1
+        if step % settings.evaluate_every == 0 or step == settings.steps:
+            rows.append(
+                {
+                    "step": step,
+                    "seconds": seconds,
+                    "flops": total,
+                    "train_loss": loss.item(),
+                    "bits_per_byte": held_out_bits(model, text, settings, shape.context),
+                    "density": density(model),
+                    "bytes": held_bytes(model, optimizer),
+                    "learning_rate": settings.learning_rate,
+                    "data_digest": text.digest,
+                    "python": platform.python_version(),
+                }
+            )
+            replace(csv, partial(pandas.DataFrame(rows).to_csv, index=False))
+        optimizer.zero_grad()
+        if step % settings.evaluate_every == 0 or step == end:
+            saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "rows": rows}
+            saved |= {"seconds": seconds, "flops": total, "settings": (settings, shape, text.digest)}
+            saved |= {"rule": None if rule is None else rule.state_dict()}
+            replace(checkpoint, partial(torch.save, saved))
+        bar.update()
+    bar.close()
+    return csv
+
+
+def replace(path: Path, write) -> None:
+    """Write atomically: a run that is cut off leaves the older file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".partial")
+    write(unfinished)
+    unfinished.replace(path)

@@ -1,0 +1,80 @@
+import pandas
+import pytest
+import torch
+
+from bench.language import __main__ as command
+from bench.language import data, report
+from bench.language.model import Shape, density, flops, live_weights
+from bench.language.train import Settings, build, parse, train
+
+SHAPE = Shape(layers=1, width=64, context=16, heads=2)
+SETTINGS = Settings(steps=6, sequences=2, evaluate_every=2, held_out_sequences=2)
+
+
+@pytest.fixture
+def text(tmp_path):
+    for i in range(200):
+        (tmp_path / f"{i}.py").write_text(f"x = {i}\n" * 20)
+    return data.read(tmp_path)
+
+
+def test_the_split_is_fixed_and_loses_no_byte(text, tmp_path):
+    again = data.read(tmp_path)
+    assert again.digest == text.digest and again.held_out.equal(text.held_out) and again.train.equal(text.train)
+    assert len(text.train) + len(text.held_out) == sum(path.stat().st_size for path in tmp_path.glob("*.py"))
+    assert 0 < len(text.held_out) < len(text.train)
+
+
+def test_a_sparse_arm_has_its_density_and_the_narrow_one_no_more_flops():
+    shape = Shape(layers=1, width=256)
+    sparse, narrow = build(parse("set-d0.1-b16-erk"), shape, 0), build(parse("dense-narrow"), shape, 0)
+    assert density(sparse) == pytest.approx(0.1, abs=0.001)
+    theirs, ours = (flops(m.shape, live_weights(m)) for m in (narrow, sparse))
+    assert 0.8 * ours < theirs <= 1.001 * ours
+
+
+@pytest.mark.parametrize("name", ["dense", "set-d0.2-b16-erk", "rigl-d0.2-b4-uniform", "gmp-d0.2-b16-erk"])
+def test_a_resumed_run_equals_a_straight_one(name, text, tmp_path):
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    expected = pandas.read_csv(train(name, 0, text, SHAPE, SETTINGS, straight, straight))
+    train(name, 0, text, SHAPE, SETTINGS, cut, cut, stop=3)
+    resumed = pandas.read_csv(train(name, 0, text, SHAPE, SETTINGS, cut, cut))
+    pandas.testing.assert_frame_equal(resumed.drop(columns="seconds"), expected.drop(columns="seconds"), rtol=0, atol=0)
+    ours, theirs = (torch.load(f / f"{name}-seed0.pt", weights_only=False)["model"] for f in (cut, straight))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_the_rate_of_an_arm_is_the_best_of_its_short_runs(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "read", lambda: text)
+    monkeypatch.setattr(command, "Shape", lambda: SHAPE)
+    runs, results, rates = tmp_path / "runs", tmp_path / "results", (1e3, 1e-3, 1e-2)  # the first diverges
+    command.main(command.Command(("dense",), steps=6, learning_rates=rates, trial_steps=4, runs=runs, results=results))
+    tried = {r: pandas.read_csv(runs / f"rate{r:g}" / "dense-seed0.csv").bits_per_byte.iloc[-1] for r in rates[1:]}
+    taken = pandas.read_csv(results / "dense-seed0.csv")
+    assert taken.learning_rate.unique().tolist() == [min(tried, key=tried.get)]
+    assert taken.step.iloc[-1] == 6 and "by learning rate" in capsys.readouterr().out
+
+
+def test_bytes_are_those_of_weights_gradients_moments_and_topology(text, tmp_path):
+    last = pandas.read_csv(train("static-d0.2-b4-erk", 0, text, SHAPE, SETTINGS, tmp_path, tmp_path)).iloc[-1]
+    model = build(parse("static-d0.2-b4-erk"), SHAPE, 0)
+    weights = list(model.parameters())
+    index = sum(module.topology.nbytes for module in model.modules() if hasattr(module, "topology"))
+    assert last.bytes == sum(4 * 4 * p.numel() + 4 for p in weights) + index  # Adam counts its steps in 4 bytes
+    assert {"step", "seconds", "flops", "train_loss", "density", "learning_rate", "data_digest"} <= set(last.index)
+
+
+def test_a_wrong_arm_is_an_error_that_says_what_an_arm_is():
+    with pytest.raises(ValueError, match="like 'set-d0.1-b16-erk'.*got 'sett-d0.1'"):
+        parse("sett-d0.1")
+
+
+def test_a_report_compares_at_the_steps_and_seconds_that_all_reached(tmp_path):
+    for name, pace in (("dense", 2.0), ("set-d0.1-b16-erk", 1.0)):
+        curve = {"step": [1, 2, 4], "bits_per_byte": [6.0, 5.0, 3.0], "bytes": 1e6}
+        rows = pandas.DataFrame(curve).assign(seconds=lambda c, p=pace: c.step * p, flops=lambda c: c.step * 1e9)
+        rows.to_csv(tmp_path / f"{name}-seed0.csv", index=False)
+    report.main(tmp_path)
+    lines = (tmp_path / "language.md").read_text().splitlines()
+    assert lines[2:] == ["| dense | 1 | 3.000 | 5.000 | 1.0 |", "| set-d0.1-b16-erk | 1 | 3.000 | 3.000 | 1.0 |"]
+    assert (tmp_path / "language.png").stat().st_size > 1000
