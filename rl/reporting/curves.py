@@ -62,9 +62,9 @@ def panel(axis: Axes, cells: Iterable[Cell], metric: str) -> None:
         # a cell has its colour in all panels, also where another one is not measured
         style = {"color": f"C{number}", "marker": "." if len(steps) == 1 else None, "linewidth": 1.2}
         axis.plot(steps, line, label=cell.label, **style)
-        if len(cell.runs) > 1:
-            axis.fill_between(steps, *band(values), color=style["color"], alpha=0.15, linewidth=0)
-        lowest, highest = min(lowest, line.min()), max(highest, 1.05 * line.max())
+        low, high = band(values)  # of one run, the run
+        axis.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        lowest, highest = min(lowest, low.min()), max(highest, 1.05 * high.max())
     if kind == "fisher":
         axis.set_yscale("log")
     if kind == "dormant":

@@ -201,6 +201,16 @@ def test_a_share_of_dormant_neurons_is_drawn_on_a_scale_that_makes_no_cliff_of_a
         assert line.get_ydata().tolist() == [0, 0.5]
 
 
+def test_a_band_lies_within_its_panel(tmp_path):
+    cells = cells_of(tmp_path, {"dense": 2}, dense=0.5)
+    file = cells[0].runs[0].folder / "metrics.csv"
+    file.write_text(file.read_text().replace("dormant/actor,1", "dormant/actor,0.2"))
+    axis = axes_of(figures(Config(timesteps=400_000), cells)["mt5-mtppo"])["dormant neurons, actor"]
+    (line,), (shade,) = axis.get_lines(), axis.collections
+    assert line.get_ydata().tolist() == [0.6, 0.6]
+    assert shade.get_paths()[0].vertices[:, 1].max() == 1 < axis.get_ylim()[1]
+
+
 def marks(figure):
     """Positions of the points of a figure's only axes, by what the legend calls them."""
     found = {}
