@@ -1,4 +1,4 @@
-"""Compare finished runs with the paper: python rl/report.py bench/results/rl runs --plots plots.
+"""Compare finished runs with the paper: python rl/report.py bench/results/rl runs --html report.html.
 
 Runs that differ in anything but suite, agent, treatment and seed are never put into one table. An unfinished run is
 named and left out.
@@ -14,7 +14,8 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # started as a script: the checkout is where `rl` is
 
 from rl.reporting.cells import by_protocol
-from rl.reporting.plots import draw
+from rl.reporting.figures import draw
+from rl.reporting.page import write
 from rl.reporting.runs import find
 from rl.reporting.tables import show
 
@@ -24,15 +25,17 @@ class Report:
     runs: tyro.conf.Positional[tuple[Path, ...]] = (Path("bench/results/rl"),)
     """Folders to look for runs in, at any depth."""
     plots: Path | None = None
-    """Draw two PNGs per suite and agent into this folder: learning curves and metrics, and every task's curve."""
+    """Draw the page's figures as PNGs into this folder: scores, distributions, improvement, tasks, and metrics."""
+    html: Path | None = None
+    """Write one page that holds everything: figures, tables, and the command and commit of every run."""
 
 
 def main() -> None:
     report = tyro.cli(Report, description=__doc__, prog="python rl/report.py")
     runs = find(report.runs)
-    for run in runs:
-        if not run.finished:
-            print(f"left out, at timestep {run.clock:,} of {run.config.timesteps:,}: {run.folder}")
+    left_out = [run for run in runs if not run.finished]
+    for run in left_out:
+        print(f"left out, at timestep {run.clock:,} of {run.config.timesteps:,}: {run.folder}")
     tables = by_protocol(run for run in runs if run.finished)
     if not tables:
         sys.exit(f"report.py: no finished run in {', '.join(map(str, report.runs))}")
@@ -41,6 +44,9 @@ def main() -> None:
         if report.plots:
             for file in draw(protocol, cells, report.plots, number):
                 print(file)
+    if report.html:
+        write(tables, left_out, report.html)
+        print(report.html)
 
 
 if __name__ == "__main__":

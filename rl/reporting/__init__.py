@@ -1,1 +1,1 @@
-"""What runs leave on disk, and what is made of it: the logger, runs found again, statistics, tables and plots."""
+"""What runs leave on disk, and what is made of it: logger, runs found again, statistics, tables, figures, a page."""

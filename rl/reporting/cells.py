@@ -2,14 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rl.config import PARTS, Config, GMPConfig, SETConfig
+from rl.config import Config, GMPConfig, SETConfig
 from rl.envs import SUITES
 from rl.reporting.paper import TABLE, TABLE_MT10, Score
-from rl.reporting.runs import Run, identity
+from rl.reporting.runs import Run, identity, settings
 
 # what tells cells of a table apart, besides options of a treatment that have a part of the name
 CELL = ("suite", "agent", "treatment", "networks", "density", "block_size", "ticket")
@@ -33,6 +33,11 @@ class Cell:
         return np.array([run.evaluated.iloc[-1][[f"score/{task}" for task in self.tasks]] for run in self.runs], float)
 
     @property
+    def by_run(self) -> np.ndarray:
+        """Mean over tasks of each run's scores, [runs, 1]: what the paper's numbers fit."""
+        return self.scores.mean(1, keepdims=True)
+
+    @property
     def score(self) -> str:
         """What the scores are."""
         return "success" if of_paper(self.config) is MT10 else "normalised score"
@@ -53,6 +58,11 @@ class Cell:
             every = self.config.gmp.update_every
             options += [f"every {every}"] * (every != self.config.papers_gmp_update_every)
         return ", ".join([self.config.treatment, *options])
+
+    @property
+    def label(self) -> str:
+        """In a figure."""
+        return f"{self.name} ({len(self.runs)} seed{'s' * (len(self.runs) > 1)})"
 
     def typical(self, metric: str) -> float:
         """Of times, which other work on the machine disturbs: median over evaluations, mean over runs; 0 of what never
@@ -114,13 +124,6 @@ def protocol_title(protocol: Config) -> str:
     changes = ", ".join(f"{name} {value}" for name, value in sorted(changed) if name != "timesteps")
     shorter = f"; not the paper's protocol{': ' if changes else ''}{changes}"
     return length + (shorter if changed else ", the paper's protocol")
-
-
-def settings(config: Config) -> dict[str, object]:
-    """By name, as on the command line."""
-    values = asdict(config)
-    parts = {f"{name}.{option}": value for name in PARTS for option, value in values.pop(name).items()}
-    return values | parts
 
 
 def differs(name: str, protocol: Config) -> bool:

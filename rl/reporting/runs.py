@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import pandas
 
-from rl.config import CONFIG, ENVIRONMENT, Config
+from rl.config import CONFIG, ENVIRONMENT, PARTS, Config
 from rl.reporting.logger import CSV
 
 
@@ -25,6 +25,13 @@ def identity(config: Config) -> Config:
     return replace(same, **{name: getattr(Config, name) for name in unused})
 
 
+def settings(config: Config) -> dict[str, object]:
+    """By name, as on the command line."""
+    values = asdict(config)
+    parts = {f"{name}.{option}": value for name in PARTS for option, value in values.pop(name).items()}
+    return values | parts
+
+
 @dataclass(frozen=True)
 class Run:
     """A run folder: its settings and what has been logged so far."""
@@ -37,6 +44,29 @@ class Run:
         """One row per logged timestep, one column per metric; NaN where it was not taken."""
         table = pandas.read_csv(self.folder / CSV)
         return table.pivot_table(index="step", columns="name", values="value", aggfunc="last")
+
+    @property
+    def commit(self) -> str:
+        """Of the code that ran."""
+        found = re.search(r"^commit: (.*)$", (self.folder / ENVIRONMENT).read_text(), flags=re.MULTILINE)
+        return found[1] if found else "unknown"
+
+    @property
+    def command(self) -> str:
+        """What makes the same run again: its settings as options, as far as they are not defaults."""
+        named = {name: getattr(self.config, name) for name in ("suite", "agent", "treatment", "ticket")}
+        usual = settings(identity(Config(**named)))
+        options = ["python rl/run.py"]
+        for name, value in settings(identity(self.config)).items():
+            part, _, option = name.replace("_", "-").rpartition(".")
+            prefix = f"{part}." if part else ""
+            if name not in ("suite", "agent", "treatment", "ticket", "seed", "timesteps") and value == usual[name]:
+                continue
+            if isinstance(value, bool):
+                options.append(f"--{prefix}{'' if value else 'no-'}{option}")
+            elif name != "ticket" or value:
+                options.append(f"--{prefix}{option} {value}")
+        return " ".join(options)
 
     @property
     def clock(self) -> int:

@@ -1,19 +1,27 @@
 """rl/report.py and rl/reporting: the statistics by hand, and that only comparable finished runs are compared."""
 
+import re
+import subprocess
+import sys
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tyro
 
 from rl.config import Config, GMPConfig, PPOConfig, ReDoConfig, ResetConfig, SETConfig
 from rl.envs import SUITES
 from rl.reporting import paper
 from rl.reporting.cells import by_protocol, protocol_title, reference
-from rl.reporting.iqm import interval, iqm
-from rl.reporting.plots import DORMANT, draw
+from rl.reporting.conclusions import conclusions, verdict
+from rl.reporting.curves import SCALES
+from rl.reporting.figures import draw, figures
+from rl.reporting.page import write as write_page
 from rl.reporting.runs import find, identity
-from rl.reporting.tables import orderings, show, single_task, with_interval
+from rl.reporting.statistics import band, improvement, interval, iqm, profile
+from rl.reporting.tables import show, single_task, with_interval
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results" / "rl"
 LOGGED = ("time/steps_per_second", "time/update_ms", "time/acting_ms", "time/rewire_ms")
@@ -92,7 +100,11 @@ def test_report_compares_finished_runs_of_one_protocol_only(tmp_path, capsys):
     assert printed.count("0.65 [0.61, 0.71]") == 1  # beside the paper's protocol only
     assert "40,000 timesteps; not the paper's protocol" in printed
     pictures = draw(next(iter(tables)), cells, tmp_path / "plots", number=1)
-    assert [picture.name for picture in pictures] == ["1-mt5-mtppo.png", "1-mt5-mtppo-tasks.png"]
+    assert [picture.name for picture in pictures] == [
+        "1-mt5-scores.png",
+        "1-mt5-mtppo-tasks.png",
+        "1-mt5-mtppo.png",
+    ]
     assert all(picture.stat().st_size > 10_000 for picture in pictures)
 
 
@@ -108,16 +120,19 @@ def cells_of(tmp_path, seeds, **scores):
 
 def test_the_papers_order_is_looked_for_in_cells_of_ten_seeds(tmp_path):
     cells = cells_of(tmp_path, {"dense": 10, "set": 10, "gmp": 9}, dense=0.6, set=0.7, gmp=0.9)
-    line, few = orderings(cells)
+    line, few = conclusions(cells)
     assert line == (
-        "mt5 mtppo: set - dense = +0.100, paper +0.15: the paper's order appears (10 and 10 seeds, intervals are apart)"
+        "mt5 mtppo: set - dense = +0.100 (10 and 10 seeds). A run of set scores higher than one of dense with "
+        "probability 1.00 [1.00, 1.00], task by task 1.00 [1.00, 1.00]. Paper +0.15: the paper's order appears"
     )
     assert few == "Fewer than 10 seeds, and so no statement about treatments: mt5 mtppo gmp (9)"
 
 
 def test_nothing_is_compared_with_a_dense_network_of_nine_seeds(tmp_path):
-    (few,) = orderings(cells_of(tmp_path, {"dense": 9, "set": 10}, dense=0.6, set=0.7))
+    cells = cells_of(tmp_path, {"dense": 9, "set": 10}, dense=0.6, set=0.7)
+    (few,) = conclusions(cells)
     assert "order" not in few and "mt5 mtppo dense (9)" in few and "set" not in few
+    assert "mt5-mtppo-improvement" not in figures(Config(timesteps=400_000), cells)
 
 
 def test_paper_without_a_difference_has_no_order(tmp_path):
@@ -126,10 +141,38 @@ def test_paper_without_a_difference_has_no_order(tmp_path):
             config = Config(treatment=treatment, timesteps=400_000, seed=seed)
             write(tmp_path / f"{treatment}{seed}", config, score)
     (cells,) = by_protocol(find([tmp_path])).values()
-    (line,) = orderings(cells)
-    assert line.startswith(
-        "mt3 mtppo: reset - dense = +0.100, paper +0.00: the paper sees no difference (10 and 10 seeds"
-    )
+    (line,) = conclusions(cells)
+    assert line.startswith("mt3 mtppo: reset - dense = +0.100 (10 and 10 seeds)")
+    assert line.endswith("Paper +0.00: the paper sees no difference")
+
+
+def test_a_pair_is_undecided_while_its_interval_holds_one_half():
+    assert verdict(0.5, 0.9, 0.16) == verdict(0.2, 0.8, 0) == "undecided, since the interval holds one half"
+    assert verdict(0.51, 0.9, 0.16) == verdict(0.1, 0.4, -0.01) == "the paper's order appears"
+    assert verdict(0.51, 0.9, -0.01) == verdict(0.1, 0.4, 0.16) == "the opposite of the paper's order appears"
+
+
+def test_probability_of_improvement_counts_pairs_of_runs_and_half_of_ties():
+    low, high = np.array([[0.1, 0.2], [0.2, 0.3]]), np.array([[0.4, 0.5], [0.5, 0.6], [0.6, 0.7]])
+    assert improvement(high, low) == (1, 1, 1) and improvement(low, high) == (0, 0, 0)
+    assert improvement(low, low)[0] == 0.5
+    assert improvement(np.array([[2.0], [0.0]]), np.array([[1.0], [0.0]]))[0] == 2.5 / 4
+    scores = np.random.default_rng(0).normal(size=(2, 200, 1))
+    chance, lowest, highest = improvement(scores[0] + 1, scores[1])
+    assert lowest < 0.76 < highest and lowest < chance < highest  # of normal scores one deviation apart: 0.760
+    assert highest - lowest == pytest.approx(0.095, abs=0.02)
+
+
+def test_a_profile_is_the_share_of_scores_above_each_level():
+    scores = np.array([[0.2, 0.9], [0.2, 0.5]])
+    share, (low, high) = profile(scores, np.array([0, 0.2, 0.6, 0.9]))
+    assert share.tolist() == [1, 0.5, 0.25, 0]
+    assert low.tolist() == [1, 0.5, 0, 0] and high.tolist() == [1, 0.5, 0.5, 0]  # each task's runs are redrawn
+
+
+def test_a_band_redraws_whole_runs():
+    low, high = band(np.array([[0.0, 1, 3], [0, 2, 3]]))
+    assert low.tolist() == [0, 1, 3] and high.tolist() == [0, 2, 3]
 
 
 def test_the_iqm_of_fewer_than_four_numbers_is_named_a_mean():
@@ -138,28 +181,19 @@ def test_the_iqm_of_fewer_than_four_numbers_is_named_a_mean():
     assert with_interval(np.array([[0.0, 0.5, 0.5, 0.5]])) == "IQM 0.500"
 
 
-def axes_of(figures, protocol, cells, folder):
-    """The axes of the two figures that are drawn, by title."""
-    from matplotlib import pyplot
-
-    figures.setattr(pyplot, "close", lambda figure: None)
-    before = set(pyplot.get_fignums())
-    draw(protocol, cells, folder, number=1)
-    figures.undo()
-    drawn = [pyplot.figure(number) for number in pyplot.get_fignums() if number not in before]
-    found = [{axis.get_title(): axis for axis in figure.axes} for figure in drawn]
-    pyplot.close("all")
-    return found
+def axes_of(figure):
+    return {axis.get_title(): axis for axis in figure.axes}
 
 
-def test_a_share_of_dormant_neurons_is_drawn_on_a_scale_that_makes_no_cliff_of_a_thousandth(tmp_path, monkeypatch):
+def test_a_share_of_dormant_neurons_is_drawn_on_a_scale_that_makes_no_cliff_of_a_thousandth(tmp_path):
     config = Config(suite="mt5", treatment="dense", timesteps=400_000)
     write(tmp_path / "run", config, 0.5)
     file = tmp_path / "run" / "metrics.csv"
     file.write_text(file.read_text().replace("dormant/actor,1", "dormant/actor,0.001"))
     ((protocol, cells),) = by_protocol(find([tmp_path])).items()
-    metrics, tasks = axes_of(monkeypatch, protocol, cells, tmp_path / "plots")
-    assert metrics["dormant neurons, actor"].get_ylim() == (0, DORMANT)
+    drawn = figures(protocol, cells)
+    metrics, tasks = axes_of(drawn["mt5-mtppo"]), axes_of(drawn["mt5-mtppo-tasks"])
+    assert metrics["dormant neurons, actor"].get_ylim() == SCALES["dormant"]
     assert metrics["dormant neurons, critic"].get_ylim()[1] > 1  # of which all are dormant
     assert [*tasks] == [task.name for task in SUITES["mt5"]]
     for axis in tasks.values():
@@ -167,14 +201,130 @@ def test_a_share_of_dormant_neurons_is_drawn_on_a_scale_that_makes_no_cliff_of_a
         assert line.get_ydata().tolist() == [0, 0.5]
 
 
-def test_success_is_not_repeated_as_a_score_on_mt10(tmp_path, monkeypatch, capsys):
+def test_a_band_lies_within_its_panel(tmp_path):
+    cells = cells_of(tmp_path, {"dense": 2}, dense=0.5)
+    file = cells[0].runs[0].folder / "metrics.csv"
+    file.write_text(file.read_text().replace("dormant/actor,1", "dormant/actor,0.2"))
+    axis = axes_of(figures(Config(timesteps=400_000), cells)["mt5-mtppo"])["dormant neurons, actor"]
+    (line,), (shade,) = axis.get_lines(), axis.collections
+    assert line.get_ydata().tolist() == [0.6, 0.6]
+    assert shade.get_paths()[0].vertices[:, 1].max() == 1 < axis.get_ylim()[1]
+
+
+def marks(figure):
+    """Positions of the points of a figure's only axes, by what the legend calls them."""
+    found = {}
+    for line in figure.axes[0].get_lines():
+        found.setdefault(line.get_label(), []).extend(line.get_xdata())
+    return found
+
+
+def test_figures_of_scores_show_the_runs_and_the_paper_and_call_the_mean_of_three_so(tmp_path):
+    cells = cells_of(tmp_path, {"dense": 10, "set": 10, "gmp": 3}, dense=0.6, set=0.7, gmp=0.9)
+    drawn = figures(Config(timesteps=400_000), cells)
+    scores = marks(drawn["mt5-scores"])
+    np.testing.assert_allclose(scores["IQM of runs, 95% interval"], [0.6, 0.7])
+    np.testing.assert_allclose(scores["mean of fewer than four runs"], [0.9])
+    assert scores["paper, 30 seeds, 95% interval"] == [0.65, 0.81, 0.80]
+    assert marks(drawn["mt5-mtppo-improvement"])["of runs' means over tasks"] == [1]
+    profiles = {line.get_label(): line for line in drawn["mt5-mtppo-profiles"].axes[0].get_lines()}
+    assert [*profiles] == ["dense (10 seeds)", "set (10 seeds)"]  # three runs have no distribution
+    assert profiles["dense (10 seeds)"].get_ydata().tolist() == [1.0] * 60 + [0.0] * 41
+
+
+class Page(HTMLParser):
+    """Reads a page: text, identities, what it refers to, and whether every element is closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.text, self.references, self.names, self.open, self.tags = "", [], [], [], []
+        self.feed(text)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag != "meta":
+            self.open.append(tag)
+        for name, value in attributes:
+            self.references += [value] * (name in ("src", "href", "xlink:href", "data"))
+            self.references += re.findall(r"url\(([^)]*)\)", value or "")
+            self.names += [value] * (name == "id")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_a_page_is_one_file_with_every_runs_command_and_commit_and_no_reference_outside(tmp_path):
+    cells_of(tmp_path / "runs", {"dense": 10, "set": 10, "gmp": 3}, dense=0.6, set=0.7, gmp=0.9)
+    write(tmp_path / "runs" / "unfinished", Config(seed=77, treatment="redo"), 0.5, steps=(10_000,))
+    for run in find([tmp_path / "runs"]):
+        file = run.folder / "environment.txt"
+        file.write_text(file.read_text().replace("abc", f"commit-of-{run.folder.name}"))
+    command = [sys.executable, "rl/report.py", tmp_path / "runs", "--html", tmp_path / "new" / "report.html"]
+    subprocess.run(command, cwd=RESULTS.parents[2], check=True, capture_output=True)
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["report.html"]
+    text = (tmp_path / "new" / "report.html").read_text()
+    page = Page(text)
+    assert page.open == [] and page.tags.count("svg") == 5 and "@import" not in text
+    assert page.references and all(reference.startswith("#") for reference in page.references)
+    assert {reference[1:] for reference in page.references} <= set(page.names)
+    assert len(page.names) == len(set(page.names))
+    for run in find([tmp_path / "runs"]):
+        assert run.command in page.text
+        assert run.commit in page.text or not run.finished
+    for sentence in ("the paper's order appears", "mean 0.900", "Fewer than 10 seeds", "--seed 77"):
+        assert sentence in page.text
+    assert page.text.count("the paper's order appears") == 1  # gmp has three seeds
+
+
+@pytest.mark.parametrize("run", find([RESULTS]), ids=lambda run: f"{run.folder.parent.name}-{run.config.seed}")
+def test_the_command_of_a_committed_run_makes_the_same_run(run):
+    options = run.command.removeprefix("python rl/run.py ").split()
+    assert identity(tyro.cli(Config, args=options)) == identity(run.config)
+
+
+def test_a_command_says_no_and_none(tmp_path):
+    config = Config(suite="mt10", agent="mtsac", treatment="dense")
+    config = replace(config, sac=replace(config.sac, clip=None, time_out_ends=False))
+    write(tmp_path / "run", config, 0.5)
+    (run,) = find([tmp_path])
+    assert run.command == (
+        "python rl/run.py --suite mt10 --agent mtsac --treatment dense --seed 0 --timesteps 100000 "
+        "--sac.clip None --sac.no-time-out-ends"
+    )
+    assert identity(tyro.cli(Config, args=run.command.split()[2:])) == identity(config)
+
+
+def test_a_page_that_fails_leaves_the_old_one(tmp_path):
+    file = tmp_path / "report.html"
+    file.write_text("old")
+    with pytest.raises(IndexError):
+        write_page({Config(): []}, [], file)
+    assert file.read_text() == "old"
+
+
+def test_a_folder_without_a_finished_run_makes_no_page(tmp_path):
+    command = [sys.executable, "rl/report.py", tmp_path, "--html", tmp_path / "report.html"]
+    done = subprocess.run(command, cwd=RESULTS.parents[2], capture_output=True, text=True)
+    assert done.returncode == 1 and f"no finished run in {tmp_path}" in done.stderr
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_success_is_not_repeated_as_a_score_on_mt10(tmp_path, capsys):
     config = Config(suite="mt10", agent="mtsac", treatment="dense", timesteps=2_000_000)
     write(tmp_path / "run", config, 0.5, steps=(20_000, 2_000_000))
     ((protocol, cells),) = by_protocol(find([tmp_path])).items()
     show(protocol, cells)
     printed = capsys.readouterr().out
     assert "success after 2,000,000 timesteps" in printed and "score" not in printed
-    metrics, _ = axes_of(monkeypatch, protocol, cells, tmp_path / "plots")
+    metrics = axes_of(figures(protocol, cells)["mt10-mtsac"])
     assert "success" in metrics and "normalised score" not in metrics
 
 
