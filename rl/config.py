@@ -219,8 +219,7 @@ class Config:
 
     def __post_init__(self):
         mt10 = self.suite == "mt10"
-        papers = {"evaluate_every": 20_000 if mt10 else 10_000, "episodes": 50 if mt10 else 25}
-        for name, value in papers.items():
+        for name, value in self._papers_evaluation.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)  # frozen from here on
         if self.gmp.update_every is None:
@@ -263,6 +262,18 @@ class Config:
         return self.algorithm == "ppo_mt10"
 
     @property
+    def _papers_evaluation(self) -> dict[str, int]:
+        return (
+            {"evaluate_every": 20_000, "episodes": 50}
+            if self.suite == "mt10"
+            else {"evaluate_every": 10_000, "episodes": 25}
+        )
+
+    @property
+    def papers_timesteps(self) -> int:
+        return 2_000_000 if self.suite == "mt10" else 400_000
+
+    @property
     def papers_gmp_update_every(self) -> int:
         """What gmp.update_every is where it is not given."""
         return 5000 if self.suite == "mt10" else 500
@@ -279,7 +290,27 @@ class Config:
             parts.append(f"every{self.gmp.update_every}")
         if self.treatment != "dense" and self.networks != "both":
             parts.append(self.networks)
-        return "-".join(parts)
+        return "-".join([*parts, *self._deviations()])
+
+    def _deviations(self) -> list[str]:
+        """Of all other settings that decide what a run does, those that are not the default."""
+        named = {"initial"} if self.treatment == "set" else set()
+        if self.treatment.startswith("gmp"):
+            named.add("update_every")
+        found = []
+        for part in [*self.treatment.split("+"), self.algorithm]:
+            if part in PARTS:
+                values, default = getattr(self, part), PARTS[part]()
+                for field in dataclasses.fields(values):
+                    value = getattr(values, field.name)
+                    if field.name not in {*named, "device"} and value != getattr(default, field.name):
+                        found.append(f"{field.name.replace('_', '-')}{value}")
+        for name, papers in self._papers_evaluation.items():
+            if getattr(self, name) != papers:
+                found.append(f"{name.replace('_', '-')}{getattr(self, name)}")
+        if "weight-decay" in self.treatment and self.weight_decay != Config.weight_decay:
+            found.append(f"weight-decay{self.weight_decay:g}")
+        return found
 
     def save(self, folder: Path) -> None:
         """Write the settings into this folder, which makes it a run folder."""

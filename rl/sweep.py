@@ -3,6 +3,8 @@
 A run is one process on one core. What is finished, in the run folders or among the committed results, is not run again;
 what was interrupted goes on from its checkpoint: give the same command again, once the first has ended. With --address,
 the runs go to a Ray cluster instead, whose machines must share a disk that holds this checkout and the run folders.
+
+Any option of rl/run.py can be varied too: --vary set.drop-fraction=0.1,0.3 sac.warmup=500.
 """
 
 import itertools
@@ -27,6 +29,9 @@ from rl.reporting.runs import Run, find, identity
 from rl.run import CHECKOUT, new_folder
 from rl.run import train as train_one
 
+OWN_OPTIONS = (
+    "suite", "agent", "treatment", "networks", "density", "block_size", "seed", "timesteps", "runs", "workers", "ticket"
+)  # fmt: skip
 POLL = 10  # seconds between two looks at how far the runs are
 
 
@@ -44,15 +49,19 @@ class Sweep:
     """Of sparse treatments, as block sizes are; the others count once."""
     block_sizes: tuple[BlockSize, ...] = (1,)
     seeds: tuple[int, ...] = (0, 1)
-    timesteps: int = 400_000
-    """Length of each run."""
+    vary: tuple[str, ...] = ()
+    """OPTION=VALUE,VALUE: values of other options of rl/run.py, named as there but without dashes in front."""
+    timesteps: int | None = None
+    """Length of each run; if not given, the paper's 400,000, on mt10 2,000,000."""
     runs: Path = Path("runs")
     """Where run folders are made, and found."""
     results: Path = Path("bench/results/rl")
     """Finished runs are copied here, without checkpoint and TensorBoard files and at evaluations only: to be committed.
     A run that is here counts as done."""
-    workers: int = os.cpu_count() or 1
+    parallel: int = os.cpu_count() or 1
     """Runs at a time on this machine; a cluster runs as many as it has cores."""
+    workers: int = 1
+    """Of each run, as in rl/run.py: processes that step the environments of mt10."""
     address: str | None = None
     """Of a Ray cluster (needs the extra `cluster`); "auto" is the one on this machine."""
 
@@ -62,14 +71,33 @@ class Sweep:
         grid = itertools.product(
             self.seeds, self.suites, self.agents, self.treatments, self.networks, self.densities, self.block_sizes
         )
+        varied = list(itertools.product(*map(values_of, self.vary)))
         cells = {}
-        for values in grid:
+        for values, options in itertools.product(grid, varied):
             settings = dict(zip(names, values, strict=True))
-            ticket = Path() if settings["treatment"] == "lottery" else None  # with_ticket finds it
+            settings["ticket"] = Path() if settings["treatment"] == "lottery" else None  # with_ticket finds it
             # absolute: a process on a cluster starts in another folder
-            cell = Config(**settings, timesteps=self.timesteps, runs=self.runs.absolute(), ticket=ticket)
+            settings |= {"runs": self.runs.absolute(), "workers": self.workers if settings["suite"] == "mt10" else 1}
+            cell = Config(**settings)
+            cell = replace(cell, timesteps=self.timesteps or cell.papers_timesteps)
+            if options:
+                cell = tyro.cli(Config, args=options, default=cell, prog="python rl/sweep.py --vary")
             cells.setdefault(identity(cell), cell)
         return list(cells.values())
+
+
+def values_of(option: str) -> list[str]:
+    """The arguments of rl/run.py that one entry of --vary stands for: "--set.drop-fraction=0.1", one for each value.
+
+    Raises:
+        ValueError: it is not like OPTION=VALUE,VALUE, or the option has a place of its own in a sweep.
+    """
+    name, equals, values = option.partition("=")
+    if not (name and equals and values) or name.startswith("-"):
+        raise ValueError(f"--vary takes OPTION=VALUE,VALUE, as in set.drop-fraction=0.1,0.3, got {option!r}")
+    if name.replace("-", "_") in OWN_OPTIONS:
+        raise ValueError(f"--vary takes options that a sweep has no other place for, got {option!r}")
+    return [f"--{name}={value}" for value in values.split(",")]
 
 
 def main() -> None:
@@ -110,7 +138,7 @@ def run_all(cells: list[Config], sweep: Sweep) -> int:
     jobs = [((with_ticket(cell), started.get(key)), cell) for key, cell in todo.items()]
     failures = 0
     total = sum(cell.timesteps for cell in todo.values())
-    with launching(sweep.address, sweep.workers) as launch, tqdm(total=total, unit="timestep") as progress:
+    with launching(sweep.address, sweep.parallel) as launch, tqdm(total=total, unit="timestep") as progress:
         running = {launch(job): cell for job, cell in jobs}
         while running:
             for ended in wait(running, timeout=POLL, return_when=FIRST_COMPLETED).done:
@@ -143,10 +171,10 @@ def train(job: tuple[Config, Path | None]) -> tuple[Path, str]:
 
 
 @contextmanager
-def launching(address: str | None, workers: int) -> Iterator[Callable[[tuple], Future]]:
+def launching(address: str | None, parallel: int) -> Iterator[Callable[[tuple], Future]]:
     """Gives a function that has a job trained in a process of its own, on this machine or on a Ray cluster."""
     if address is None:
-        with ThreadPoolExecutor(workers) as threads:
+        with ThreadPoolExecutor(parallel) as threads:
             try:
                 yield lambda job: threads.submit(in_own_process, train, job)
             finally:  # interrupted: begin no other run
@@ -154,9 +182,12 @@ def launching(address: str | None, workers: int) -> Iterator[Callable[[tuple], F
         return
     try:
         import ray
-    except ImportError:
+    except ModuleNotFoundError as missing:
+        if missing.name != "ray":  # a module that Ray itself lacks
+            raise
         sys.exit("sweep.py: --address needs Ray: pip install 'sparsekern[cluster]'")
-    with ray.init(address, runtime_env={"env_vars": {"PYTHONPATH": str(CHECKOUT)}}):
+    path = os.pathsep.join(filter(None, (str(CHECKOUT), os.environ.get("PYTHONPATH"))))
+    with ray.init(address, runtime_env={"env_vars": {"PYTHONPATH": path}}):
         remote = ray.remote(num_cpus=1, max_calls=1, max_retries=0)(train)
         yield lambda job: remote.remote(job).future()
 

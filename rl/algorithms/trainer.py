@@ -66,8 +66,7 @@ class Trainer:
                         metrics |= self.evaluate()
                     with timed(metrics, "time/metrics_ms"):
                         metrics |= self.measure()
-                    shown = ("success",) if config.suite == "mt10" else ("score", "success")  # there they are equal
-                    progress.set_postfix({name: metrics[f"{name}/mean"] for name in shown})
+                    self.report(metrics, progress)
                 if not finished:  # nobody would train what a last rewire grows
                     with timed(metrics, "time/rewire_ms"):
                         self.rewire()
@@ -75,6 +74,17 @@ class Trainer:
                 if evaluating:
                     self.save(logger.flush())
                 progress.update(self.clock - before)
+
+    def report(self, metrics: Metrics, progress: tqdm) -> None:
+        """Show an evaluation: at the progress bar, or as a line where there is no terminal for one."""
+        shown = ("success",) if self.config.suite == "mt10" else ("score", "success")  # there they are equal
+        values = {name: f"{metrics[f'{name}/mean']:.3f}" for name in shown}
+        values |= {"density": f"{metrics['sparse/density']:.3f}", "steps/s": f"{metrics['time/steps_per_second']:,.0f}"}
+        if not progress.disable:
+            progress.set_postfix(values)
+        elif not self.quiet:
+            words = ", ".join(f"{name} {value}" for name, value in values.items())
+            print(f"{self.clock:,} of {self.config.timesteps:,} timesteps: {words}", flush=True)
 
     def measure(self) -> Metrics:
         """The plasticity metrics of all networks (rl/metrics.py)."""

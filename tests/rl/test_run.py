@@ -1,6 +1,7 @@
 """rl/run.py: the command line, seeds, checkpoints and resuming."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -131,7 +132,8 @@ def test_settings_survive_the_run_folder(tmp_path, monkeypatch):
     settings = short(tmp_path, treatment="lottery", density=0.2, networks="actor", ticket=tmp_path)
     folder = new_folder(settings)
     assert Config.load(folder) == settings
-    assert folder.parent == tmp_path / "mt3-mtppo-lottery-density0.2-block1-actor"
+    deviations = "rollout-steps100-epochs2-evaluate-every200-episodes1"
+    assert folder.parent == tmp_path / f"mt3-mtppo-lottery-density0.2-block1-actor-{deviations}"
     with pytest.raises(ValueError, match="no run folder"):
         Config.load(tmp_path)
 
@@ -148,6 +150,8 @@ def test_command_line_prints_the_folder_first_and_the_tables_last(tmp_path):
     assert folder.parents[1] == tmp_path
     for name in ("config.json", "environment.txt", "metrics.csv", "tb", "checkpoints/last.pt"):
         assert (folder / name).exists()
+    line = r"300 of 300 timesteps: score 0\.\d+, success 0\.\d+, density 0\.\d+, steps/s [\d,]+"
+    assert re.fullmatch(line, done.stdout.splitlines()[1])  # no terminal, no bar: a line an evaluation
     for words in ("RedBlueDoors-6x6", "normalised", "live parameters", "bytes: weights", "steps per second"):
         assert words in done.stdout
 

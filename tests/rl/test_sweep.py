@@ -31,8 +31,37 @@ def test_grid_counts_options_of_sparse_treatments_for_these_only():
     assert len(Sweep(treatments=("dense", "redo"), networks=("actor", "critic"), seeds=(0,)).cells()) == 3
 
 
+def test_any_option_of_a_run_can_be_varied_and_is_in_the_name_of_its_runs():
+    grid = Sweep(treatments=("dense", "set"), seeds=(0,), vary=("set.drop-fraction=0.1,0.3", "ppo.epochs=2")).cells()
+    assert [(cell.experiment, cell.set.drop_fraction, cell.ppo.epochs) for cell in grid] == [
+        ("mt5-mtppo-dense-epochs2", 0.1, 2),  # whose drop fraction means nothing, so it counts once
+        ("mt5-mtppo-set-density0.05-block1-drop-fraction0.1-epochs2", 0.1, 2),
+        ("mt5-mtppo-set-density0.05-block1-epochs2", 0.3, 2),  # the default
+    ]
+    assert grid[0].timesteps == 400_000
+
+
+@pytest.mark.parametrize(
+    ("vary", "message"),
+    [
+        ("set.drop-fraction", "takes OPTION=VALUE,VALUE.*got 'set.drop-fraction'"),
+        ("--set.drop-fraction=0.1", "takes OPTION=VALUE,VALUE.*got '--set"),
+        ("block-size=1,16", "takes options that a sweep has no other place for, got 'block-size=1,16'"),
+    ],
+)
+def test_what_cannot_be_varied_is_a_sentence(monkeypatch, vary, message):
+    monkeypatch.setattr(sys, "argv", ["sweep.py", f"--vary={vary}"])
+    with pytest.raises(SystemExit, match=f"rl/sweep.py: --vary {message}"):
+        sweep.main()
+
+
+def test_a_sweep_of_mt10_has_the_papers_length_and_its_workers():
+    (cell,) = Sweep(suites=("mt10",), agents=("mtsac",), treatments=("dense",), seeds=(0,), workers=3).cells()
+    assert (cell.timesteps, cell.workers) == (2_000_000, 3)
+
+
 @contextmanager
-def in_this_process(address, workers):
+def in_this_process(address, parallel):
     """As sweep.launching."""
 
     def launch(job):
@@ -91,7 +120,7 @@ def test_killed_process_fails_its_own_run_only(tmp_path, monkeypatch, capsys, ad
         monkeypatch.setattr(sweep, "CHECKOUT", Path(killed.__file__).parent)  # its processes must find what follows
     monkeypatch.setattr(sweep, "train", killed.killed_of_seed_1)
     cells = Sweep(seeds=(1, 2), treatments=("dense",), runs=tmp_path / "runs").cells()
-    options = Sweep(workers=1, address=address, runs=tmp_path / "runs", results=tmp_path / "results")
+    options = Sweep(parallel=1, address=address, runs=tmp_path / "runs", results=tmp_path / "results")
     assert run_all(cells, options) == 1
     assert [made.config.seed for made in find([tmp_path / "results"])] == [2]
     assert "mt5-mtppo-dense, seed 1 failed" in capsys.readouterr().err
@@ -105,7 +134,15 @@ def test_run_folders_mean_the_same_to_a_process_elsewhere(tmp_path, monkeypatch)
 def test_address_without_ray_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SystemExit, match=r"--address needs Ray: pip install 'sparsekern\[cluster\]'"):
-        sweep.launching("auto", workers=2).__enter__()
+        sweep.launching("auto", parallel=2).__enter__()
+
+
+def test_a_ray_that_lacks_a_module_is_not_said_to_be_missing(monkeypatch, tmp_path):
+    (tmp_path / "ray.py").write_text("import a_module_that_ray_needs")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    with pytest.raises(ModuleNotFoundError, match="a_module_that_ray_needs"):
+        sweep.launching("auto", parallel=2).__enter__()
 
 
 def test_lottery_without_its_gmp_run_says_so(tmp_path):
@@ -121,7 +158,7 @@ def test_suites_that_do_not_fit_the_agents_are_a_sentence(monkeypatch):
 
 
 def test_command_trains_in_processes_of_its_own(tmp_path):
-    command = "rl/sweep.py --suites MultiRoom-N2-S4 --treatments dense set --seeds 3 --timesteps 100 --workers 2"
+    command = "rl/sweep.py --suites MultiRoom-N2-S4 --treatments dense set --seeds 3 --timesteps 100 --parallel 2"
     command += f" --runs {tmp_path}/runs --results {tmp_path}/results"
     done = subprocess.run([sys.executable, *command.split()], cwd=CHECKOUT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
