@@ -55,17 +55,20 @@ class Replay:
         return Batch(observations, actions, rewards.squeeze(1), following, ended.squeeze(1))
 
     def state_dict(self) -> dict:
-        """The storage itself, whole: a checkpoint writes it to disk without copying it in memory."""
-        return {"storage": self.storage, "added": self.added}
+        """The filled part of the storage, on the CPU; of a storage that is there already, without copying it."""
+        filled = self.storage[: len(self)].cpu()
+        # through NumPy, because torch.save writes all of the memory that a slice is a view of
+        filled = torch.from_numpy(filled.numpy())
+        return {"storage": filled, "added": self.added, "capacity": len(self.storage)}
 
     def load_state_dict(self, state: dict) -> None:
-        if state["storage"].shape != self.storage.shape:
-            raise ValueError(
-                f"Replay: the checkpoint's storage must be {list(self.storage.shape)}, got "
-                f"{list(state['storage'].shape)}"
-            )
+        stored = state["storage"]
+        capacity = state.get("capacity", len(stored))  # older checkpoints have the whole storage instead
+        shape = [capacity, *stored.shape[1:]]
+        if shape != list(self.storage.shape):
+            raise ValueError(f"Replay: the checkpoint's storage must be {list(self.storage.shape)}, got {shape}")
         self.added = state["added"]
-        self.storage[: len(self)] = state["storage"][: len(self)]
+        self.storage[: len(self)] = stored[: len(self)]
 
 
 class Recent:

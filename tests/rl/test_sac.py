@@ -348,6 +348,24 @@ def test_replay_draws_each_task_uniformly_from_the_latest():
         assert torch.equal(field, batch.rewards[:, None].expand_as(field))
 
 
+@pytest.mark.parametrize("added", [3, 40, 45])  # a part, all, and some of it overwritten
+def test_a_checkpoint_holds_the_filled_part_of_a_replay_and_restores_it_bit_for_bit(tmp_path, added):
+    replay, resumed = filled(added), Replay(40, TASKS, FEATURES, ACTIONS)
+    checkpoint.save(tmp_path, {"replay": replay.state_dict()})
+    of_transitions = min(added, 40) * replay.storage[0].nbytes
+    assert of_transitions <= checkpoint.path(tmp_path).stat().st_size < of_transitions + 3000
+    resumed.load_state_dict(checkpoint.load(tmp_path)["replay"])
+    assert resumed.added == added and torch.equal(resumed.storage[: len(resumed)], replay.storage[: len(replay)])
+    draws = [of.draw(BATCH, torch.Generator().manual_seed(0)) for of in (replay, resumed)]
+    assert all(map(torch.equal, replay.batch(draws[0]), resumed.batch(draws[1])))
+
+
+def test_a_replay_reads_checkpoints_that_hold_its_whole_storage():
+    replay, resumed = filled(3), Replay(40, TASKS, FEATURES, ACTIONS)
+    resumed.load_state_dict({"storage": replay.storage, "added": 3})
+    assert len(resumed) == 3 and torch.equal(resumed.storage[:3], replay.storage[:3])
+
+
 def test_replay_refuses_a_checkpoint_of_another_size():
     with pytest.raises(ValueError, match=r"\[40, 3, 18\], got \[20, 3, 18\]"):
         filled().load_state_dict(filled(10, capacity=20).state_dict())
