@@ -71,6 +71,10 @@ class Sweep:
         grid = itertools.product(
             self.seeds, self.suites, self.agents, self.treatments, self.networks, self.densities, self.block_sizes
         )
+        if self.workers > 1 and "mt10" not in self.suites:
+            raise ValueError(
+                f"--workers are of mt10's runs; --parallel is the number of runs, got {self.workers} workers"
+            )
         varied = list(itertools.product(*map(values_of, self.vary)))
         cells = {}
         for values, options in itertools.product(grid, varied):

@@ -58,6 +58,8 @@ def test_what_cannot_be_varied_is_a_sentence(monkeypatch, vary, message):
 def test_a_sweep_of_mt10_has_the_papers_length_and_its_workers():
     (cell,) = Sweep(suites=("mt10",), agents=("mtsac",), treatments=("dense",), seeds=(0,), workers=3).cells()
     assert (cell.timesteps, cell.workers) == (2_000_000, 3)
+    with pytest.raises(ValueError, match="--workers are of mt10's runs; --parallel is the number of runs, got 2"):
+        Sweep(workers=2).cells()
 
 
 @contextmanager
