@@ -1,84 +1,88 @@
-"""Evaluation: fixed numbers of whole episodes per task, on a random stream of their own."""
+"""Evaluate a trained agent: python rl/evaluate.py RUN --episodes 100.
 
-from collections.abc import Callable, Sequence
+The agent is that of the run's last checkpoint. With the number of episodes and the seed of the run, which are the
+defaults, it plays the episodes of the run's own evaluation again.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-from torch import nn
+import tyro
 
-from rl.agents.policy import Policy
-from rl.envs.minigrid import Task
-from rl.envs.pool import EnvPool
-from rl.envs.workers import Workers
-from rl.seeds import Stream, numpy_generator
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # started as a script: the checkout is where `rl` is
 
 
-def evaluate_minigrid(
-    pool: EnvPool, actor: nn.Module, num_tasks: int, episodes: int, seed: int, clock: int
-) -> np.ndarray:
-    """Play `episodes` episodes of every task at once; undiscounted returns [num_tasks, episodes].
-
-    The policy is sampled, as the paper has it. Environment e * num_tasks + i of the pool plays task i's episode e,
-    and is no longer stepped when that has ended.
-    """
-    policy = Policy(actor)
-    playing = np.arange(num_tasks * episodes)
-    returns = np.zeros(len(playing))
-    generator = numpy_generator(seed, Stream.EVALUATION, clock)
-    current = pool.reset(playing, generator.integers(2**31, size=len(playing)))
-    while len(playing):
-        rows = policy.rows(current, (playing % num_tasks).tolist())
-        step = pool.step(playing, policy.act(rows, generator))
-        returns[playing] += step.rewards
-        going_on = ~(step.terminated | step.truncated)
-        playing, current = playing[going_on], step.observations[going_on]
-    return returns.reshape(episodes, num_tasks).T
+@dataclass(frozen=True)
+class Evaluation:
+    run: tyro.conf.Positional[Path]
+    """The folder of the run."""
+    episodes: int | None = None
+    """Of each task; if not given, as many as the run's own evaluations have."""
+    seed: int | None = None
+    """Decides which episodes are played; if not given, the run's."""
 
 
-def minigrid_metrics(tasks: Sequence[Task], returns: np.ndarray) -> dict[str, float]:
-    """Evaluated returns [num_tasks, episodes] as metrics: mean return, normalised return and success of each task."""
-    metrics = {}
-    for task, of_task in zip(tasks, returns, strict=True):
-        metrics[f"return/{task.name}"] = of_task.mean()
-        metrics[f"score/{task.name}"] = task.score(of_task.mean())
-        metrics[f"success/{task.name}"] = np.mean([task.solved(r) for r in of_task])
-    for kind in ("score", "success"):
-        metrics[f"{kind}/mean"] = np.mean([metrics[f"{kind}/{task.name}"] for task in tasks])
-    return metrics
+def main() -> None:
+    chosen = tyro.cli(Evaluation, description=__doc__, prog="python rl/evaluate.py")
+    from rl.envs import SUITES
+    from rl.run import trained
+
+    try:
+        asked = {"episodes": chosen.episodes, "seed": chosen.seed}
+        with trained(chosen.run, **{name: value for name, value in asked.items() if value is not None}) as trainer:
+            returns, solved = trainer.play()
+    except (ValueError, RuntimeError) as error:  # about what was typed, or is missing: the sentence is enough
+        sys.exit(f"rl/evaluate.py: {error}")
+    show(SUITES[trainer.config.suite], returns, solved, trainer.clock)
 
 
-def evaluate_mt10(
-    envs: Workers, act: Callable[[np.ndarray], np.ndarray], episodes: int, seed: int, clock: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Play `episodes` episodes of each of MT10's tasks, as `metaworld.evaluation.evaluation` does (50 are usual).
+def show(tasks: Sequence, returns: np.ndarray, solved: np.ndarray, clock: int) -> None:
+    """Print what was earned [num_tasks, episodes], with intervals of 95% over the episodes that might be played."""
+    from rich.console import Console
+    from rich.table import Table
 
-    An episode ends when its task is solved, or after 500 steps, and its goal is drawn from the environment's 50. A task
-    whose episodes have been played is no longer stepped, which the official function does for naught.
-
-    Args:
-        envs: of all tasks; none may be within an episode that matters: reset them before they are trained on again.
-        act: from observations [10, 49] to actions [10, 4]; row i is of task i, whether that is still played or not.
-    Returns:
-        Undiscounted returns [10, episodes], and whether the last step of each had its task solved, bool [10, episodes].
-    """
-    generator = numpy_generator(seed, Stream.EVALUATION, clock)
-    envs.call("toggle_terminate_on_success", True)
-    current, _ = envs.reset(seed=generator.integers(2**31, size=envs.num_envs))
-    returns = np.zeros((envs.num_envs, episodes))
-    solved = np.zeros((envs.num_envs, episodes), bool)
-    played = np.zeros(envs.num_envs, int)  # whole episodes
-    while (playing := np.flatnonzero(played < episodes)).size:
-        current, rewards, _, _, infos = envs.step(act(current), mask=played < episodes)
-        returns[playing, played[playing]] += rewards[playing]
-        solved[playing, played[playing]] = infos["success"][playing]
-        played += infos["_final_obs"]
-    envs.call("toggle_terminate_on_success", False)
-    return returns, solved
+    episodes = returns.shape[1]
+    scored = hasattr(tasks[0], "score")  # on MT10 the score is the success
+    table = Table("task", "return", title=f"after {clock:,} timesteps, {episodes} episodes of each task")
+    for kind in ("normalised",) * scored + ("success",):
+        table.add_column(kind)
+        table.add_column("95%", no_wrap=True)
+    for task, of_task, of_solved in zip(tasks, returns, solved, strict=True):
+        cells = [task.name, f"{of_task.mean():.3f}"]
+        if scored:
+            scores = np.array([task.score(r) for r in of_task])
+            cells += [f"{scores.mean():.3f}", between(*interval_of_mean(scores))]
+        table.add_row(*cells, f"{of_solved.mean():.3f}", between(*interval_of_share(of_solved)))
+    table.add_section()
+    means = [np.mean([task.score(r.mean()) for task, r in zip(tasks, returns, strict=True)])] if scored else []
+    table.add_row("mean", "", *(cell for mean in [*means, solved.mean()] for cell in (f"{mean:.3f}", "")))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    Console().print(table)
 
 
-def mt10_metrics(names: Sequence[str], returns: np.ndarray, solved: np.ndarray) -> dict[str, float]:
-    """What `evaluate_mt10` returned as metrics: mean return and success of each task; the score is the success."""
-    metrics = {f"return/{name}": of_task.mean() for name, of_task in zip(names, returns, strict=True)}
-    for kind in ("score", "success"):
-        metrics |= {f"{kind}/{name}": of_task.mean() for name, of_task in zip(names, solved, strict=True)}
-        metrics[f"{kind}/mean"] = solved.mean()
-    return metrics
+def between(low: float, high: float) -> str:
+    return "" if np.isnan(low) else f"{low:.2f} - {high:.2f}"
+
+
+def interval_of_share(solved: np.ndarray) -> tuple[float, float]:
+    """Wilson's interval of 95% of the chance of which these are draws; also of none and of all it says something."""
+    n, share, z = len(solved), solved.mean(), 1.96
+    middle, half = share + z**2 / (2 * n), z * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return tuple(float(np.clip((middle + side * half) / (1 + z**2 / n), 0, 1)) for side in (-1, 1))
+
+
+def interval_of_mean(values: np.ndarray) -> tuple[float, float]:
+    """The normal interval of 95% of the mean of which these are draws; NaN of a single one."""
+    if len(values) < 2:
+        return np.nan, np.nan
+    half = 1.96 * values.std(ddof=1) / np.sqrt(len(values))
+    return values.mean() - half, values.mean() + half
+
+
+if __name__ == "__main__":
+    main()

@@ -11,10 +11,11 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -22,6 +23,9 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # started as a script: the checkout is where `rl` is
 
 from rl.config import ENVIRONMENT, Config
+
+if TYPE_CHECKING:
+    from rl.algorithms.trainer import Trainer
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 SIMULATORS = ("gymnasium", "minigrid", "metaworld", "mujoco")
@@ -50,14 +54,32 @@ def main() -> None:
 
 def train(config: Config, folder: Path, quiet: bool = False) -> None:
     """Train in this run folder, from its last checkpoint where it has one; quiet: without a progress bar."""
+    with contextlib.closing(trainer_of(config)(config, folder, quiet)) as trainer:
+        trainer.train()
+
+
+def trainer_of(config: Config) -> "type[Trainer]":
+    """The kind of training that these settings ask for."""
     if config.algorithm == "sac":
         from rl.algorithms.train_sac import SACTrainer as Trainer
     elif config.algorithm == "ppo_mt10":
         from rl.algorithms.train_ppo_mt10 import MT10PPOTrainer as Trainer
     else:
         from rl.algorithms.train_ppo import PPOTrainer as Trainer
-    with contextlib.closing(Trainer(config, folder, quiet)) as trainer:
-        trainer.train()
+    return Trainer
+
+
+@contextlib.contextmanager
+def trained(folder: Path, **changes: object) -> "Iterator[Trainer]":
+    """The training of this folder's run as its last checkpoint has it, to be looked at, with these settings changed."""
+    config = dataclasses.replace(Config.load(folder), **changes)
+    config = dataclasses.replace(config, sac=dataclasses.replace(config.sac, device="auto"))  # another machine, perhaps
+    require(config)
+    with contextlib.closing(trainer_of(config)(config, folder, quiet=True)) as trainer:
+        trainer.resume()
+        if trainer.clock == 0:
+            raise ValueError(f"{folder} has no checkpoint; a run has one from its first evaluation on")
+        yield trainer
 
 
 def chosen_run() -> tuple[Path, Config]:

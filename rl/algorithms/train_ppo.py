@@ -4,10 +4,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rl.agents import AGENTS
+from rl.agents.policy import Policy
 from rl.algorithms.buffer import PlasticityBuffer
 from rl.algorithms.learner import Learner, sizes
 from rl.algorithms.ppo import explained_variance, gae, improve, minibatches, normalised
@@ -16,7 +18,7 @@ from rl.algorithms.trainer import Metrics, Trainer
 from rl.config import Config, PPOConfig
 from rl.envs import SUITES
 from rl.envs.pool import EnvPool
-from rl.evaluate import evaluate_minigrid, minigrid_metrics
+from rl.episodes import evaluate_minigrid, minigrid_metrics
 from rl.metrics import categorical
 from rl.reporting.logger import timed
 from rl.seeds import Stream, torch_generator
@@ -44,9 +46,17 @@ class PPOTrainer(Trainer):
         self.buffer.add(rollout.observations[seen], rollout.tasks[seen])
         return metrics | rollout.metrics([task.name for task in self.tasks]) | sizes(self.actor, self.critic)
 
-    def evaluate(self) -> Metrics:
+    def play(self) -> tuple[np.ndarray, np.ndarray]:
         config, num_tasks = self.config, len(self.tasks)
         returns = evaluate_minigrid(self.pool, self.actor.network, num_tasks, config.episodes, config.seed, self.clock)
+        return returns, np.array([[task.solved(r) for r in row] for task, row in zip(self.tasks, returns, strict=True)])
+
+    def act(self, observation: np.ndarray, task: int, generator: np.random.Generator) -> np.ndarray:
+        policy = Policy(self.actor.network)
+        return policy.act(policy.rows(observation[None], [task]), generator)[0]
+
+    def evaluate(self) -> Metrics:
+        returns, _ = self.play()
         return minigrid_metrics(self.tasks, returns)
 
     def parts(self) -> dict[str, Any]:

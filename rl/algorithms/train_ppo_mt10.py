@@ -24,7 +24,7 @@ from rl.algorithms.rollout import TASKS, MT10Rollout, collect_mt10
 from rl.algorithms.trainer import Metrics, Trainer
 from rl.config import Config, MT10PPOConfig
 from rl.envs.metaworld import ACTIONS, MT10, OBSERVATIONS, make_mt10
-from rl.evaluate import evaluate_mt10, mt10_metrics
+from rl.episodes import evaluate_mt10, mt10_metrics
 from rl.reporting.logger import timed
 from rl.seeds import Stream, torch_generator
 
@@ -47,10 +47,16 @@ class MT10PPOTrainer(Trainer):
         self.buffer.add(rollout.observations.flatten(0, 1), TASKS.repeat(steps))
         return metrics | rollout.metrics([task.name for task in MT10]) | sizes(self.actor)
 
-    def evaluate(self) -> Metrics:
+    def play(self) -> tuple[np.ndarray, np.ndarray]:
         act = partial(best, self.actor.network)
-        found = evaluate_mt10(self.envs, act, self.config.episodes, self.config.seed, self.clock)
-        return mt10_metrics([task.name for task in MT10], *found)
+        return evaluate_mt10(self.envs, act, self.config.episodes, self.config.seed, self.clock)
+
+    def act(self, observation: np.ndarray, task: int, generator: np.random.Generator) -> np.ndarray:
+        rows = np.tile(observation, (len(MT10), 1))  # of which one is of its task
+        return best(self.actor.network, rows)[task]
+
+    def evaluate(self) -> Metrics:
+        return mt10_metrics([task.name for task in MT10], *self.play())
 
     def parts(self) -> dict[str, Any]:
         return {**self.learners, "buffer": self.buffer}

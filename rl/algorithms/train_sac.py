@@ -19,7 +19,7 @@ from rl.algorithms.trainer import Metrics, Trainer
 from rl.config import Config
 from rl.envs.metaworld import ACTIONS, MT10, OBSERVATIONS, STEPS, make_mt10
 from rl.envs.workers import Workers
-from rl.evaluate import evaluate_mt10, mt10_metrics
+from rl.episodes import evaluate_mt10, mt10_metrics
 from rl.seeds import Stream, numpy_generator, torch_generator
 
 
@@ -48,10 +48,16 @@ class SACTrainer(Trainer):
         )
         return metrics | sizes(*self.learners.values())
 
-    def evaluate(self) -> Metrics:
+    def play(self) -> tuple[np.ndarray, np.ndarray]:
         self.observations = None
-        found = evaluate_mt10(self.envs, self.agent.best, self.config.episodes, self.config.seed, self.clock)
-        return mt10_metrics([task.name for task in MT10], *found)
+        return evaluate_mt10(self.envs, self.agent.best, self.config.episodes, self.config.seed, self.clock)
+
+    def act(self, observation: np.ndarray, task: int, generator: np.random.Generator) -> np.ndarray:
+        rows = np.tile(observation, (len(MT10), 1))  # of which one is of its task
+        return self.agent.best(rows)[task]
+
+    def evaluate(self) -> Metrics:
+        return mt10_metrics([task.name for task in MT10], *self.play())
 
     def rewire(self) -> None:
         self.agent.rewire(self.clock)

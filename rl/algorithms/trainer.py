@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -38,6 +39,14 @@ class Trainer:
 
     def learn(self, steps: int) -> Metrics:
         """Learn from the timesteps that follow the clock: self.steps of them, or fewer at the end of the run."""
+        raise NotImplementedError
+
+    def play(self) -> tuple[np.ndarray, np.ndarray]:
+        """Play whole episodes of every task: undiscounted returns, and which were solved, [num_tasks, episodes]."""
+        raise NotImplementedError
+
+    def act(self, observation: np.ndarray, task: int, generator: np.random.Generator) -> np.ndarray:
+        """The action that `play` takes, for one observation of this task."""
         raise NotImplementedError
 
     def evaluate(self) -> Metrics:

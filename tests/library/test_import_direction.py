@@ -32,7 +32,17 @@ PACKAGES = ("backends.triton", "choose")  # whose files may import one another
 
 # The same of rl. A room's modules may import one another; a file in no room is named by itself.
 RL_RANK = {"": 0, "config": 0, "seeds": 0, "checkpoint": 0, "envs": 1, "agents": 1, "treatments": 2}
-RL_RANK |= {"evaluate": 3, "metrics": 3, "reporting": 3, "algorithms": 4, "run": 5, "report": 5, "sweep": 6}
+RL_RANK |= {
+    "episodes": 3,
+    "metrics": 3,
+    "reporting": 3,
+    "algorithms": 4,
+    "run": 5,
+    "report": 5,
+    "sweep": 6,
+    "evaluate": 6,
+    "play": 6,
+}
 
 
 def imported(path: Path) -> set[str]:

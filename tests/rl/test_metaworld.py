@@ -8,7 +8,7 @@ import pytest
 from gymnasium.vector import SyncVectorEnv
 
 from rl.envs.metaworld import ACTIONS, MT10, OBSERVATIONS, STEPS, make_mt10, require_metaworld
-from rl.evaluate import evaluate_mt10, mt10_metrics
+from rl.episodes import evaluate_mt10, mt10_metrics
 from rl.seeds import Stream, numpy_generator
 
 SEED = 3
