@@ -140,9 +140,19 @@ def test_a_gradient_split_over_tokens_is_the_same_one(block_size, kind, monkeypa
     monkeypatch.setattr(launch, "SPLITS_PER_SM", 99)
     monkeypatch.setattr(launch, "SPLIT_TOKENS", 40)
     topology = random_topology((2, 3), block_size, 1 if kind == "plain" else 2, dead=1)
-    assert launch._splits(topology.num_slots, 190, torch.device("cpu")) == 4
+    assert launch._splits(topology.layout, 1, 190, torch.empty(0), kind == "ragged") == 4
     for dtype in (torch.bfloat16, torch.float32):
         check(topology, 190, dtype, kind == "ragged")
+
+
+def test_operands_beyond_l2_are_split_where_programs_take_several_waves(monkeypatch):
+    monkeypatch.setattr(launch, "SPLIT_TOKENS", 16)
+    monkeypatch.setattr(launch, "_l2_bytes", lambda device: 8 * 1024)
+    monkeypatch.setattr(launch, "PARTS_PER_OPERANDS", 99)
+    for small, splits in ((16, 4), (32, 8), (64, 1)):
+        topology = random_topology((3, 6), small, dead=1)
+        assert launch._splits(topology.layout, 1, 140, torch.empty(0, dtype=torch.float16), False) == splits
+        check(topology, 140, torch.float16)
 
 
 def test_more_block_rows_are_found_than_are_read_at_once():

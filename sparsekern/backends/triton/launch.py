@@ -6,6 +6,7 @@ in plain integers (`triton.cdiv` takes a microsecond), and launch what `prepare`
 """
 
 import functools
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -21,6 +22,14 @@ PROGRAMS_PER_SM = 2
 # An sdd with fewer than this many programs per multiprocessor is split over tokens, while every part has SPLIT_TOKENS.
 SPLITS_PER_SM = 4
 SPLIT_TOKENS = 256
+# Of small blocks it is also split where its programs take more than one wave and its operands do not fit L2: programs
+# drift apart then, and each reads from memory what another has read before. On an H200 (60 MB of L2), 4096 x 4096 in
+# bfloat16, 16384 tokens (268 MB) took 6.3 times as long as 4096 tokens (67 MB) at block 16 (densities .1 to .5) and
+# 6.3 at block 32 (.5), but 3.9 in one wave (block 32, .1) and at most 4.1 at blocks 64 and 128. In four parts, each
+# like the 4096 tokens that were measured, 900 us are predicted at block 16 and density .1, in place of 1425.
+L2_BLOCKS = (16, 32)
+OPERANDS_PER_L2 = 1.25  # bytes of one part; 1.07 is the most that was measured to be no slower than it should be
+PARTS_PER_OPERANDS = 0.5  # bytes of all float32 parts, which are written and read once more
 
 # Prepared launches by all that they depend on. Their numbers are few: kernels, tiles and layouts of a model.
 _prepared: dict[tuple, Callable[..., bool]] = {}
@@ -74,7 +83,7 @@ def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = No
     (tile,) = tiles.of(x.device)["sdd", b, arithmetic]
     blocks = max(1, tile.m // b)
     num_tokens = x.shape[0]
-    splits = _splits(num_slots // blocks, num_tokens, x.device)
+    splits = _splits(layout, blocks, num_tokens, x, token_offsets is not None)
     grad = x.new_empty(num_slots, b, b)
     parts = grad if splits == 1 else x.new_empty(splits, num_slots, b, b, dtype=torch.float32)
     device = x.get_device()
@@ -126,7 +135,7 @@ def quick_sdd(x: Tensor, layout: Layout) -> tuple | None:
     if layout.full:
         return None
     (tile,) = tiles.of(x.device)["sdd", b, arithmetic]
-    splits = _splits(layout.num_slots // max(1, tile.m // b), x.shape[0], x.device)
+    splits = _splits(layout, max(1, tile.m // b), x.shape[0], x, ragged=False)
     launch = _prepared.get(_sdd_key(tile, splits, arithmetic, device, layout, x, None))
     sums = _prepared.get(_sum_key(splits, layout.num_slots * b * b, device, x.dtype))
     if launch is None or (splits > 1 and sums is None):
@@ -226,15 +235,41 @@ def _indexed(layout: Layout) -> Layout:
     return layout._replace(index=build_index(layout))
 
 
-def _splits(programs: int, num_tokens: int, device: torch.device) -> int:
-    """Into how many parts to split the tokens of an sdd: a power of two, as every number is a kernel of its own."""
-    most = min(SPLITS_PER_SM * _num_sms(device) // max(programs, 1), num_tokens // SPLIT_TOKENS, 32)
-    return 1 << max(most, 1).bit_length() - 1
+def _splits(layout: Layout, blocks: int, num_tokens: int, x: Tensor, ragged: bool) -> int:
+    """Into how many parts to split the tokens of an sdd with so many blocks to a program, for operands like x.
+
+    It is a power of two, as every number is a kernel of its own. Of the tokens, their highest bit decides, as for
+    `_dds_tile`. Programs are handed out along x first, so those of one part run before those of the next.
+    """
+    num_slots, b, device = layout.num_slots, layout.block_size, x.device
+    full_wave = SPLITS_PER_SM * _num_sms(device)
+    most = min(full_wave // max(num_slots // blocks, 1), num_tokens // SPLIT_TOKENS, 32)
+    to_fill = 1 << max(most, 1).bit_length() - 1
+    # the last program of a block row is half full on average
+    if b not in L2_BLOCKS or num_slots // blocks + layout.num_rows // 2 <= full_wave:
+        return to_fill
+    features = (layout.num_rows + layout.num_cols) * b // (layout.groups if ragged else 1)
+    return max(to_fill, l2_splits(num_tokens, features * x.element_size(), num_slots * b * b, _l2_bytes(device)))
+
+
+def l2_splits(num_tokens: int, token_bytes: int, num_weights: int, l2_bytes: int) -> int:
+    """Into how many parts to split so many tokens, of so many bytes in x and dy together, for L2 to hold one part."""
+    if not num_tokens:
+        return 1
+    operands = (1 << num_tokens.bit_length() - 1) * token_bytes
+    wanted = math.ceil(operands / (OPERANDS_PER_L2 * l2_bytes))
+    affordable = int(min(PARTS_PER_OPERANDS * operands / (4 * num_weights), num_tokens / SPLIT_TOKENS, 32))
+    return min(1 << (wanted - 1).bit_length(), 1 << max(affordable, 1).bit_length() - 1)
 
 
 @functools.cache
 def _num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.cache
+def _l2_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 60 << 20
 
 
 def _on_device(x: Tensor):
