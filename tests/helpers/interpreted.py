@@ -155,6 +155,70 @@ def test_operands_beyond_l2_are_split_where_programs_take_several_waves(monkeypa
         check(topology, 140, torch.float16)
 
 
+DESCRIBED = [(*key[:2], tile) for key, own in tiles.DESCRIPTORS.items() for tile in own]
+
+
+@pytest.fixture(params=DESCRIBED, ids=lambda p: f"{p[0]}-b{p[1]}-{'x'.join(map(str, p[2][:4]))}")
+def described(request, monkeypatch):
+    """(block size, tile) of a product that tensor descriptors load for; the launches without them are counted."""
+    product, size, tile = request.param
+    monkeypatch.setitem(tiles.of(torch.device("cpu")), (product, size, "half"), (tile,))
+    launches = []
+    kernel = launch.kernels.dds_kernel if product == "dds" else launch.kernels.sdd_kernel
+    other = launch.kernels.dds_descriptors_kernel if product == "dds" else launch.kernels.sdd_descriptors_kernel
+    for name, counted in (("pointers", kernel), ("descriptors", other)):
+
+        def count(*args, name=name, run=counted.run, **options):
+            launches.append(name)
+            return run(*args, **options)
+
+        monkeypatch.setattr(counted, "run", count)
+    return size, tile, launches
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_descriptors_match_float64(described, dtype, groups):
+    size, tile, launches = described
+    for tokens in (1, max(tile.m, tile.k) + 9):
+        check(random_topology((2, 3), size, groups, live=0.6, dead=2), tokens, dtype)
+    assert set(launches) == {"descriptors"}
+
+
+def test_descriptors_serve_rows_without_blocks_and_dead_stores(described):
+    size, _, launches = described
+    for live, dead in ((0.0, 3), (1.0, 0)):
+        check(random_topology((3, 4), size, live=live, dead=dead), 5, torch.float16)
+    assert set(launches) == {"descriptors"}
+
+
+def test_descriptors_split_gradients_too(described, monkeypatch):
+    monkeypatch.setattr(launch, "SPLITS_PER_SM", 99)
+    monkeypatch.setattr(launch, "SPLIT_TOKENS", 40)
+    size, _, launches = described
+    topology = random_topology((2, 3), size, dead=1)
+    assert launch._splits(topology.layout, 1, 190, torch.empty(0), False) == 4
+    check(topology, 190, torch.bfloat16)
+    assert set(launches) == {"descriptors"}
+
+
+def test_ragged_groups_and_unaligned_rows_need_no_descriptors(described):
+    size, tile, launches = described
+    check(random_topology((2, 3), size, 3, live=0.6), 70, torch.float16, ragged=True)
+    topology = random_topology((2, 3), size)
+    x, dy, weight, bias, layout, _, _ = operands(topology, 40, torch.float16)
+    for extra, begin in ((1, 0), (16, 1)):  # rows at no multiples of 16 bytes; rows at them, but the first
+        other_x, other_dy = (
+            torch.zeros(40, side.shape[1] + extra, dtype=x.dtype)[:, begin : begin + side.shape[1]].copy_(side)
+            for side in (x, dy)
+        )
+        y = launch.dds(other_x, weight, layout, bias, True)
+        grad = launch.sdd(other_dy, other_x, layout)
+        torch.testing.assert_close(y, launch.dds(x.float(), weight.float(), layout, bias.float(), True).half())
+        torch.testing.assert_close(grad, launch.sdd(dy.float(), x.float(), layout).half())
+    assert set(launches) == {"pointers"}
+
+
 def test_more_block_rows_are_found_than_are_read_at_once():
     topology = random_topology((1040, 1), 16, live=0.3, dead=5)
     x, dy, _, _, layout, _, _ = operands(topology, 2, torch.float32)

@@ -101,6 +101,43 @@ def dds_kernel(
     tl.store(y_tile, sums.to(y_ptr.dtype.element_ty), mask=(t < end)[:, None])
 
 
+@triton.jit(do_not_specialize=["num_tokens", "out_blocks", "first_pair", "first_offset", "first_order"])
+def dds_descriptors_kernel(
+    x_desc, weight_desc,  # [T, in_blocks * B] in parts of [BLOCK_T, BLOCK_K], [num_slots * B, B] in parts of a block
+    bias_ptr, y_ptr, index_ptr,  # [outputs] or None, [T, out_blocks * B], int32: Layout.index
+    num_tokens, out_blocks, first_pair, first_offset, first_order,  # as in dds_kernel
+    y_stride,
+    B: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, K_MAJOR: tl.constexpr,
+):  # fmt: skip
+    """As dds_kernel, but for ragged groups: a tile of tokens would read beyond its group's end.
+
+    A thread asks for whole tiles, where the other kernel computes an address for every 16 bytes; what lies past the
+    last token reads as zero.
+    """
+    PARTS: tl.constexpr = B // BLOCK_K
+    tile, out = tl.program_id(0) // out_blocks, tl.program_id(0) % out_blocks
+    row = tl.load(index_ptr + first_order + out)
+    start, stop = tl.load(index_ptr + first_offset + row), tl.load(index_ptr + first_offset + row + 1)
+    pairs = index_ptr.to(tl.pointer_type(tl.int64)) + first_pair
+    sums = tl.zeros((BLOCK_T, B), tl.float32)
+    word = tl.load(pairs + start, mask=start < stop, other=0)
+    for i in range(start * PARTS, stop * PARTS):
+        following = tl.load(pairs + (i + 1) // PARTS, mask=i + 1 < stop * PARTS, other=0)
+        part = i % PARTS * BLOCK_K
+        col, slot = word.to(tl.int32), (word >> 32).to(tl.int32)
+        x = x_desc.load([tile * BLOCK_T, col * B + part])
+        if K_MAJOR:
+            sums = tl.dot(x, weight_desc.load([slot * B, part]).T, sums)
+        else:
+            sums = tl.dot(x, weight_desc.load([slot * B + part, 0]), sums)
+        word = following
+    t, n = tile * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, B)
+    if bias_ptr is not None:
+        sums += tl.load(bias_ptr + row * B + n).to(tl.float32)[None, :]
+    y_tile = y_ptr + t.to(tl.int64)[:, None] * y_stride + (row * B + n)[None, :]
+    tl.store(y_tile, sums.to(y_ptr.dtype.element_ty), mask=(t < num_tokens)[:, None])
+
+
 @triton.jit
 def _row_of_program(row_offsets_ptr, program, num_rows, BLOCKS: tl.constexpr):
     """The last block row r with row_offsets[r] // BLOCKS + r <= program: from there on its BLOCKS pairs are numbered.
@@ -163,6 +200,30 @@ def sdd_kernel(
     slots = (words >> 32) + split.to(tl.int64) * num_slots
     grad_tile = grad_ptr + (slots * B * B + m % B)[:, None] + (n * B)[None, :]  # the blocks, transposed
     tl.store(grad_tile, sums.to(grad_ptr.dtype.element_ty), mask=(words >= 0)[:, None])
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_slots"])
+def sdd_descriptors_kernel(
+    dy_desc, x_desc,  # [T, rows * B], [T, cols * B], both in parts of [BLOCK_T, B]
+    grad_ptr, index_ptr, block_rows_ptr,  # [SPLITS, num_slots, B, B], int32: Layout.index, int16 or int32 [num_slots]
+    num_tokens, num_slots,
+    B: tl.constexpr, BLOCK_T: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """As sdd_kernel, but for ragged groups; one program makes one block from one of SPLITS parts of the tokens."""
+    # in the order of the index, so that the programs that run at once share dy
+    word = tl.load(index_ptr.to(tl.pointer_type(tl.int64)) + tl.program_id(0))
+    col, slot, split = word.to(tl.int32), (word >> 32).to(tl.int32), tl.program_id(1)
+    row = tl.load(block_rows_ptr + slot).to(tl.int32)
+    share = tl.cdiv(num_tokens, SPLITS * BLOCK_T) * BLOCK_T
+    begin = split * share
+    end = tl.where(row >= 0, tl.minimum(begin + share, num_tokens), begin)  # dead slots get zeros and read nothing
+    sums = tl.zeros((B, B), tl.float32)
+    for t in range(begin, end, BLOCK_T):
+        # what lies past the last token reads as zero in both
+        sums = tl.dot(dy_desc.load([t, row * B]).T, x_desc.load([t, col * B]), sums)
+    m, n = tl.arange(0, B), tl.arange(0, B)
+    grad_block = grad_ptr + (slot.to(tl.int64) + split.to(tl.int64) * num_slots) * B * B
+    tl.store(grad_block + m[:, None] * B + n[None, :], sums.to(grad_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["size"])

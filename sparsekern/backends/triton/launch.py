@@ -12,6 +12,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sparsekern.backends.triton import kernels, tiles
 from sparsekern.backends.triton.prepare import current_device, current_stream, prepare
@@ -59,7 +60,11 @@ def dds(
     y = x.new_empty(num_tokens, out_blocks * b)
     if not num_tokens:
         return y
-    tile, device = _dds_tile(arithmetic, b, num_tokens, groups, out_blocks, x.device), x.get_device()
+    usable = _tiles("dds", b, arithmetic, token_offsets, x, weight)
+    tile, device = _dds_tile(usable, num_tokens, groups, out_blocks, x.device), x.get_device()
+    if tile.descriptors:
+        _dds_by_descriptors(tile, x, weight, layout, bias, y, transpose)
+        return y
     key = _dds_key(tile, arithmetic, device, layout, transpose, x, bias, token_offsets)
     launch = _prepared.get(key)
     if launch is None or device != current_device() or not launch(
@@ -80,12 +85,17 @@ def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = No
     """The live blocks of dyᵀx, [num_slots, B, B]. See `sparsekern.products.sdd`; here both are 2-D and padded."""
     layout = _indexed(layout)
     arithmetic, b, num_slots = _arithmetic(x), layout.block_size, layout.num_slots
-    (tile,) = tiles.of(x.device)["sdd", b, arithmetic]
+    tile, *_ = _tiles("sdd", b, arithmetic, token_offsets, x, dy)
     blocks = max(1, tile.m // b)
     num_tokens = x.shape[0]
     splits = _splits(layout, blocks, num_tokens, x, token_offsets is not None)
     grad = x.new_empty(num_slots, b, b)
     parts = grad if splits == 1 else x.new_empty(splits, num_slots, b, b, dtype=torch.float32)
+    if tile.descriptors:
+        _sdd_by_descriptors(tile, dy, x, layout, parts, splits)
+        if splits > 1:
+            _sum_splits(parts, grad, splits)
+        return grad
     device = x.get_device()
     key = _sdd_key(tile, splits, arithmetic, device, layout, x, token_offsets)
     launch = _prepared.get(key)
@@ -103,6 +113,30 @@ def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = No
     if splits > 1:
         _sum_splits(parts, grad, splits)
     return grad
+
+
+def _dds_by_descriptors(
+    tile: Tile, x: Tensor, weight: Tensor, layout: Layout, bias: Tensor | None, y: Tensor, transpose: bool
+) -> None:
+    """Triton encodes descriptors anew at every launch, which costs host time."""
+    b, (num_tokens, features) = layout.block_size, y.shape
+    part = [b, tile.k] if transpose else [tile.k, b]
+    with _on_device(x):
+        kernels.dds_descriptors_kernel[(-(-num_tokens // tile.m) * (features // b),)](
+            TensorDescriptor.from_tensor(x, [tile.m, tile.k]), TensorDescriptor.from_tensor(weight.view(-1, b), part),
+            bias, y, layout.index, num_tokens, features // b, *_walk(layout, transpose), y.stride(0),
+            B=b, BLOCK_T=tile.m, BLOCK_K=tile.k, K_MAJOR=transpose, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+
+def _sdd_by_descriptors(tile: Tile, dy: Tensor, x: Tensor, layout: Layout, parts: Tensor, splits: int) -> None:
+    b = layout.block_size
+    with _on_device(x):
+        kernels.sdd_descriptors_kernel[(layout.num_slots, splits)](
+            TensorDescriptor.from_tensor(dy, [tile.k, b]), TensorDescriptor.from_tensor(x, [tile.k, b]),
+            parts, layout.index, layout.block_rows, x.shape[0], layout.num_slots,
+            B=b, BLOCK_T=tile.k, SPLITS=splits, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
 
 
 def _sum_splits(parts: Tensor, total: Tensor, splits: int) -> None:
@@ -124,7 +158,8 @@ def quick_dds(x: Tensor, layout: Layout, bias: Tensor | None, transpose: bool) -
     if layout.full or (arithmetic == "tf32" and not transpose):
         return None
     out_blocks = layout.num_rows if transpose else layout.num_cols
-    tile = _dds_tile(arithmetic, b, num_tokens, 1, out_blocks, x.device)
+    # one that uses descriptors is never prepared
+    tile = _dds_tile(_tiles("dds", b, arithmetic, None, x), num_tokens, 1, out_blocks, x.device)
     launch = _prepared.get(_dds_key(tile, arithmetic, device, layout, transpose, x, bias, None))
     return (launch, 1, None) if launch else None
 
@@ -134,7 +169,7 @@ def quick_sdd(x: Tensor, layout: Layout) -> tuple | None:
     arithmetic, b, device = _arithmetic(x), layout.block_size, x.get_device()
     if layout.full:
         return None
-    (tile,) = tiles.of(x.device)["sdd", b, arithmetic]
+    tile, *_ = _tiles("sdd", b, arithmetic, None, x)
     splits = _splits(layout, max(1, tile.m // b), x.shape[0], x, ragged=False)
     launch = _prepared.get(_sdd_key(tile, splits, arithmetic, device, layout, x, None))
     sums = _prepared.get(_sum_key(splits, layout.num_slots * b * b, device, x.dtype))
@@ -157,10 +192,27 @@ def _sum_key(splits: int, size: int, device: int, dtype: torch.dtype) -> tuple:
     return "sum_splits", splits, size, device, dtype
 
 
-def _dds_tile(arithmetic: str, b: int, num_tokens: int, groups: int, out_blocks: int, device: torch.device) -> Tile:
+def _tiles(product: str, b: int, arithmetic: str, token_offsets: Tensor | None, *operands: Tensor) -> tuple[Tile, ...]:
+    """Those of the table that can be used; where all want descriptors and these cannot, those without a measurement."""
+    listed = tiles.of(operands[0].device)[product, b, arithmetic]
+    if not any(tile.descriptors for tile in listed):
+        return listed
+    if token_offsets is None and all(map(_can_be_described, operands)):
+        return listed
+    return tuple(tile for tile in listed if not tile.descriptors) or tiles.DEFAULT[product, b, arithmetic]
+
+
+def _can_be_described(x: Tensor) -> bool:
+    """Whether a tensor descriptor takes x: its rows must begin at multiples of 16 bytes and not overlap."""
+    row = x.stride(0)
+    aligned = x.data_ptr() % 16 == 0 and row * x.element_size() % 16 == 0
+    return aligned and x.stride(-1) == 1 and row >= x.shape[-1] and x.numel() > 0
+
+
+def _dds_tile(usable: tuple[Tile, ...], num_tokens: int, groups: int, out_blocks: int, device: torch.device) -> Tile:
     """Of the tokens, their highest bit decides, so that a prepared product needs one launch for each."""
     num_tokens = 1 << num_tokens.bit_length() - 1
-    for tile in tiles.of(device)["dds", b, arithmetic]:
+    for tile in usable:
         # every group may end in a tile of its own
         programs = (-(-num_tokens // tile.m) + groups - 1) * out_blocks
         if programs >= PROGRAMS_PER_SM * _num_sms(device):
