@@ -20,6 +20,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import sparsekern as sk
 from sparsekern.backends.triton import launch, tiles
@@ -28,7 +29,7 @@ from sparsekern.table import table
 SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes that one program may use
 SHARED_RESERVED = 1024  # bytes that every resident program costs on top
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
+TYPES |= {torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
 
 
 class Case(NamedTuple):
@@ -43,6 +44,7 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         words = (self.product, str(self.block_size), self.arithmetic, "x".join(map(str, self.tile[:2])))
+        words += ("descriptors",) * self.tile.descriptors
         return "-".join(words + ("ragged",) * self.ragged + (TYPES[self.dtype],) * (self.dtype == torch.float16))
 
 
@@ -57,6 +59,7 @@ class Report(NamedTuple):
     wgmma: str  # shapes of Hopper's tensor-core instructions, such as m64n64k16
     mma: int  # older tensor-core instructions
     copies: dict[int, int]  # asynchronous copies to shared memory, by bytes
+    tensor_copies: int  # of whole tiles, by tensor descriptors
 
     @property
     def programs_per_sm(self) -> int:
@@ -66,8 +69,13 @@ class Report(NamedTuple):
         return min(by_registers, by_shared, 2048 // (32 * self.case.tile.warps))
 
 
-def cases() -> Iterator[Case]:
+def cases(arch: int) -> Iterator[Case]:
     """Every tile of the table, dds in both orientations; ragged and float16 for one block size."""
+    if arch >= 90:
+        for (table_name, block_size, arithmetic), own in tiles.DESCRIPTORS.items():
+            names = ("dds", "dds_back") if table_name == "dds" else (table_name,)
+            for name, tile, dtype in product(names, own, (torch.bfloat16, torch.float16)):
+                yield Case(name, block_size, arithmetic, tile, dtype)
     for (table_name, block_size, arithmetic), own in tiles.DEFAULT.items():
         dtype = torch.bfloat16 if arithmetic == "half" else torch.float32
         names = {"dds": ("dds", "dds_back"), "sdd": ("sdd", "sum_splits")}.get(table_name, (table_name,))
@@ -97,7 +105,7 @@ def compile_case(case: Case, arch: int) -> Report:
 
 
 def compile_all(arch: int, workers: int = 2) -> list[Report]:
-    every = list(cases())
+    every = list(cases(arch))
     with ProcessPoolExecutor(workers) as pool:
         return list(pool.map(compile_case, every, len(every) * [arch]))
 
@@ -107,7 +115,8 @@ def print_table(reports: list[Report]) -> str:
     rows = []
     for r in reports:
         copies = " ".join(f"{count}x{size}B" for size, count in sorted(r.copies.items(), reverse=True))
-        numbers = (*r.case.tile[2:], r.registers, r.spills, r.shared, r.programs_per_sm, r.wgmma or "-", r.mma)
+        copies += f"{r.tensor_copies} tiles" if r.tensor_copies else ""
+        numbers = (*r.case.tile[2:4], r.registers, r.spills, r.shared, r.programs_per_sm, r.wgmma or "-", r.mma)
         rows.append(tuple(map(str, (r.arch, r.case, *numbers, copies))))
     return table(head, rows)
 
@@ -161,12 +170,14 @@ def _launched(case: Case):
     return launches[-1]
 
 
-def _type(value: Tensor | int) -> str:
+def _type(value: Tensor | TensorDescriptor | int) -> str:
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
     return f"*{TYPES[value.dtype]}" if isinstance(value, Tensor) else "i32"
 
 
-def _specialised(parameter, value: int) -> bool:
-    return value % 16 == 0 and not parameter.do_not_specialize
+def _specialised(parameter, value: TensorDescriptor | int) -> bool:
+    return isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize
 
 
 def _report(case, arch, compiled) -> Report:
@@ -181,7 +192,9 @@ def _report(case, arch, compiled) -> Report:
     sizes = [int(size, 0) for size in sizes]
     copies = {size: sizes.count(size) for size in set(sizes)}
     mma = len(re.findall(r"(?<!w)\bmma\.sync", ptx))
-    return Report(case, arch, registers, stack, compiled.metadata.shared, " ".join(shapes), mma, copies)
+    tensor_copies = len(re.findall(r"cp\.async\.bulk\.tensor\.2d\.shared", ptx))
+    shared = compiled.metadata.shared
+    return Report(case, arch, registers, stack, shared, " ".join(shapes), mma, copies, tensor_copies)
 
 
 if __name__ == "__main__":
