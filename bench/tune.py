@@ -34,6 +34,7 @@ from sparsekern.choose import cost
 SIZES = cases.SIZES["full" if ON_GPU else "smoke"]
 NAME = torch.cuda.get_device_name() if ON_GPU else "rehearsal on a CPU"
 TABLE = tiles.of(torch.device("cuda", torch.cuda.current_device()) if ON_GPU else torch.device("cpu"))
+CAPABILITY = torch.cuda.get_device_capability() if ON_GPU else (0, 0)
 ARITHMETICS = limits.arithmetics(SIZES)
 DENSITIES = (0.1, 0.5) if ON_GPU else (0.25, 0.75)  # between which both paths take time linear in the density
 FEW_TOKENS = SIZES.tokens[-1]
@@ -59,10 +60,13 @@ def problem_of(case: Case) -> Problem:
 
 
 def candidates(product: str, block_size: int, arithmetic: str) -> list[Tile]:
-    """The table's tiles first, then whatever fits a multiprocessor."""
+    """The table's tiles first, those with tensor descriptors from Hopper on, then whatever fits a multiprocessor."""
     table = list(TABLE[product, block_size, arithmetic])
     if not ON_GPU:
         return table[:1]
+    if CAPABILITY >= (9, 0):
+        described = tiles.DESCRIPTORS.get((product, block_size, arithmetic), ())
+        table += [tile for tile in described if tile not in table]
     element = cost.ELEMENT[arithmetic]
     shapes = (Tile(m, k, *shape) for m in (64, 128, 256) for k in (32, 64) for shape in SHAPES)
     return table + [
