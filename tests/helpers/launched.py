@@ -20,7 +20,7 @@ import sparsekern as sk
 from bench.call_overhead import Driver
 from sparsekern import choose, operators, products, quick
 from sparsekern.backends import triton
-from sparsekern.backends.triton import launch, prepare
+from sparsekern.backends.triton import launch, prepare, tiles
 
 STREAM = 77
 
@@ -38,6 +38,8 @@ last = (Record * 8).in_dll(stub, "last")
 num_launches = ctypes.c_int.in_dll(stub, "num_launches")
 num_parameters = (ctypes.c_int * 256).in_dll(stub, "num_parameters")
 results = (ctypes.c_int * 8).in_dll(stub, "results")
+encoded = ((ctypes.c_uint64 * 16) * 4).in_dll(stub, "encoded")
+num_encoded = ctypes.c_int.in_dll(stub, "num_encoded")
 entered_contexts = ctypes.c_int.in_dll(stub, "entered_contexts")
 
 
@@ -174,6 +176,33 @@ def test_the_number_of_tokens_and_the_stride_are_those_of_the_call(compiled):
         launch._prepared.clear()
         (theirs,) = records(lambda x=x: launch.dds(x, weight, layout, bias, True), compiled)
         assert theirs | {"triton": 0} == ours
+
+
+@pytest.mark.parametrize("product", ["forward", "backward", "gradient"])
+def test_tensor_descriptors_are_encoded_by_tritons_launcher(compiled, monkeypatch, product):
+    """A map says whole tensors, innermost size first, and a box of one copy: 128 bytes wide, with a swizzle of 128."""
+    own = tiles.of(torch.device("cpu"))
+    monkeypatch.setitem(own, ("dds", 64, "half"), tiles.DESCRIPTORS["dds", 64, "half"])
+    monkeypatch.setitem(own, ("sdd", 64, "half"), tiles.DESCRIPTORS["sdd", 64, "half"][:1])
+    topology = sk.Topology.random((256, 128), 0.5, 64)
+    layout, slots = topology.layout, topology.num_slots
+    x, dy = (torch.zeros(300, n + 64, dtype=torch.bfloat16)[:, :n] for n in (128, 256))
+    weight, bias = torch.zeros(slots, 64, 64, dtype=torch.bfloat16), torch.zeros(256, dtype=torch.bfloat16)
+    call, grid, *maps = {
+        "forward": (lambda: launch.dds(x, weight, layout, bias, True), [3 * 4, 1, 1], (x, 128), (weight, 64)),
+        "backward": (lambda: launch.dds(dy, weight, layout, None, False), [3 * 2, 1, 1], (dy, 128), (weight, 64)),
+        "gradient": (lambda: launch.sdd(dy, x, layout), [slots, 1, 1], (dy, 64), (x, 64)),
+    }[product]
+    call()
+    before = num_encoded.value
+    (record,) = records(call, compiled)
+    assert record["triton"] and record["grid"] == grid and launch._prepared == {}
+    assert num_encoded.value == before + 2
+    bfloat16, swizzle_128, zeros = 9, 3, 0
+    for n, (tensor, rows) in enumerate(maps, before):
+        width, row_bytes = tensor.shape[-1], tensor.stride(-2) * 2
+        expected = [bfloat16, 2, tensor.data_ptr(), width, tensor.numel() // width, row_bytes, 64, rows]
+        assert [*encoded[n % 4]][:10] == [*expected, swizzle_128, zeros]
 
 
 def test_layouts_of_one_geometry_share_a_launch(compiled):

@@ -15,6 +15,8 @@ int num_launches;
 int num_parameters[256]; /* by function, which is a small number here */
 int results[8];          /* of the next launches */
 int entered_contexts;
+uint64_t encoded[4][16]; /* tensor maps: type, rank, address, 2 sizes, row bytes, 2 sides of a box, swizzle, fill */
+int num_encoded;
 
 static int note(struct Record record, void** parameters) {
     for (int p = 0; p < num_parameters[record.function]; p++) record.parameters[p] = *(uint64_t*)parameters[p];
@@ -32,6 +34,13 @@ int cuLaunchKernelEx(const Config* c, void* f, void** parameters, void** extra) 
     struct Record record = {(uint64_t)f, {c->grid[0], c->grid[1], c->grid[2]}, {c->block[0], c->block[1], c->block[2]},
                             c->shared, (uint64_t)c->stream, c->num_attributes, 1, {0}};
     return note(record, parameters);
+}
+int cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* address, const uint64_t* sizes,
+                           const uint64_t* strides, const unsigned* box, const unsigned* steps, int interleave,
+                           int swizzle, int promotion, int fill) {
+    uint64_t map_of[16] = {type, rank, (uint64_t)address, sizes[0], sizes[1], strides[0], box[0], box[1], swizzle, fill};
+    for (int i = 0; i < 16; i++) encoded[num_encoded % 4][i] = ((uint64_t*)map)[i] = map_of[i];
+    return num_encoded++, 0;
 }
 int cuPointerGetAttribute(uint64_t* value, int attribute, uint64_t pointer) { return *value = pointer, 0; }
 int cuCtxGetCurrent(void** context) { return *context = (void*)1, 0; }
