@@ -26,8 +26,8 @@ REQUEST = 64  # bytes of L2's time that a request takes, if it wants fewer: bloc
 START_S = 2.2e-6  # from a program's start to its first product: four loads that wait for one another, of cold memory
 THREEFOLD_SHARE = 0.27  # of the 16-bit rate that sdd reaches in tf32, where it makes three bfloat16 products of one
 IEEE_SHARE = 0.67  # of the vendor's float32 without tensor cores: assumed, as no such product was measured
-COPY_SHARE = 0.38  # of device memory's rate that the copies between blocks and a dense matrix reach
-COPY_LAUNCHES = {"dds": 2, "sdd": 1}  # clear and scatter the dense matrix; gather the live blocks
+GATHER_SHARE = 0.38  # of device memory's rate that gathering the live blocks of a dense matrix reaches
+FILL_STARTS = 2  # of a program that writes a dense matrix: its search loads as often again; predicted, not measured
 DENSE_TILES = ((128, 256, 1.0), (128, 128, 0.88), (128, 64, 0.75), (64, 64, 0.55))  # rows, columns, share of the peak
 PEAK_SIZE = 8192  # of the cube whose rate is a device's `gemm_flops`
 
@@ -122,10 +122,11 @@ def dense_seconds(product: Product, density: float) -> float:
     """The vendor's GEMM and the copy between blocks and a dense matrix."""
     name, _, arithmetic, out, into, tokens, device = product
     facts, size = devices.known(device), ELEMENT[arithmetic] * out * into
-    sizes = (tokens, out, into) if name == "dds" else (out, into, tokens)
-    cleared, copied = size * (name == "dds"), 2 * density * size
-    copy = (cleared + copied / COPY_SHARE) / facts["hbm_bytes_per_s"]
-    copy += COPY_LAUNCHES[name] * (facts["launch_s"] + START_S)
+    if name == "dds":
+        sizes, moved, starts = (tokens, out, into), (1 + density) * size, FILL_STARTS
+    else:
+        sizes, moved, starts = (out, into, tokens), 2 * density * size / GATHER_SHARE, 1
+    copy = facts["launch_s"] + starts * START_S + moved / facts["hbm_bytes_per_s"]
     return gemm_seconds(arithmetic, *sizes, device) + copy
 
 

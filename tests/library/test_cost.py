@@ -61,6 +61,14 @@ def test_the_largest_gemm_takes_as_long_as_was_measured():
         assert flop_rate == pytest.approx(devices.known("NVIDIA H200")["gemm_flops"][kind], rel=1e-6)
 
 
+def test_a_dense_matrix_is_predicted_to_be_written_once_and_the_blocks_to_be_read_once():
+    product = cost.Product("dds", 16, "half", 4096, 4096, 256, "NVIDIA H200")
+    gemm = cost.gemm_seconds("half", 256, 4096, 4096, "NVIDIA H200")
+    copies = [cost.dense_seconds(product, density) - gemm for density in (0.0, 1.0)]
+    assert copies[1] - copies[0] == pytest.approx(2 * 4096**2 / devices.known("NVIDIA H200")["hbm_bytes_per_s"])
+    assert copies[1] < 36e-6, "clearing first and scattering afterwards took 36 us at density 0.5"
+
+
 def test_live_neighbours_share_a_request_to_l2():
     """Blocks of 16 in 16 bits are 32 bytes wide: alone they take the time of 64, side by side their own."""
     assert cost._fetched(32, 0.001) == pytest.approx(64, rel=1e-3)
