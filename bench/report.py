@@ -14,9 +14,8 @@ from pathlib import Path
 import pandas
 from pandas import DataFrame, Series
 
-from bench import plot, results
-from bench.case import HEADLINES, KEYS, Case
-from sparsekern.choose import cost
+from bench import model, plot, results
+from bench.case import HEADLINES, KEYS
 
 README = Path(__file__).parent.parent / "README.md"
 TOGETHER = results.FOLDER / "speed-up.png"
@@ -73,8 +72,7 @@ def products(rows: DataFrame) -> str:
 
 def paths(rows: DataFrame) -> str:
     """Times of our Triton kernels alone and of the vendor's GEMM, and how much faster than that are the kernels, what
-    the chooser took, and the dense path, which copies the blocks into a dense matrix. The bound is that of the
-    chooser's model (`sparsekern/choose/cost.py`) with the limits of this device."""
+    the chooser took, and the dense path, which copies the blocks into a dense matrix."""
     rows = rows[rows.clock == "graph"].dropna(subset="ratio")
     wide = rows.pivot_table(index=[*KEYS, "name"], columns="backend", values="ratio")
     wide = wide.reindex(columns=list(PATHS.values())).reset_index()
@@ -88,24 +86,20 @@ def paths(rows: DataFrame) -> str:
         | {"kernels us": us(wide.time_us), "dense us": us(wide.partner_us)}
         | {f"{name} faster": [number(v, "{:.2f}x") for v in wide[key]] for name, key in PATHS.items()}
         | {"TFLOP/s": (wide.flop / wide.time_us / 1e6).map("{:.0f}".format)}
-        | {"of bound": [number(v, "{:.0%}") for v in model_us(wide) / wide.time_us]}
     )
 
 
 PATHS = {"kernels": "triton", "chosen": "chosen", "dense path": "dense path"}
 
 
-def model_us(rows: DataFrame) -> Series:
-    """The lower bound of `sparsekern.choose.cost`."""
-
-    def one(row) -> float:
-        own = Case(*(row[key] for key in KEYS[:6]), arithmetic=row.arithmetic)
-        sizes = own.block_size, own.kind, own.out_features, own.in_features, own.tokens, row.device_name
-        products = (cost.Product(name, *sizes) for name in cost.PRODUCTS)
-        dds, sdd = (cost.sparse_seconds(product, own.density) * 1e6 for product in products)
-        return {"sdd": sdd, "three products": 2 * dds + sdd}.get(row["name"], dds)
-
-    return rows.apply(one, axis=1)
+def chooser(rows: DataFrame) -> str:
+    """The time that the chooser's model (`sparsekern/choose/cost.py`) gives with the rates of this device, over the
+    time measured: median, and the share furthest from 1."""
+    found = model.lines(model.compared(rows))
+    if found.empty:
+        return ""
+    shares = {name: found[name].map("{:.2f}".format) for name in ("median", "worst")}
+    return markdown(found.to_dict("series") | shares)
 
 
 def limits(rows: DataFrame) -> str:
@@ -332,6 +326,7 @@ def failures(rows: DataFrame) -> str:
 
 
 EVERY_SUITE = ("forward", "layer", "gradients", "bfloat16", "products", "gmp", "models", "rl", "sac", "overhead")
+CHOOSER = "The chooser's model"
 # Title -> (suites it shows, on which devices, what writes it)
 SECTIONS = {
     "A layer": (("forward", "layer"), "cpu", headlines),
@@ -370,7 +365,8 @@ def page(path: Path, rows: DataFrame) -> str:
     for title, (suites, where, write) in SECTIONS.items():
         shown = rows[rows.suite.isin(suites)]
         if device in where.split() and len(shown) and (text := write(shown)):
-            parts += [f"## {title}", inspect.getdoc(write), text]
+            parts += [f"## {title}", inspect.getdoc(write)]
+            parts += [f"![Model against measurement]({model.path_for(path).name})"] * (title == CHOOSER) + [text]
     failed = rows[~rows.suite.isin(SHOW_THEIR_REASONS)]
     failed = failed.dropna(subset="reason") if "reason" in failed else failed[:0]
     if len(failed):
@@ -506,6 +502,8 @@ def main(arguments: list[str] | None = None) -> None:
     for path, rows in found.items():
         steps = plot.steps(rows)
         plot.draw(rows, conditions(steps if len(steps) else rows), plot.path_for(path))
+        if plot.of_gpu(rows):
+            model.draw(rows, conditions(rows), model.path_for(path))
         path.with_suffix(".md").write_text(page(path, rows))
     if own is not None:
         return

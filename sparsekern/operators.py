@@ -20,7 +20,7 @@ from torch.autograd import Function, forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from sparsekern import choose, quick
-from sparsekern.backends import reference
+from sparsekern.backends import dense, reference
 from sparsekern.topology import Layout, catch_up, check_block_size, is_current
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -61,7 +61,8 @@ def dds(
         y = quick.dds(x, weight, layout, bias, transpose)
         if y is not None:
             return y
-    return _multiply(x, weight, bias, token_offsets, layout, transpose)
+    backend = choose.backend_for("dds", x, layout, token_offsets)
+    return _multiply(backend, x, weight, bias, token_offsets, layout, transpose)
 
 
 def quick_dds(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, transpose: bool) -> Tensor | None:
@@ -76,9 +77,9 @@ def quick_dds(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, tr
     return y
 
 
-def _multiply(x, weight, bias, token_offsets, layout, transpose) -> Tensor:
-    """By the backend that is chosen, which a GPU remembers for the short way."""
-    product = choose.backend_for("dds", x, layout, token_offsets).dds
+def _multiply(backend, x, weight, bias, token_offsets, layout, transpose) -> Tensor:
+    """By the backend that was chosen, which a GPU remembers for the short way."""
+    product = backend.dds
     y = product(x, weight, layout, bias, transpose, token_offsets)
     if product.__module__ == quick.LAUNCHERS and token_offsets is None:
         quick.learn_dds(x, weight, layout, bias, transpose)
@@ -107,12 +108,19 @@ def sdd(dy: Tensor, x: Tensor, token_offsets: Tensor | None, layout: Layout) -> 
 # Gradients, the same on every route.
 
 
-def dds_gradients(needed: tuple[bool, ...], dy, x, weight, token_offsets, layout: Layout, transpose: bool):
-    """Those of x, weight and bias, None where not needed."""
+def dds_gradients(
+    needed: tuple[bool, ...], dy, x, weight, token_offsets, layout: Layout, transpose: bool, matrices=None
+):
+    """Those of x, weight and bias, None where not needed; `matrices` are the weight's dense ones, if they were kept."""
     need_x, need_weight, need_bias = needed[:3]
     dy = row_major(dy)
     out_side, in_side = (dy, x) if transpose else (x, dy)
-    dx = dds(dy, weight, None, token_offsets, layout, not transpose) if need_x else None
+    if not need_x:
+        dx = None
+    elif matrices is None:
+        dx = dds(dy, weight, None, token_offsets, layout, not transpose)
+    else:
+        dx = dense.multiply(dy, matrices, layout, None, not transpose, token_offsets)
     dw = sdd(out_side, in_side, token_offsets, layout) if need_weight else None
     return dx, dw, bias_gradient(dy, token_offsets) if need_bias else None
 
@@ -201,19 +209,29 @@ class Dds(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, token_offsets, layout, transpose, result=None):
         """`result` is a list that holds y where the short way has made it: in a list, it is no input of this node."""
-        ctx.save_for_backward(x, weight, token_offsets)
         ctx.walk = layout, layout.versions(), transpose
-        return result[0] if result else _multiply(x, weight, bias, token_offsets, layout, transpose)
+        if result:
+            ctx.save_for_backward(x, weight, token_offsets)
+            return result[0]
+        backend = choose.backend_for("dds", x, layout, token_offsets)
+        if backend is dense and ctx.needs_input_grad[0] and dense.is_kept(x):
+            matrices = dense.densify(weight, layout)
+            ctx.save_for_backward(x, weight, token_offsets, matrices)
+            return dense.multiply(x, matrices, layout, bias, transpose, token_offsets)
+        ctx.save_for_backward(x, weight, token_offsets)
+        return _multiply(backend, x, weight, bias, token_offsets, layout, transpose)
 
     @staticmethod
     def backward(ctx, dy):
         layout, versions, transpose = ctx.walk
         check_unchanged(layout, versions)
-        x, weight, token_offsets = ctx.saved_tensors
+        x, weight, token_offsets, *kept = ctx.saved_tensors
         leading = dy.shape[:-1]
         if len(leading) > 1:  # of the short way only
             dy, x = dy.flatten(0, -2), x.flatten(0, -2)
-        dx, dw, db = dds_gradients(ctx.needs_input_grad, dy, x, weight, token_offsets, layout, transpose)
+        if kept and (torch.is_grad_enabled() or choose.backend_for("dds", dy, layout, token_offsets) is not dense):
+            kept = ()  # gradients of gradients go through the weight; and a backend may be forced meanwhile
+        dx, dw, db = dds_gradients(ctx.needs_input_grad, dy, x, weight, token_offsets, layout, transpose, *kept)
         if len(leading) > 1 and dx is not None:
             dx = dx.reshape(*leading, dx.shape[1])
         return dx, dw, db, None, None, None, None

@@ -4,6 +4,9 @@ Scattered blocks are limited by the traffic from the L2 cache to the multiproces
 slice of the activations; also by device memory, arithmetic and the launch. The vendor's GEMM is limited by arithmetic
 and device memory, and needs the blocks copied to a dense matrix or back. Break-evens that `python -m bench.tune`
 measured on a device take the model's place, which then says only how they change with the shape.
+
+Rates of a device are in `sparsekern/devices`. The constants here were read off the products of one H200, which
+`bench/results/nvidia-h200.json` holds; `python -m bench.model` shows the model beside them.
 """
 
 import functools
@@ -18,8 +21,15 @@ PRODUCTS = ("dds", "sdd")
 ELEMENT = {"half": 2, "tf32": 4, "ieee": 4}  # bytes, by arithmetic
 TOKENS = 128  # of a tile of dds; model: most tiles of the Triton backend
 SIDE = 128  # columns that a tile of sdd gathers from blocks of one block row; model, likewise
-COPY_LAUNCHES = {"dds": 2, "sdd": 1}  # clear and scatter the dense matrix; gather the live blocks
+SPLIT_PROGRAMS, SPLIT_TOKENS, MOST_SPLITS = 4, 256, 32  # when sdd splits the tokens; likewise
+REQUEST = 64  # bytes of L2's time that a request takes, if it wants fewer: blocks of 16 move half of L2's rate
+START_S = 2.2e-6  # from a program's start to its first product: four loads that wait for one another, of cold memory
+THREEFOLD_SHARE = 0.27  # of the 16-bit rate that sdd reaches in tf32, where it makes three bfloat16 products of one
+IEEE_SHARE = 0.67  # of the vendor's float32 without tensor cores: assumed, as no such product was measured
+GATHER_SHARE = 0.38  # of device memory's rate that gathering the live blocks of a dense matrix reaches
+FILL_STARTS = 2  # of a program that writes a dense matrix: its search loads as often again; predicted, not measured
 DENSE_TILES = ((128, 256, 1.0), (128, 128, 0.88), (128, 64, 0.75), (64, 64, 0.55))  # rows, columns, share of the peak
+PEAK_SIZE = 8192  # of the cube whose rate is a device's `gemm_flops`
 
 
 class Product(NamedTuple):
@@ -42,50 +52,81 @@ def arithmetic(dtype: torch.dtype) -> str:
 
 
 def sparse_seconds(product: Product, density: float) -> float:
-    """Lower bound of `dds` or `sdd` on a layer [out, into], before `reach`."""
+    """Time of `dds` or `sdd` on a layer [out, into] if a kernel's limit is reached; `reach` of it is."""
     name, b, arithmetic, out, into, tokens, device = product
-    element, live = ELEMENT[arithmetic], density * out * into
+    facts, element, live = devices.known(device), ELEMENT[arithmetic], density * out * into
+    row = _fetched(b * element, density)  # bytes of L2's time for a token's features of one block
+    writes, sums = element * tokens * (out + into) / 2, 0.0
     if name == "dds":
         tiles = math.ceil(tokens / TOKENS)
         programs = tiles * out / b
-        gathered = live / b * tiles * (TOKENS + b)
-        memory = tokens * (out + into) + live
+        gathered = live / b**2 * tiles * (TOKENS * row + element * b * b)
+        reads = element * (tokens * (out + into) / 2 + live)
     else:
-        side = min(SIDE, max(1, density * into / b) * b)
-        programs = max(live / b / side, devices.known(device)["num_sms"])  # few programs are split over the tokens
-        gathered = live / b / side * tokens * (side + b)
-        memory = tokens * (out + into) + 2 * live
-    facts = devices.known(device)
+        blocks = max(1, SIDE // b)
+        programs = max(1, live / b**2 / blocks)
+        most = min(SPLIT_PROGRAMS * facts["num_sms"] / programs, tokens / SPLIT_TOKENS, MOST_SPLITS)
+        splits = 1 << int(max(most, 1)).bit_length() - 1
+        side = min(blocks, max(1, density * into / b))  # blocks of a tile: a block row may have fewer than fit
+        gathered = live / b**2 * tokens * (row + max(b * element, REQUEST) / side)
+        reads = element * tokens * (out + into)
+        writes, programs = element * live, programs * splits
+        if splits > 1:  # parts of the tokens are written in float32, and summed by a second kernel
+            parts = 4 * splits * live
+            sums = facts["launch_s"] + START_S + (parts + writes) / facts["hbm_bytes_per_s"]
+            writes = parts
     busy = min(1, programs / facts["num_sms"])
     # the tensor cores take b / 2 clocks for m64 n{b} k16, reading its operands from shared memory 16 + b / 4
-    share = 1 if arithmetic == "ieee" else min(1, (b / 2) / (16 + b / 4))
-    return facts["launch_s"] + max(
-        element * gathered / (facts["l2_bytes_per_s"] * busy),
-        element * memory / facts["hbm_bytes_per_s"],
-        2 * tokens * live / (share * busy * facts["gemm_flops"][arithmetic]),
+    share = IEEE_SHARE if arithmetic == "ieee" else min(1, (b / 2) / (16 + b / 4))
+    flop, rate = 2 * tokens * live, facts["gemm_flops"][arithmetic]
+    if (name, arithmetic) == ("sdd", "tf32"):
+        flop, rate = 3 * flop, THREEFOLD_SHARE * facts["gemm_flops"]["half"]
+    # a program fetches ahead while it multiplies, but has multiplied everything when it writes
+    longest = max(
+        gathered / (facts["l2_bytes_per_s"] * busy),
+        reads / facts["hbm_bytes_per_s"],
+        flop / (share * busy * rate),
     )
+    return facts["launch_s"] + START_S + longest + writes / facts["hbm_bytes_per_s"] + sums
+
+
+def _fetched(width: int, density: float) -> float:
+    """Bytes of L2's time for `width` bytes of a live block's row; live neighbours share a request."""
+    neighbours = max(1, REQUEST // width)
+    return max(width, REQUEST) * (1 - (1 - density) ** neighbours) / (neighbours * density) if density else width
 
 
 def gemm_seconds(arithmetic: str, m: int, n: int, k: int, device: str) -> float:
     """The vendor's [m, k] @ [k, n]: whole waves of tiles, K split where there are few."""
     facts, element, best = devices.known(device), ELEMENT[arithmetic], math.inf
     memory = element * (m * k + k * n + m * n) / facts["hbm_bytes_per_s"]
+    rate = _rate(arithmetic, device)
     for rows, columns, share in DENSE_TILES:
         for split in (1, 2, 4, 8, 16):
             waves = math.ceil(math.ceil(m / rows) * math.ceil(n / columns) * split / facts["num_sms"])
-            one = 2 * rows * columns * k / split / (share * facts["gemm_flops"][arithmetic] / facts["num_sms"])
+            one = START_S + 2 * rows * columns * k / split / (share * rate)
             sums = 0 if split == 1 else 8 * split * m * n / facts["l2_bytes_per_s"]
             best = min(best, max(waves * one, memory) + sums)
     return best + facts["launch_s"]
 
 
+def _rate(arithmetic: str, device: str) -> float:
+    """FLOP/s of one multiprocessor within a tile, such that the measured GEMM takes the time that was measured."""
+    facts, (rows, columns, _) = devices.known(device), DENSE_TILES[0]
+    seconds = 2 * PEAK_SIZE**3 / facts["gemm_flops"][arithmetic] - facts["launch_s"]
+    waves = math.ceil(PEAK_SIZE**2 / (rows * columns) / facts["num_sms"])
+    return 2 * rows * columns * PEAK_SIZE / (seconds / waves - START_S)
+
+
 def dense_seconds(product: Product, density: float) -> float:
     """The vendor's GEMM and the copy between blocks and a dense matrix."""
     name, _, arithmetic, out, into, tokens, device = product
-    facts, element = devices.known(device), ELEMENT[arithmetic]
-    sizes = (tokens, out, into) if name == "dds" else (out, into, tokens)
-    copied = element * out * into * ((name == "dds") + 2 * density)
-    copy = copied / facts["hbm_bytes_per_s"] + COPY_LAUNCHES[name] * facts["launch_s"]
+    facts, size = devices.known(device), ELEMENT[arithmetic] * out * into
+    if name == "dds":
+        sizes, moved, starts = (tokens, out, into), (1 + density) * size, FILL_STARTS
+    else:
+        sizes, moved, starts = (out, into, tokens), 2 * density * size / GATHER_SHARE, 1
+    copy = facts["launch_s"] + starts * START_S + moved / facts["hbm_bytes_per_s"]
     return gemm_seconds(arithmetic, *sizes, device) + copy
 
 

@@ -34,7 +34,14 @@ def test_the_script_for_a_gpu_rehearses_without_one(tmp_path):
         assert f"sanitized by {tool}: --tool {tool} --error-exitcode 9" in run.stdout
         assert f"{sys.executable} -m pytest -q -x -m gpu -p no:cacheprovider tests/gpu/test_gpu.py" in run.stdout
     names = {path.name for path in out.iterdir()}
-    assert names == {"results.json", "results.md", "results.png", "rehearsal-on-a-cpu.json", "log.txt"}
+    assert names == {
+        "results.json",
+        "results.md",
+        "results.png",
+        "results-model.png",
+        "rehearsal-on-a-cpu.json",
+        "log.txt",
+    }
 
     rows = results.load(out / "results.json")
     suites = "limits gemm products gradients layer rivals rewire captured memory overhead"

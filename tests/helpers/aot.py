@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
@@ -23,7 +24,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import sparsekern as sk
-from sparsekern.backends.triton import launch, tiles
+from sparsekern.backends.triton import fill, launch, tiles
 from sparsekern.table import table
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes that one program may use
@@ -91,7 +92,25 @@ def cases(arch: int) -> Iterator[Case]:
 
 def compile_case(case: Case, arch: int) -> Report:
     """Compile the kernel that a launcher would launch."""
-    kernel, args, options = _launched(case)
+    return _report(case, arch, compile_launch(*_launched(case), arch))
+
+
+def compile_fill(block_size: int, dtype: torch.dtype, full: bool, arch: int):
+    """(Report, instructions that move data to and from device memory, as (name, count)) of the dense path's copy."""
+    launches, kernel = [], fill.fill_kernel
+    topology = sk.Topology.random((1024, 2048), 1.0 if full else 0.25, block_size)
+    try:
+        fill.fill_kernel = _Recorder(kernel, launches)
+        fill.densify(torch.empty(topology.num_slots, block_size, block_size, dtype=dtype), topology.layout)
+    finally:
+        fill.fill_kernel = kernel
+    compiled = compile_launch(*launches[-1], arch)
+    case = Case("densify", block_size, "half", tiles.Tile(0, 0, warps=4, stages=3), dtype)
+    return _report(case, arch, compiled), Counter(re.findall(r"(?:ld|st)\.global\S*", compiled.asm["ptx"]))
+
+
+def compile_launch(kernel, args: dict, options: dict, arch: int):
+    """What Triton makes of a launch with these arguments."""
     constants = {k: v for k, v in args.items() if v is None or kernel.params[kernel.arg_names.index(k)].is_constexpr}
     signature = {k: "constexpr" if k in constants else _type(v) for k, v in args.items()}
     attributes = {
@@ -100,8 +119,7 @@ def compile_case(case: Case, arch: int) -> Report:
         if name not in constants and (isinstance(value, Tensor) or _specialised(kernel.params[i], value))
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return _report(case, arch, compiled)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def compile_all(arch: int, workers: int = 2) -> list[Report]:

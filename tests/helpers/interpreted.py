@@ -12,7 +12,8 @@ import torch
 from oracle import BOUND, random_topology
 
 import sparsekern as sk
-from sparsekern.backends import reference
+from sparsekern.backends import dense as dense_path
+from sparsekern.backends import reference, triton
 from sparsekern.backends.triton import DTYPES, copies, launch, tiles
 
 interpreter.repair()
@@ -266,15 +267,53 @@ def test_offsets_beyond_two_to_the_31_elements_do_not_overflow():
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("small", [1, 8, 16, 128])
+@pytest.mark.parametrize("small", [1, 2, 4, 8, 16, 32, 64, 128])
 def test_copies_between_blocks_and_dense_matrices_are_exact(small, groups):
-    for live, dead in ((0.4, 2), (1.0, 0)):
-        topology = random_topology((3, 4), small, groups, live=live, dead=dead)
+    for live, dead in ((0.4, 2), (1.0, 0), (0.0, 1)):
+        grid = (3, 5) if small < 64 else (1, 3)
+        topology = random_topology(grid, small, groups, live=live, dead=dead)
         weight = torch.randn(topology.num_slots, small, small).to(torch.bfloat16)
+        weight[topology.block_rows < 0] = torch.nan  # nobody may read a dead slot
+        layout = topology.layout._replace(index=interpreter.guarded(topology.index))
+        dense = triton.densify(interpreter.guarded(weight), layout)
         weight[topology.block_rows < 0] = 0
-        dense = copies.densify(interpreter.guarded(weight), topology.layout)
         assert torch.equal(dense, reference.densify(weight, topology.layout))
         assert torch.equal(copies.gather(interpreter.guarded(dense), topology.layout), weight)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_a_dense_matrix_of_many_tiles_is_exact(dtype):
+    for small, grid in ((2, (3, 1100)), (4, (2, 300)), (16, (3, 37)), (64, (2, 5)), (128, (2, 3))):
+        topology = random_topology(grid, small, 2, live=0.3, dead=3)
+        weight = torch.randn(topology.num_slots, small, small).to(dtype)
+        weight[topology.block_rows < 0] = 0
+        dense = triton.densify(interpreter.guarded(weight), topology.layout)
+        assert torch.equal(dense, reference.densify(weight, topology.layout))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_full_store_of_blocks_becomes_a_dense_matrix_without_an_index(block_size, groups):
+    topology = sk.Topology.random((groups * 3 * block_size, groups * 5 * block_size), 1.0, block_size, groups)
+    assert topology.full and not topology.layout.index.numel()
+    weight = torch.randn(topology.num_slots, block_size, block_size)
+    dense = triton.densify(interpreter.guarded(weight), topology.layout)
+    assert torch.equal(dense, reference.densify(weight, topology.layout))
+
+
+@pytest.mark.parametrize("small", [2, 8, 16, 32])
+def test_the_dense_path_multiplies_by_what_one_pass_has_written(small, monkeypatch):
+    """Both ways round, and after a rewire."""
+    monkeypatch.setattr(dense_path, "_copies", lambda x: triton)
+    topology = random_topology((3, 4), small, groups=2, live=0.5, dead=1)
+    for seed in range(2):
+        weight = torch.randn(topology.num_slots, small, small)
+        weight[topology.block_rows < 0] = 0
+        for transpose in (True, False):
+            x = torch.randn(5, topology.shape[1] if transpose else topology.shape[0])
+            ours = dense_path.dds(x, weight, topology.layout, None, transpose)
+            theirs = reference.dds(x, weight, topology.layout, None, transpose)
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        oracle.rewire_at_random(topology, seed)
 
 
 @pytest.mark.parametrize("kind", ["plain", "groups", "ragged"])

@@ -1,6 +1,6 @@
 """The products on an NVIDIA GPU, by Triton kernels: block sizes 16 to 128; bfloat16, float16 and float32.
 
-`kernels` holds the kernels, `launch` the tile table and the launchers, `copies` the copies of the dense path. They are
+`kernels` holds the kernels, `launch` the launchers, `fill` and `copies` the copies of the dense path. They are
 imported at the first product, since sparsekern must import where there is no Triton.
 """
 
@@ -52,9 +52,9 @@ def __getattr__(name: str):
     """Import the launchers when one is first asked for."""
     if name not in (*OPERATIONS, "quick_dds", "quick_sdd", "quick_product"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from sparsekern.backends.triton import copies, launch, prepare
+    from sparsekern.backends.triton import copies, fill, launch, prepare
 
     globals().update(dds=launch.dds, sdd=launch.sdd, add_block_norms=launch.add_block_norms)
-    globals().update(densify=copies.densify, gather=copies.gather)
+    globals().update(densify=fill.densify, gather=copies.gather)
     globals().update(quick_dds=launch.quick_dds, quick_sdd=launch.quick_sdd, quick_product=prepare.quick_product)
     return globals()[name]

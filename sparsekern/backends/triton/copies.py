@@ -1,6 +1,7 @@
 """Copies between the blocks of a layer and dense matrices, on a GPU, for any block size and dtype.
 
 The dense path of the chooser stands or falls with them: in torch operations they are ten launches and three passes.
+Blocks larger than single weights go to dense matrices by `fill`, which needs no clear.
 """
 
 import torch
@@ -32,12 +33,8 @@ def copy_kernel(
         tl.store(dense_ptr + place, tl.load(blocks_ptr + e, mask=row >= 0), mask=row >= 0)
 
 
-def densify(weight: Tensor, layout: Layout) -> Tensor:
-    """As `reference.densify`."""
-    g, b = layout.groups, layout.block_size
-    shape = g, layout.num_rows // g * b, layout.num_cols // g * b
-    if layout.full and b == 1:
-        return weight.view(shape)
+def scatter(weight: Tensor, shape: tuple[int, int, int], layout: Layout) -> Tensor:
+    """Clear dense matrices of this shape, then copy the live blocks into them."""
     dense = weight.new_zeros(shape)
     _copy(weight, dense, layout, to_blocks=False)
     return dense
