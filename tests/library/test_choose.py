@@ -93,7 +93,15 @@ def test_a_forced_backend_answers_a_convolution(monkeypatch):
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def test_forcing_cuda_rewires_by_its_kernels_on_a_gpu_and_leaves_products_to_the_chooser(monkeypatch):
+@pytest.fixture
+def capturing(monkeypatch) -> list[bool]:
+    """Whether a CUDA graph is being captured, as torch says it."""
+    answer = [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: answer[0])
+    return answer
+
+
+def test_forcing_cuda_rewires_by_its_kernels_on_a_gpu_and_leaves_products_to_the_chooser(monkeypatch, capturing):
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU that nobody measured")
     layer = sk.SparseLinear(64, 64, density=0.1, block_size=4)
@@ -104,10 +112,13 @@ def test_forcing_cuda_rewires_by_its_kernels_on_a_gpu_and_leaves_products_to_the
         assert chosen(layer) is free and choose.forced() is None
         with sk.use("reference"):
             assert choose.forced() is reference and not choose.rewires_by_cuda(GPU)
+        capturing[0] = True
+        assert not choose.rewires_by_cuda(GPU)
+        capturing[0] = False
     assert not choose.rewires_by_cuda(GPU)
 
 
-def test_kernels_rewire_unforced_only_on_the_very_device_whose_table_says_so(monkeypatch, tmp_path):
+def test_kernels_rewire_unforced_only_on_the_very_device_whose_table_says_so(monkeypatch, capturing, tmp_path):
     (tmp_path / "default.json").write_text((devices.FOLDER / "default.json").read_text())
     (tmp_path / "fast-gpu.json").write_text('{"device": "Fast GPU", "rewire_by_cuda": true}')
     (tmp_path / "slow-gpu.json").write_text('{"device": "Slow GPU"}')
