@@ -7,6 +7,11 @@ import pytest
 import sparsekern as sk
 from bench.case import SQUARE, THREADS, TINY, Case, Sizes, grid, wide_cases
 from bench.training import Training, sparse_layer, sparse_training
+from sparsekern.backends import cuda
+from sparsekern.rewire.on_device import LayerEvent, LayerTensors, ModelTables, rewire_model
+from sparsekern.rewire.optimizer_state import element_state
+
+by_cuda = pytest.mark.skipif(bool(cuda.unavailable()), reason=f"backend 'cuda': {cuda.unavailable()}")
 
 CASES = {
     "smoke": grid([TINY], [16], [0.5], [1, 16]),
@@ -28,6 +33,36 @@ def bench_set(compare, record, case):
     rule = sk.SET(ours.layer, ours.optimizer, update_every=1)
     ours.step()
     record("SET", partner="a training step", **compare(rule.step, ours.step))
+
+
+@by_cuda
+@pytest.mark.device("cuda")
+@pytest.mark.clocks("host", "launch")
+def bench_set_by_cuda(compare, record, case):
+    """The same event by the kernels of csrc/cuda/rewire.cu."""
+    ours = sparse_training(case)
+    rule = sk.SET(ours.layer, ours.optimizer, update_every=1)
+    ours.step()
+
+    def event():
+        with sk.use("cuda"):
+            rule.step()
+
+    record("SET by cuda", partner="a training step", **compare(event, ours.step))
+
+
+@by_cuda
+@pytest.mark.device("cuda")
+def bench_kernels_of_cuda(compare, record, case):
+    """The kernels alone, in a graph: what a rule prepares for them on the host cannot be captured."""
+    ours = sparse_training(case)
+    ours.step()
+    layer, topology = ours.layer, ours.layer.topology
+    state = [(value, fresh) for _, _, value, fresh in element_state([ours.optimizer], layer.weight)]
+    tensors = LayerTensors([topology.layout], topology.shape, layer.weight, [(layer.weight, 0.0), *state])
+    tables, live = ModelTables([tensors]), topology.live_per_group()
+    event = tables.event_table([LayerEvent([int(0.3 * blocks) for blocks in live], live)])
+    record("SET by cuda", partner="a training step", **compare(lambda: rewire_model(tables, event), ours.step))
 
 
 @pytest.mark.device("cpu")

@@ -42,13 +42,13 @@ bench() {
   stage "$1" "$python" -W ignore -m pytest -q -p no:cacheprovider -p no:hypothesispytest --device cuda --cases $cases \
     --results "$out/results.json" --seconds $(($1 * patience * 4 / 5)) "${@:2}"
 }
-sanitize() { # sanitize LIMIT TOOL: the GPU tests, each allocation by itself, so that one past its end is seen
+sanitize() { # sanitize LIMIT TOOL TEST...: GPU tests, each allocation by itself, so that one past its end is seen
   if ! command -v compute-sanitizer > /dev/null; then
     echo "== compute-sanitizer is not installed: no $2"
     return
   fi
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$1" compute-sanitizer --tool "$2" --error-exitcode 9 --target-processes all \
-    "$python" -m pytest -q -x -m gpu -p no:cacheprovider tests/gpu/test_gpu.py -k "products or norms"
+    "$python" -m pytest -q -x -m gpu -p no:cacheprovider "${@:3}"
 }
 
 tuned_into=sparsekern/devices
@@ -67,6 +67,7 @@ if [ -z "$rehearse" ]; then
 fi
 
 [ -z "$rehearse" ] && stage 60 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/gpu/test_gpu.py tests/library/test_cost.py
+[ -z "$rehearse" ] && stage 40 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/gpu/test_rewire_on_device.py tests/gpu/test_rules_on_device.py
 bench 25 bench/bench_limits.py bench/bench_captured.py
 stage 80 "$python" -W ignore -m bench.tune --seconds 65 --folder "$tuned_into"
 [ -z "$rehearse" ] && cp sparsekern/devices/nvidia*.json "$out"
@@ -76,8 +77,12 @@ bench 100 bench/bench_rivals.py
 bench 40 bench/bench_layer.py bench/bench_memory.py bench/bench_rewire.py bench/bench_overhead.py
 [ -z "$rehearse" ] && bench 20 bench/bench_sac.py # its layers of block 1 have no kernels to rehearse
 bench 15 bench/bench_gemm.py
-sanitize 40 memcheck
-sanitize 40 racecheck
+# twenty random models and whole rules: all 240 models would take minutes here
+rewiring=("tests/gpu/test_rewire_on_device.py::test_random_models_are_rewired_on_a_gpu_as_by_torch[0]" tests/gpu/test_rules_on_device.py)
+for tool in memcheck racecheck; do
+  sanitize 40 $tool "${rewiring[@]}"
+  sanitize 40 $tool tests/gpu/test_gpu.py -k "products or norms"
+done
 report_seconds=0
 stage 25 "$python" -m bench.report "$out/results.json"
 ls -l "$out"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import sparsekern
-from sparsekern.backends import cpu
+from sparsekern.backends import cpu, cuda
 from sparsekern.choose import BACKENDS
 from sparsekern.table import table
 
@@ -27,6 +27,7 @@ def report() -> str:
         ("devices", ", ".join(["cpu", *devices])),
         ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} logical cores"),
         ("instructions", f"{kernels} in sparsekern, {torch.backends.cpu.get_cpu_capability()} in torch"),
+        ("cuda kernels", cuda.built() or "none were built"),
         *((f"backend {name}", module.unavailable() or "ready") for name, module in BACKENDS.items()),
     ]
     if "SPARSEKERN_BACKEND" in os.environ:

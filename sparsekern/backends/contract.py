@@ -1,8 +1,8 @@
 """What every backend offers, and how it says that it cannot.
 
-A backend is a module (`reference`, `dense`, `cpu`, `triton`) with the two functions below and a function for each
-operation that it has. Operands are 2-D, padded to whole blocks and checked. No backend falls back to another by itself:
-`sparsekern.choose` asks for each operation by itself who takes its operands.
+A backend is a module (`reference`, `dense`, `cpu`, `triton`, `cuda`) with the two functions below and a function for
+each operation that it has. Operands are 2-D, padded to whole blocks and checked. No backend falls back to another by
+itself: `sparsekern.choose` asks for each operation by itself who takes its operands.
 
 | operation | signature | result |
 |---|---|---|
@@ -12,6 +12,8 @@ operation that it has. Operands are 2-D, padded to whole blocks and checked. No 
 | add_block_norms | (dy, x, layout, norms, armed, token_offsets) | adds all squared norms to `norms`, where armed |
 | densify | (weight, layout) | dense matrices [groups, out_per_group, in_per_group] |
 | gather | (dense, layout) | the blocks of dense matrices, [num_slots, B, B] |
+
+`cuda` has none of them: its kernels rewire, and `sparsekern.rewire.on_device` launches them.
 """
 
 from typing import Protocol

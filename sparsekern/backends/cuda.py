@@ -1,7 +1,7 @@
 """The kernels of csrc/cuda, compiled to fatbin/*.fatbin when sparsekern was built, and launched through CUDA's driver.
 
-A fatbin holds machine code for sm_80 and sm_90a, and PTX that the driver compiles for other devices. No kernel here is
-chosen by itself; `sparsekern.use("cuda")` forces them.
+They rewire (sparsekern/rewire/on_device.py) and multiply nothing. They are chosen on a device whose table says so, and
+`sparsekern.use("cuda")` forces them.
 """
 
 import ctypes
@@ -10,10 +10,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from sparsekern.topology import Layout
+
+OPERATIONS = ()
 FATBIN = Path(__file__).parent.parent / "fatbin"
 KERNELS = {"rewire": ("score", "count", "scatter", "rank", "assign", "index")}
 """Source files of csrc/cuda, and the kernels in each, without the file's name."""
+ARCHITECTURES = ("sm_80", "sm_90a", "compute_80")
+"""What setup.py compiles them for; the last is PTX, which the driver compiles for other devices."""
+
+
+def built() -> str | None:
+    """Which of the files were compiled when sparsekern was built, and for what; None where none was."""
+    files = [name for name in KERNELS if (FATBIN / f"{name}.fatbin").exists()]
+    return f"{', '.join(files)} for {', '.join(ARCHITECTURES)}" if files else None
 
 
 def unavailable() -> str | None:
@@ -30,6 +42,10 @@ def unavailable() -> str | None:
         name, capability = torch.cuda.get_device_name(), ".".join(map(str, torch.cuda.get_device_capability()))
         return f"the kernels need compute capability 8.0, and {name} has {capability}."
     return None
+
+
+def refusal(x: Tensor, layout: Layout) -> str:
+    return "no operands of products: it only rewires"
 
 
 def launch(file: str, kernel: str, blocks: int, threads: int, addresses: Sequence[int], device: torch.device) -> None:

@@ -107,4 +107,5 @@ def _group_of_tokens(x: Tensor, token_offsets: Tensor) -> Tensor:
 def _copies(x: Tensor):
     """The backend that copies blocks fastest where x is: the one use that a backend makes of others."""
     fastest = {"cpu": cpu, "cuda": triton}.get(x.device.type, reference)
-    return reference if fastest.unavailable() else fastest
+    moves = fastest is not cpu or x.element_size() in (2, 4)  # C++ moves elements of these sizes only
+    return fastest if moves and not fastest.unavailable() else reference

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from sparsekern import devices
-from sparsekern.backends import cpu, dense, reference, triton
+from sparsekern.backends import cpu, cuda, dense, reference, triton
 from sparsekern.backends.contract import Backend
 from sparsekern.choose import cost
 from sparsekern.topology import Layout
 
-BACKENDS: dict[str, Backend] = {"reference": reference, "dense": dense, "cpu": cpu, "triton": triton}
+BACKENDS: dict[str, Backend] = {"reference": reference, "dense": dense, "cpu": cpu, "triton": triton, "cuda": cuda}
 
 # Density above which the vendor's GEMM, with its copies, takes less time than the C++ kernels, by block size: where a
 # training step of 1024 x 1024 broke even, one thread, 256 or 2048 tokens, whichever came first (bench/bench_paths.py).
@@ -38,6 +38,8 @@ COPY_TOKENS = 32
 def use(backend: str) -> Iterator[None]:
     """Force a backend for the products called inside: `with sparsekern.use("reference"): ...`.
 
+    "cuda" has no products, which go on being chosen; it forces the kernels that rewire all layers of a GPU at once.
+
     Raises:
         ValueError: there is no backend of that name.
         RuntimeError: it is not available here; the message says what is missing.
@@ -51,8 +53,21 @@ def use(backend: str) -> Iterator[None]:
 
 
 def forced() -> Backend | None:
-    """The backend that `use` or SPARSEKERN_BACKEND forces."""
-    return _forced
+    """The backend that `use` or SPARSEKERN_BACKEND forces on products; None where that one has no products."""
+    return _forced if _forced is not None and _forced.OPERATIONS else None
+
+
+def rewires_by_cuda(device: torch.device) -> bool:
+    """Whether the kernels of `cuda` rewire the layers of this device.
+
+    They do where they are forced, and where the device's own table, not that of one like it, says `rewire_by_cuda`. Not
+    while a CUDA graph is being captured: a replay would copy the event from memory of the host that is gone by then.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return False
+    if _forced is cuda:
+        return True
+    return devices.known(torch.cuda.get_device_name(device))["rewire_by_cuda"] and cuda.unavailable() is None
 
 
 def backend_for(operation: str, x: Tensor, layout: Layout, token_offsets: Tensor | None = None) -> Backend:

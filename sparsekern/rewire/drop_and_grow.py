@@ -7,10 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparsekern import choose
 from sparsekern.layer import SparseLayer
 from sparsekern.rewire.arguments import check_by_group, check_flag
 from sparsekern.rewire.growth import GrowthScores, best_candidates, float_bits, pack, positions_of, scores_of
 from sparsekern.rewire.hash import stream
+from sparsekern.rewire.on_device import Growth, LayerEvent, LayerTensors, ModelTables, rewire_model, tables_for
+from sparsekern.rewire.optimizer_state import element_state
 from sparsekern.rewire.ranks import distributed, gathered
 from sparsekern.rewire.rule import Rule
 from sparsekern.rewire.schedule import Constant, check_fraction
@@ -37,6 +40,9 @@ class DropAndGrow(Rule):
 
     A block dropped at an event is no candidate for growth at that event; where dead places run out, fewer are replaced.
     New blocks start at zero.
+
+    On a GPU, `sk.use("cuda")` rewires all layers at once by a few kernels. They select as the torch operations do where
+    scores are equal; norms may differ in their last bit, as every device adds up in its own order.
 
     A new rule is two functions, `drop_scores` and `grow_scores`; the base class counts, selects, moves optimiser state
     and followers, and carries what a resume needs.
@@ -66,6 +72,7 @@ class DropAndGrow(Rule):
         if getattr(self.drop_fraction, "needs_end", False) and end_step is None:
             raise ValueError(f"{type(self).__name__}: {self.drop_fraction} needs an end_step, got None")
         self._live: dict[str, list[int]] = {}
+        self._tables: ModelTables | None = None
         super().__init__(model, optimizer, update_every, start_step, end_step, seed, followers, coverage)
         self._carry = {path: [0.0] * layer.groups for path, layer in self.layers.items()}
 
@@ -102,13 +109,50 @@ class DropAndGrow(Rule):
         fraction = self.drop_fraction(self._progress(now))
         check_fraction(fraction)
         # every layer is scored before the first is changed, so that scores that are refused leave all as it was
-        counts = {path: self._counts(path, fraction) for path in self.layers}
-        chosen = {path: self._choose(path, layer, counts[path][0]) for path, layer in self.layers.items()}
-        for path, (_, carry) in counts.items():
-            self._carry[path] = carry
-        for path, moves in chosen.items():
-            self._move(path, *moves)
-        return any(len(slots) for slots, _, _ in chosen.values())
+        counted = {path: self._counts(path, fraction) for path in self.layers}
+        counts = {path: own for path, (own, _) in counted.items()}
+        if self._is_on_device():
+            self._event_on_device(counts)
+        else:
+            chosen = {path: self._choose(path, layer, counts[path]) for path, layer in self.layers.items()}
+            for path, moves in chosen.items():
+                self._move(path, *moves)
+        self._carry = {path: carry for path, (_, carry) in counted.items()}
+        return any(map(any, counts.values()))
+
+    def _is_on_device(self) -> bool:
+        """Whether kernels rewire all layers at once: they must be on one device, and the chooser must want it."""
+        devices = {layer.weight.device for layer in self.layers.values()}
+        return len(devices) == 1 and choose.rewires_by_cuda(devices.pop())
+
+    def _event_on_device(self, counts: dict[str, list[int]]) -> None:
+        prepared = [self._prepared(path, layer, counts[path]) for path, layer in self.layers.items()]
+        tables = tables_for([layer for layer, _ in prepared], self._tables)
+        rewire_model(tables, tables.event_table([event for _, event in prepared]))
+        for path, (moved, nan) in zip(self.layers, tables.stats, strict=True):
+            self._moved[path] = moved, moved
+            if tables is not self._tables:
+                self._nan[path] = nan.logical_or_(self._nan[path])
+            self._cover(path)
+        self._tables = tables
+
+    def _prepared(self, path: str, layer: SparseLayer, counts: list[int]) -> tuple[LayerTensors, LayerEvent]:
+        """A layer and what happens to it, for the kernels."""
+        copies, scores = self._copies(path), None
+        layouts = [copy.topology.layout for copy in copies]
+        if getattr(self.drop_scores, "__func__", None) is not DropAndGrow.drop_scores:  # the kernels know the norms
+            given = self.drop_scores(layer)
+            scores = self._checked(path, "drop_scores", given, (layouts[0].num_slots,)).contiguous()
+        kind, growth = Growth.BY_HASH, self._growth(path, layer, max(counts))
+        if growth is not None and growth.dtype == torch.int64:
+            kind, growth = Growth.BY_KEYS, growth.topk(max(counts), dim=1).values
+        elif growth is not None:
+            kind, growth = Growth.BY_SCORES, growth.contiguous()
+        state = [(value, fresh) for _, _, value, fresh in element_state(self._optimizers, layer.weight)]
+        tensors = [(copy.weight, 0.0) for copy in copies] + state
+        start = stream(self.seed, self._index[path], self.events)
+        event = LayerEvent(counts, self._live[path], start, layer.weight.grad, scores, growth)
+        return LayerTensors(layouts, layer.topology.shape, layer.weight, tensors, kind), event
 
     def _choose(self, path: str, layer: SparseLayer, counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Slots to rewire, int64 [sum(counts)], and their new block rows and columns, -1 where candidates ran out."""
@@ -141,14 +185,23 @@ class DropAndGrow(Rule):
 
     def _candidates(self, path: str, layer: SparseLayer, count: int) -> Tensor:
         """Keys [groups, count or more] of the dead places that may grow."""
+        layout, growth = layer.topology.layout, self._growth(path, layer, count)
+        if growth is None:
+            return random_candidates(layout, count, stream(self.seed, self._index[path], self.events))
+        if growth.dtype == torch.int64:
+            return growth
+        table = growth + 0.0  # -0.0 becomes 0.0, which may grow
+        return best_candidates(layout, count, lambda strip, _: float_bits(table[:, strip].flatten(1)))
+
+    def _growth(self, path: str, layer: SparseLayer, count: int) -> Tensor | None:
+        """What grow_scores gave: a float32 table of all places, keys of `count` or more, or None."""
         layout, scores = layer.topology.layout, self.grow_scores(layer)
         if scores is None:
-            return random_candidates(layout, count, stream(self.seed, self._index[path], self.events))
+            return None
         if isinstance(scores, Tensor) and scores.dtype == torch.int64:
             return self._checked_keys(path, scores, count)
         grid = (layout.groups, layout.num_rows // layout.groups, layout.num_cols // layout.groups)
-        table = self._checked(path, "grow_scores", scores, grid) + 0.0  # -0.0 becomes 0.0, which may grow
-        return best_candidates(layout, count, lambda strip, _: float_bits(table[:, strip].flatten(1)))
+        return self._checked(path, "grow_scores", scores, grid)
 
     def _checked(self, path: str, function: str, scores: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The scores that a rule gave, as float32."""
@@ -198,9 +251,6 @@ class SET(DropAndGrow):
         ...     rule.step()
     """
 
-    def drop_scores(self, layer: SparseLayer) -> Tensor:
-        return block_l1(layer)
-
     def grow_scores(self, layer: SparseLayer) -> None:
         return None  # at random
 
@@ -219,9 +269,6 @@ class RigL(DropAndGrow):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._prepare(1.0)
-
-    def drop_scores(self, layer: SparseLayer) -> Tensor:
-        return block_l1(layer)
 
     def grow_scores(self, layer: SparseLayer) -> Tensor:
         scores = layer.growth.scores  # a table, or keys where blocks are single weights

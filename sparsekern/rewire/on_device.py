@@ -1,8 +1,8 @@
 """An event of all layers at once by the kernels of csrc/cuda/rewire.cu: eight launches, whatever the number of layers.
 
-`ModelTables` are built once for a rule; `event_table` says what one event does; `rewire_model` does it. Nothing
-synchronises, and all addresses but the workspace's are in the tables, so a CUDA graph may hold `rewire_model`: write
-another event into the same tensor with `copy_` before a replay.
+`ModelTables` are built once for a rule and again when something has moved in memory, see `tables_for`; `event_table`
+says what one event does; `rewire_model` does it. Nothing synchronises, and all addresses but the workspace's are in the
+tables, so a CUDA graph may hold `rewire_model`: write another event into the same tensor with `copy_` before a replay.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.backends import cuda
-from sparsekern.topology import Layout
+from sparsekern.topology import Layout, stamp
 
 THREADS, ITEMS, TILE_PLACES = 512, 64, 1024  # as in csrc/cuda/rewire.h
 MAX_TENSORS, MAX_COPIES = 12, 4
@@ -42,6 +42,15 @@ class LayerTensors:
     """[num_slots, B, B], for the norms."""
     tensors: Sequence[tuple[Tensor, float]]
     """What is reset in rewired slots, with fresh values: weight, state, followers' weights; not the gradient."""
+    growth: Growth = Growth.BY_HASH
+
+    def addresses(self) -> list[tuple]:
+        """All that the tables say of the layer; equal as long as they are good for it."""
+        layouts = [
+            (*(t.data_ptr() for t in l.tensors), l.block_rows.dtype, l.num_slots, *l.geometry) for l in self.layouts
+        ]
+        tensors = [(t.data_ptr(), t.dtype, fresh) for t, fresh in self.tensors]
+        return [(self.shape, self.weight.data_ptr(), self.weight.dtype, self.growth), *layouts, *tensors]
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,6 @@ class ModelTables:
     """
 
     layers: Sequence[LayerTensors]
-    growth: Growth
     stats: Tensor = field(init=False)
     """int32 [layers, 2]: blocks that moved at the last event; 1 since a NaN was dropped, until the caller clears it."""
 
@@ -101,12 +109,13 @@ class ModelTables:
         for i, layer in enumerate(self.layers):
             if problem := _problem(layer):
                 raise ValueError(f"rewire_model: layer {i} {problem}")
+        self._addresses = [layer.addresses() for layer in self.layers]
         device = self.layers[0].weight.device
         self.stats = torch.zeros(len(self.layers), 2, dtype=torch.int32, device=device)
         self._records = np.zeros(len(self.layers), _LAYER)
         segment = 0
         for i, (record, layer) in enumerate(zip(self._records, self.layers, strict=True)):
-            _describe(record, layer, self.growth)
+            _describe(record, layer)
             record["stats"], record["first_segment"] = self.stats.data_ptr() + 8 * i, segment
             segment += layer.layouts[0].groups
         self._cleared_bytes, self._workspace_bytes = _lay_out(self._records)
@@ -116,21 +125,36 @@ class ModelTables:
         self._tile_tables = [_upload(tiles.tobytes(), device) for tiles in phases]
 
     def event_table(self, events: Sequence[LayerEvent]) -> Tensor:
-        """One event on the device, uint8; the tensors in it must live until it has run."""
+        """One event on the device, uint8; the tensors in it must live until it has run.
+
+        Raises:
+            ValueError: a gradient is not what the kernels take.
+        """
         table = np.zeros(len(events), _EVENT)
         segments = []
-        for row, record, event in zip(table, self._records, events, strict=True):
+        for i, (row, record, event) in enumerate(zip(table, self._records, events, strict=True)):
+            if problem := _gradient_problem(event.gradient, self.layers[i].weight):
+                raise ValueError(f"rewire_model: layer {i} {problem}")
             row["start"] = event.start
             for name in ("gradient", "scores", "growth"):
                 tensor = getattr(event, name)
                 row[name] = 0 if tensor is None else tensor.data_ptr()
-            if self.growth is Growth.BY_KEYS:
+            if record["growth"] == Growth.BY_KEYS:
                 row["key_stride"] = event.growth.shape[1]
             first, places = 0, int(record["group_rows"]) * int(record["group_cols"])
             for count, live in zip(event.counts, event.live, strict=True):
                 segments.append((count, first, *_range(count, places - live, int(record["grow"]["log_buckets"]))))
                 first += count
         return _upload(table.tobytes() + np.array(segments, _SEGMENT).tobytes(), self.stats.device)
+
+    def describe(self, layers: Sequence[LayerTensors]) -> bool:
+        """Whether these are the layers, and nothing of them has moved in memory."""
+        return self._addresses == [layer.addresses() for layer in layers]
+
+
+def tables_for(layers: Sequence[LayerTensors], held: ModelTables | None) -> ModelTables:
+    """The tables that are held, where they are still good for the layers; else new ones."""
+    return held if held is not None and held.describe(layers) else ModelTables(layers)
 
 
 def rewire_model(tables: ModelTables, event: Tensor) -> None:
@@ -143,6 +167,16 @@ def rewire_model(tables: ModelTables, event: Tensor) -> None:
     for kernel, blocks, tiles in kernels:
         addresses = (tables._layer_table.data_ptr(), tiles.data_ptr(), workspace.data_ptr(), event.data_ptr(), segments)
         cuda.launch("rewire", kernel, blocks, THREADS, addresses, device)
+    _note_writes(tables.layers)
+
+
+def _note_writes(layers: Sequence[LayerTensors]) -> None:
+    """Tell torch what the kernels have written, so that a backward that needs the old values raises."""
+    written = [tensor for layer in layers for tensor, _ in layer.tensors]
+    layouts = [layout for layer in layers for layout in layer.layouts]
+    torch.autograd.graph.increment_version([*written, *(tensor for layout in layouts for tensor in layout.tensors)])
+    for layout in layouts:
+        stamp(layout)
 
 
 def _problem(layer: LayerTensors) -> str | None:
@@ -150,7 +184,7 @@ def _problem(layer: LayerTensors) -> str | None:
     own, tensors = layer.layouts[0], [layer.weight, *(tensor for tensor, _ in layer.tensors)]
     if wrong := [t.dtype for t in tensors if t.dtype not in TYPES]:
         return f"has tensors of {wrong[0]}; the kernels take float32, float16 and bfloat16"
-    if any(not t.is_contiguous() or t.data_ptr() % 16 for t in tensors):
+    if not all(map(_is_whole, tensors)):
         return "has a weight or a state tensor that is not contiguous, or not aligned to 16 bytes"
     if any(t.shape != layer.weight.shape or t.device != layer.weight.device for t in tensors):
         return "has state tensors of another shape, or on another device, than its weight"
@@ -166,9 +200,20 @@ def _problem(layer: LayerTensors) -> str | None:
     return None
 
 
-def _describe(record: np.void, layer: LayerTensors, growth: Growth) -> None:
+def _gradient_problem(gradient: Tensor | None, weight: Tensor) -> str | None:
+    if gradient is None or gradient.dtype == weight.dtype and _is_whole(gradient):
+        return None
+    return f"has a gradient of {gradient.dtype}; the kernels take the weight's {weight.dtype}, contiguous, at 16 bytes"
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether the kernels may read and write vectors of it."""
+    return tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
+
+
+def _describe(record: np.void, layer: LayerTensors) -> None:
     """All of a layer's record but what lies in the workspace."""
-    own, weight = layer.layouts[0], layer.weight
+    own, weight, growth = layer.layouts[0], layer.weight, layer.growth
     record["weight"] = weight.data_ptr()
     for row, (tensor, fresh) in zip(record["tensors"], layer.tensors, strict=False):
         row["data"], row["element_bytes"], row["fresh"] = tensor.data_ptr(), tensor.element_size(), _bits(tensor, fresh)

@@ -1,9 +1,10 @@
 """The kernels of csrc/cuda compile for every architecture we ship, and fit the processors they are meant for."""
 
+import re
 import shutil
 
 import pytest
-from nvcc import ARCHITECTURES, kernels, sources
+from nvcc import ARCHITECTURES, ROOT, kernels, sources
 
 from sparsekern.backends import cuda
 
@@ -23,3 +24,8 @@ def test_no_kernel_spills_and_each_fits_its_launch_bounds(source, architecture):
 
 def test_every_source_is_known_to_the_backend():
     assert {source.stem for source in sources()} == set(cuda.KERNELS)
+
+
+def test_the_architectures_that_a_report_names_are_those_that_are_compiled():
+    flags = re.findall(r",code=\[?([\w,]+)", (ROOT / "setup.py").read_text())
+    assert sorted(",".join(flags).split(",")) == sorted(cuda.ARCHITECTURES)

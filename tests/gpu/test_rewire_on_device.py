@@ -213,8 +213,8 @@ def make(
 def check(cases: list[Case], growth: Growth = Growth.BY_HASH, events: int = 1, device: str = "cpu") -> None:
     """Run both paths for some events and compare all integers."""
     ours, theirs = [case.clone().to(device) for case in cases], [case.clone().to(device) for case in cases]
-    layers = [LayerTensors(c.layouts, c.shape, c.weight, [(c.weight, 0.0), *c.tensors]) for c in ours]
-    tables = ModelTables(layers, growth)
+    layers = [LayerTensors(c.layouts, c.shape, c.weight, [(c.weight, 0.0), *c.tensors], growth) for c in ours]
+    tables = ModelTables(layers)
     for event in range(events):
         starts = [stream(7, i, event) for i in range(len(cases))]
         parts = zip(ours, starts, strict=True)
@@ -296,7 +296,7 @@ def test_an_event_takes_eight_launches_whatever_the_number_of_layers(monkeypatch
     launches = Launches(run=False)
     monkeypatch.setattr(cuda, "launch", launches)
     cases = [make(random.Random(i), (8, 8), 16, [20], copies=copies) for i in range(layers)]
-    tables = ModelTables([LayerTensors(c.layouts, c.shape, c.weight, c.tensors) for c in cases], Growth.BY_HASH)
+    tables = ModelTables([LayerTensors(c.layouts, c.shape, c.weight, c.tensors) for c in cases])
     uploads, others = [], Others()
     upload = on_device._upload
     monkeypatch.setattr(on_device, "_upload", lambda *args: uploads.append(args) or upload(*args))
@@ -323,7 +323,7 @@ class Others(torch.utils._python_dispatch.TorchDispatchMode):
 
 def test_an_event_says_when_it_dropped_a_nan(launches):
     cases = [make(random.Random(3), (6, 6), 8, [20], kind=kind) for kind in ("nan", "norm")]
-    tables = ModelTables([LayerTensors(c.layouts, c.shape, c.weight, c.tensors) for c in cases], Growth.BY_HASH)
+    tables = ModelTables([LayerTensors(c.layouts, c.shape, c.weight, c.tensors) for c in cases])
     rewire_model(tables, tables.event_table([LayerEvent(c.counts, c.live) for c in cases]))
     assert tables.stats[:, 1].tolist() == [1, 0]
 
@@ -351,7 +351,7 @@ def test_a_layer_that_the_kernels_do_not_take_is_refused_by_a_sentence(change, m
     layout = Layout(rows, rows, torch.empty(0, dtype=torch.int32), 3, 3, 1, 2, False)
     layer = replace(LayerTensors([layout], (6, 6), torch.zeros(3, 2, 2), []), **change)
     with pytest.raises(ValueError, match=f"rewire_model: layer 0 has .*{message}"):
-        ModelTables([layer], Growth.BY_HASH)
+        ModelTables([layer])
 
 
 needs_gpu = pytest.mark.skipif(bool(cuda.unavailable()), reason=f"backend 'cuda': {cuda.unavailable()}")
@@ -381,7 +381,7 @@ def test_a_captured_event_replays_with_another_stream_of_the_hash():
     case = make(random.Random(5), (32, 32), 16, [200], counts=[60]).to("cuda")
     other = case.clone()
     layer = LayerTensors(case.layouts, case.shape, case.weight, [(case.weight, 0.0), *case.tensors])
-    tables = ModelTables([layer], Growth.BY_HASH)
+    tables = ModelTables([layer])
 
     def event(start):
         return tables.event_table([LayerEvent(case.counts, case.live, start, case.gradient)])

@@ -7,8 +7,8 @@ import torch
 from oracle import BLOCK_SIZES, random_topology
 
 import sparsekern as sk
-from sparsekern import choose
-from sparsekern.backends import cpu, dense, reference
+from sparsekern import choose, devices
+from sparsekern.backends import cpu, cuda, dense, reference
 
 native = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
@@ -88,3 +88,54 @@ def test_a_forced_backend_answers_a_convolution(monkeypatch):
             with sk.use(name):
                 torch.testing.assert_close(layer(x), free, rtol=1e-4, atol=1e-5)
             assert asked == ([] if name == "dense" else [name])  # the dense path of a convolution is F.conv2d
+
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture
+def capturing(monkeypatch) -> list[bool]:
+    """Whether a CUDA graph is being captured, as torch says it."""
+    answer = [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: answer[0])
+    return answer
+
+
+def test_forcing_cuda_rewires_by_its_kernels_on_a_gpu_and_leaves_products_to_the_chooser(monkeypatch, capturing):
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU that nobody measured")
+    layer = sk.SparseLinear(64, 64, density=0.1, block_size=4)
+    free = chosen(layer)
+    assert not choose.rewires_by_cuda(GPU)
+    with sk.use("cuda"):
+        assert choose.rewires_by_cuda(GPU) and not choose.rewires_by_cuda(CPU)
+        assert chosen(layer) is free and choose.forced() is None
+        with sk.use("reference"):
+            assert choose.forced() is reference and not choose.rewires_by_cuda(GPU)
+        capturing[0] = True
+        assert not choose.rewires_by_cuda(GPU)
+        capturing[0] = False
+    assert not choose.rewires_by_cuda(GPU)
+
+
+def test_kernels_rewire_unforced_only_on_the_very_device_whose_table_says_so(monkeypatch, capturing, tmp_path):
+    (tmp_path / "default.json").write_text((devices.FOLDER / "default.json").read_text())
+    (tmp_path / "fast-gpu.json").write_text('{"device": "Fast GPU", "rewire_by_cuda": true}')
+    (tmp_path / "slow-gpu.json").write_text('{"device": "Slow GPU"}')
+    monkeypatch.setattr(devices, "FOLDER", tmp_path)
+    devices.known.cache_clear()
+    answers = {}
+    for missing in (None, "sparsekern was built without rewire.fatbin"):
+        monkeypatch.setattr(cuda, "unavailable", lambda missing=missing: missing)
+        for name in ("Fast GPU", "Slow GPU", "New GPU"):
+            monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+            answers[name, missing is None] = choose.rewires_by_cuda(GPU)
+    devices.known.cache_clear()
+    assert [key for key, answer in answers.items() if answer] == [("Fast GPU", True)]
+
+
+@pytest.mark.skipif(cuda.unavailable() is None, reason="the kernels of backend 'cuda' can run here")
+def test_forcing_cuda_where_it_cannot_run_says_what_is_missing():
+    with pytest.raises(RuntimeError, match="backend 'cuda' was asked for, but .*(nvcc|GPU|compute capability)"):
+        with sk.use("cuda"):
+            pass

@@ -275,3 +275,20 @@ def test_the_dense_path_has_the_gradients_of_the_product_by_im2col(density, bloc
     assert not dense[2][1].any()
     for ours, truth in zip(dense, by_im2col, strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-6)
+
+
+def test_dense_can_be_forced_in_float64_which_cpp_does_not_copy():
+    layer = sk.SparseLinear(32, 32, density=0.5, block_size=4, dtype=torch.float64)
+    conv = sk.SparseConv2d(4, 8, 3, density=0.5, block_size=4, dtype=torch.float64)
+    x, picture = torch.randn(3, 32, dtype=torch.float64), torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    with sk.use("dense"):
+        found = [
+            *torch.autograd.grad(layer(x).sum(), layer.weight),
+            *torch.autograd.grad(conv(picture).sum(), conv.weight),
+        ]
+    with sk.use("reference"):
+        truth = [
+            *torch.autograd.grad(layer(x).sum(), layer.weight),
+            *torch.autograd.grad(conv(picture).sum(), conv.weight),
+        ]
+    torch.testing.assert_close(found, truth)

@@ -11,7 +11,7 @@ import torch
 
 import sparsekern as sk
 from sparsekern.__main__ import report
-from sparsekern.backends import cpu
+from sparsekern.backends import cpu, cuda
 from sparsekern.choose import BACKENDS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -56,6 +56,16 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch):
     monkeypatch.setattr(cpu, "unavailable", lambda: "sparsekern was installed without its C++ module")
     assert line("backend cpu") == "sparsekern was installed without its C++ module"
     assert line("instructions").startswith("none in sparsekern, ")
+
+
+def test_the_cuda_kernels_that_were_built_are_named_with_their_architectures(monkeypatch, tmp_path):
+    monkeypatch.setattr(cuda, "FATBIN", tmp_path)
+    assert line("cuda kernels") == "none were built"
+    assert line("backend cuda").startswith("sparsekern was built without rewire.fatbin; install it again with nvcc")
+    (tmp_path / "rewire.fatbin").touch()
+    assert line("cuda kernels") == "rewire for sm_80, sm_90a, compute_80"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert line("backend cuda") == "torch sees no NVIDIA GPU."
 
 
 @pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))

@@ -1,0 +1,311 @@
+"""Rules whose events go through the kernels of csrc/cuda/rewire.cu: what a rule by torch operations does, bit for bit.
+
+The kernels run by their emulation on a CPU; on a GPU (marker gpu) the same cases run on the device itself.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+from emulation import Launches
+from oracle import random_topology
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sparsekern as sk
+from sparsekern import choose
+from sparsekern.backends import cuda
+from sparsekern.rewire import on_device
+from sparsekern.rewire.on_device import ModelTables
+
+EVENTS = 4
+
+
+class Middle(sk.DropAndGrow):
+    """Drops the strongest blocks, grows in the middle of the matrix."""
+
+    def drop_scores(self, layer):
+        return -layer.weight.detach().float().abs().sum((1, 2))
+
+    def grow_scores(self, layer):
+        row, col = (torch.linspace(-1, 1, n // layer.groups) for n in layer.topology.grid)
+        return (2 - row[:, None].abs() - col.abs()).expand(layer.groups, -1, -1).to(layer.weight.device)
+
+
+class Narrow(Middle):
+    """Grows in the upper rows only, where places run out."""
+
+    def grow_scores(self, layer):
+        scores = super().grow_scores(layer).clone()
+        scores[:, 2:] = -1
+        return scores
+
+
+class Ragged(nn.Module):
+    """A padded trunk of blocks of 4, and heads of single weights in three groups."""
+
+    in_features = 30
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = sk.SparseLinear(30, 42, density=0.3, block_size=4)
+        self.heads = sk.SparseLinear(42, 3 * 7, density=0.25, block_size=1, groups=3)
+
+    def forward(self, x):
+        return self.heads(self.trunk(x).relu())
+
+
+def layer_of(grid, block_size, groups=1, live=0.4, dead=0) -> nn.Module:
+    topology = random_topology(grid, block_size, groups, live, dead)
+    return sk.SparseLinear(*topology.shape[::-1], topology=topology)
+
+
+@dataclass(frozen=True)
+class Case:
+    model: Callable[[], nn.Module]
+    rule: Callable
+    optimizer: Callable = torch.optim.Adam
+    followers: int = 0
+
+
+CASES = {
+    "SET": Case(Ragged, sk.SET),
+    "SET, all that it can": Case(partial(layer_of, (6, 7), 2, live=0.8), partial(sk.SET, drop_fraction=1.0)),
+    "SET, few blocks": Case(partial(layer_of, (3, 3), 8, live=0.4), partial(sk.SET, drop_fraction=0.2)),
+    "SET, groups and dead slots": Case(partial(layer_of, (6, 7), 4, groups=3, dead=5), sk.SET),
+    "SET, followers": Case(Ragged, sk.SET, followers=2),
+    "SET, Adagrad": Case(Ragged, sk.SET, partial(torch.optim.Adagrad, initial_accumulator_value=0.25)),
+    "RigL, block 16": Case(partial(layer_of, (6, 7), 16), sk.RigL),
+    "RigL, block 1": Case(partial(layer_of, (20, 30), 1, live=0.2), sk.RigL),
+    "RigL, both and followers": Case(Ragged, sk.RigL, followers=1),
+    "a rule of its own": Case(Ragged, Middle, followers=1),
+    "a rule whose places run out": Case(Ragged, partial(Narrow, drop_fraction=0.9), followers=1),
+}
+
+
+def results(model: nn.Module, copies: list[nn.Module], optimizer, rule) -> dict[str, Tensor]:
+    """Everything that an event may change."""
+    found = {f"weight {i}": weight.detach() for i, weight in enumerate(model.parameters())}
+    found |= {f"gradient {i}": weight.grad for i, weight in enumerate(model.parameters())}
+    for i, weight in enumerate(model.parameters()):
+        found |= {f"{name} {i}": value for name, value in optimizer.state[weight].items()}
+    for number, one in enumerate([model, *copies]):
+        for path, layer in rule.layers.items():
+            layer = one.get_submodule(path)
+            found |= {f"{path}: weight of copy {number}": layer.weight.detach()}
+            names = ("block_rows", "block_cols", "index")
+            found |= {f"{path}: {name} of copy {number}": getattr(layer.topology, name) for name in names}
+    return {name: value.cpu().clone() for name, value in found.items()}
+
+
+def train(case: Case, events: int = EVENTS, device: str = "cpu") -> list[dict]:
+    """What there is after each event; a training step comes before it."""
+    torch.manual_seed(3)
+    model = case.model()
+    inputs = torch.randn(events, 5, model.in_features).to(device)
+    gradients = [[torch.randn(weight.shape) for weight in model.parameters()] for _ in inputs]
+    model = model.to(device)
+    copies = [copy.deepcopy(model) for _ in range(case.followers)]
+    optimizer = case.optimizer(model.parameters(), 0.1)
+    rule = case.rule(model, optimizer, update_every=1, followers=copies, coverage=True)
+    found = []
+    for x, given in zip(inputs, gradients, strict=True):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()  # for the scores of RigL
+        for weight, gradient in zip(model.parameters(), given, strict=True):
+            weight.grad.copy_(gradient)  # a GPU may sum those of the backward in another order every time
+        optimizer.step()
+        with torch.no_grad():
+            for weight in model.parameters():  # norms are exact then, in whatever order they are summed
+                weight.mul_(1024).round_().div_(1024)
+            for one in copies:
+                for weight in one.parameters():
+                    weight.mul_(0.5)
+        changed = rule.step()
+        found.append(results(model, copies, optimizer, rule) | {"changed": changed, "stats": rule.stats()})
+        found[-1]["state"] = {name: value for name, value in rule.state_dict().items() if name != "covered"}
+    return found
+
+
+@pytest.fixture
+def forced(monkeypatch) -> Callable[[], Launches]:
+    """Called, it lets the kernels' emulation answer events of layers on the CPU."""
+
+    def force(run: bool = True) -> Launches:
+        launches = Launches(run)
+        monkeypatch.setattr(cuda, "launch", launches)
+        monkeypatch.setattr(choose, "rewires_by_cuda", lambda device: True)
+        return launches
+
+    return force
+
+
+def assert_equal(ours: list[dict], theirs: list[dict]) -> None:
+    for event, (own, expected) in enumerate(zip(ours, theirs, strict=True)):
+        for name, value in expected.items():
+            same = torch.equal(own[name], value) if isinstance(value, Tensor) else own[name] == value
+            assert same, f"event {event}: {name} differs"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_events_by_the_kernels_are_those_by_torch_bit_for_bit(forced, name):
+    theirs = train(CASES[name])
+    launches = forced()
+    assert_equal(train(CASES[name]), theirs)
+    assert launches.names == EVENTS * list(cuda.KERNELS["rewire"]) and any(event["changed"] for event in theirs)
+
+
+def test_a_rule_whose_places_run_out_keeps_some_blocks():
+    last = train(CASES["a rule whose places run out"])[0]
+    assert all(0 < stats["dropped"] < 0.9 * stats["live"] - 1 for stats in last["stats"].values()), (
+        "else the case shows nothing"
+    )
+
+
+class Operations(TorchDispatchMode):
+    """The names of the torch operations inside that would be a launch on a GPU."""
+
+    VIEWS = ("empty", "slice", "select", "unbind", "detach", "view", "expand")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if (name := func.overloadpacket.__name__) not in self.VIEWS:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [sk.SET, sk.RigL])
+@pytest.mark.parametrize("layers", [1, 28])
+def test_an_event_of_a_whole_model_takes_at_most_eight_launches(forced, monkeypatch, kind, layers):
+    model = nn.Sequential(*(sk.SparseLinear(64, 64, density=0.3, block_size=16) for _ in range(layers)))
+    optimizer = torch.optim.Adam(model.parameters())
+    rule = kind(model, optimizer, update_every=1)
+    launches, uploads, operations = forced(run=False), [], Operations()
+    model(torch.randn(2, 64)).sum().backward()
+    optimizer.step()
+    assert rule.step()  # which builds the tables
+    launches.names.clear()
+    upload = on_device._upload
+
+    def counted(*arguments):
+        uploads.append(arguments)
+        with torch.utils._python_dispatch._disable_current_modes():
+            return upload(*arguments)
+
+    monkeypatch.setattr(on_device, "_upload", counted)
+    counts = {path: rule._counts(path, 0.3)[0] for path in rule.layers}
+    with operations, torch.no_grad():
+        rule._event_on_device(counts)
+    assert launches.names == list(cuda.KERNELS["rewire"])
+    assert operations.names == ["zero_"] and len(uploads) == 1
+    assert len(launches.names) + len(operations.names) + len(uploads) <= 8
+
+
+def trained_rule(kind=sk.SET, **arguments):
+    model = Ragged()
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    return model, optimizer, kind(model, optimizer, update_every=1, **arguments)
+
+
+def step(model, optimizer, rule) -> bool:
+    optimizer.zero_grad()
+    model(torch.randn(5, model.in_features)).square().sum().backward()
+    optimizer.step()
+    return rule.step()
+
+
+def test_tables_are_built_once_and_anew_when_a_tensor_has_moved(forced, monkeypatch):
+    forced()
+    built = []
+    monkeypatch.setattr(on_device, "ModelTables", lambda *args: built.append(args) or ModelTables(*args))
+    model, optimizer, rule = trained_rule()
+    for _ in range(3):
+        assert step(model, optimizer, rule)
+    assert len(built) == 1
+    changes = {
+        "state": lambda: optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict())),
+        "weight": lambda: model.trunk.weight.set_(model.trunk.weight.detach().clone()),
+        "topology": lambda: model.heads.topology.replace(
+            model.heads.topology.block_rows.clone(), model.heads.topology.block_cols.clone()
+        ),
+    }
+    for number, (name, change) in enumerate(changes.items()):
+        with torch.no_grad():
+            change()
+        assert step(model, optimizer, rule)
+        assert len(built) == number + 2, name
+        for layer in (model.trunk, model.heads):
+            t = layer.topology
+            assert torch.equal(sk.Topology(t.block_rows, t.block_cols, t.shape, t.block_size, t.groups).index, t.index)
+
+
+def test_a_nan_that_was_dropped_is_named_by_stats_once_and_not_forgotten_with_the_tables(forced):
+    forced()
+    model, optimizer, rule = trained_rule()
+    step(model, optimizer, rule)
+    with torch.no_grad():
+        model.trunk.weight[0, 0, 0] = torch.nan
+        rule.step()
+        model.trunk.weight.set_(model.trunk.weight.clone())
+    rule.step()
+    with pytest.warns(UserWarning, match="layer 'trunk' has NaN weights"):
+        rule.stats()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rule.step()
+        rule.stats()
+
+
+def test_a_rewire_by_the_kernels_between_forward_and_backward_is_refused_as_any_other(forced):
+    forced()
+    model, optimizer, rule = trained_rule()
+    step(model, optimizer, rule)
+    y = model(torch.randn(5, model.in_features))
+    assert rule.step()
+    with pytest.raises(RuntimeError, match="modified|rewire"):
+        y.sum().backward()
+    assert rule.step() and model(torch.randn(5, model.in_features)).isfinite().all()
+
+
+def test_scores_that_are_refused_leave_every_layer_as_it_was(forced):
+    forced()
+    model, optimizer, rule = trained_rule(Middle)
+    assert step(model, optimizer, rule)
+    before = copy.deepcopy((model.state_dict(), rule.state_dict()))
+    rule.grow_scores = lambda layer: torch.zeros(1) if layer is model.heads else None
+    with pytest.raises(ValueError, match="grow_scores: layer 'heads' wants floating-point scores"):
+        step(model, optimizer, rule)
+    assert rule.state_dict()["carry"] == before[1]["carry"]
+    names = [name for name in before[0] if "block" in name]
+    assert names and all(torch.equal(model.state_dict()[name], before[0][name]) for name in names)
+
+
+def test_a_gradient_that_the_kernels_cannot_reset_is_refused_before_anything_changes(forced):
+    forced()
+    model, optimizer, rule = trained_rule()
+    step(model, optimizer, rule)
+    weight = model.trunk.weight
+    weight.grad = torch.zeros(weight.numel() + 1)[1:].view_as(weight)
+    before = weight.detach().clone()
+    with pytest.raises(ValueError, match="rewire_model: layer 0 has a gradient of torch.float32.*at 16 bytes"):
+        rule.step()
+    assert torch.equal(weight, before)
+
+
+needs_gpu = pytest.mark.skipif(bool(cuda.unavailable()), reason=f"backend 'cuda': {cuda.unavailable()}")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", [name for name in CASES if "RigL" not in name])  # whose scores may differ by rounding
+def test_events_on_a_gpu_are_those_by_torch_bit_for_bit(name):
+    theirs = train(CASES[name], device="cuda")
+    with sk.use("cuda"):
+        assert_equal(train(CASES[name], device="cuda"), theirs)
