@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas
 from pandas import DataFrame, Series
 
-from bench import model, plot, results
+from bench import cost_model, plot, results
 from bench.case import HEADLINES, KEYS
 
 README = Path(__file__).parent.parent / "README.md"
@@ -95,7 +95,7 @@ PATHS = {"kernels": "triton", "chosen": "chosen", "dense path": "dense path"}
 def chooser(rows: DataFrame) -> str:
     """The time that the chooser's model (`sparsekern/choose/cost.py`) gives with the rates of this device, over the
     time measured: median, and the share furthest from 1."""
-    found = model.lines(model.compared(rows))
+    found = cost_model.lines(cost_model.compared(rows))
     if found.empty:
         return ""
     shares = {name: found[name].map("{:.2f}".format) for name in ("median", "worst")}
@@ -366,7 +366,7 @@ def page(path: Path, rows: DataFrame) -> str:
         shown = rows[rows.suite.isin(suites)]
         if device in where.split() and len(shown) and (text := write(shown)):
             parts += [f"## {title}", inspect.getdoc(write)]
-            parts += [f"![Model against measurement]({model.path_for(path).name})"] * (title == CHOOSER) + [text]
+            parts += [f"![Model against measurement]({cost_model.path_for(path).name})"] * (title == CHOOSER) + [text]
     failed = rows[~rows.suite.isin(SHOW_THEIR_REASONS)]
     failed = failed.dropna(subset="reason") if "reason" in failed else failed[:0]
     if len(failed):
@@ -503,7 +503,7 @@ def main(arguments: list[str] | None = None) -> None:
         steps = plot.steps(rows)
         plot.draw(rows, conditions(steps if len(steps) else rows), plot.path_for(path))
         if plot.of_gpu(rows):
-            model.draw(rows, conditions(rows), model.path_for(path))
+            cost_model.draw(rows, conditions(rows), cost_model.path_for(path))
         path.with_suffix(".md").write_text(page(path, rows))
     if own is not None:
         return

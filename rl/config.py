@@ -7,7 +7,7 @@ environment steps.
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -156,13 +156,13 @@ class ResetConfig:
 
 
 PARTS = {
-    "ppo": PPOConfig,
-    "ppo_mt10": MT10PPOConfig,
-    "sac": SACConfig,
     "set": SETConfig,
     "gmp": GMPConfig,
     "redo": ReDoConfig,
     "reset": ResetConfig,
+    "ppo": PPOConfig,
+    "ppo_mt10": MT10PPOConfig,
+    "sac": SACConfig,
 }
 
 
@@ -223,7 +223,7 @@ class Config:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)  # frozen from here on
         if self.gmp.update_every is None:
-            gmp = dataclasses.replace(self.gmp, update_every=self.papers_gmp_update_every)
+            gmp = replace(self.gmp, update_every=self.papers_gmp_update_every)
             object.__setattr__(self, "gmp", gmp)
         if not 0 < self.density <= 1:
             raise ValueError(f"density must be in (0, 1], got {self.density}")
@@ -290,27 +290,9 @@ class Config:
             parts.append(f"every{self.gmp.update_every}")
         if self.treatment != "dense" and self.networks != "both":
             parts.append(self.networks)
-        return "-".join([*parts, *self._deviations()])
-
-    def _deviations(self) -> list[str]:
-        """Of all other settings that decide what a run does, those that are not the default."""
-        named = {"initial"} if self.treatment == "set" else set()
-        if self.treatment.startswith("gmp"):
-            named.add("update_every")
-        found = []
-        for part in [*self.treatment.split("+"), self.algorithm]:
-            if part in PARTS:
-                values, default = getattr(self, part), PARTS[part]()
-                for field in dataclasses.fields(values):
-                    value = getattr(values, field.name)
-                    if field.name not in {*named, "device"} and value != getattr(default, field.name):
-                        found.append(f"{field.name.replace('_', '-')}{value}")
-        for name, papers in self._papers_evaluation.items():
-            if getattr(self, name) != papers:
-                found.append(f"{name.replace('_', '-')}{getattr(self, name)}")
-        if "weight-decay" in self.treatment and self.weight_decay != Config.weight_decay:
-            found.append(f"weight-decay{self.weight_decay:g}")
-        return found
+        unnamed = {name: value for name, value in deviations(self).items() if name not in NAMED}
+        parts += [f"{name.rpartition('.')[2].replace('_', '-')}{value}" for name, value in unnamed.items()]
+        return "-".join(parts)
 
     def save(self, folder: Path) -> None:
         """Write the settings into this folder, which makes it a run folder."""
@@ -328,3 +310,34 @@ class Config:
         values |= {name: part(**values.get(name, {})) for name, part in PARTS.items()}
         values |= {name: Path(values[name]) for name in ("runs", "ticket") if values[name]}
         return cls(**values)
+
+
+NAMED = ("density", "block_size", "networks", "set.initial", "gmp.update_every")
+"""Settings that `Config.experiment` has words of its own for."""
+
+
+def identity(config: Config) -> Config:
+    """The settings that decide what a run does; where, on how many threads and options of other treatments do not."""
+    same = replace(config, runs=Path(), threads=1, workers=1, ticket=config.ticket and Path())
+    same = replace(same, sac=replace(same.sac, device="auto"))
+    parts = config.treatment.split("+")
+    unused = [name for name in ("set", "gmp", "redo", "reset") if name not in parts]
+    unused += [name for name in ("ppo", "ppo_mt10", "sac") if name != config.algorithm]
+    unused += ["weight_decay"] * ("weight-decay" not in parts)
+    unused += ["density", "block_size"] * (not config.sparse)
+    unused += ["networks"] * (config.treatment == "dense" or config.actor_alone)
+    return replace(same, **{name: getattr(Config, name) for name in unused})
+
+
+def settings(config: Config) -> dict[str, object]:
+    """By name, as on the command line: those of the parts first."""
+    values = dataclasses.asdict(config)
+    parts = {f"{name}.{option}": value for name in PARTS for option, value in values.pop(name).items()}
+    return parts | values
+
+
+def deviations(config: Config) -> dict[str, object]:
+    """The settings of `identity`, but seed and length, that are not the defaults of this suite, agent and treatment."""
+    standard = Config(suite=config.suite, agent=config.agent, treatment=config.treatment, ticket=config.ticket)
+    usual, own = settings(identity(standard)), settings(identity(config))
+    return {name: value for name, value in own.items() if value != usual[name] and name not in ("seed", "timesteps")}

@@ -34,13 +34,14 @@ def evaluate_minigrid(
     return returns.reshape(episodes, num_tasks).T
 
 
-def minigrid_metrics(tasks: Sequence[Task], returns: np.ndarray) -> dict[str, float]:
-    """Evaluated returns [num_tasks, episodes] as metrics: mean return, normalised return and success of each task."""
+def minigrid_metrics(tasks: Sequence[Task], returns: np.ndarray, solved: np.ndarray) -> dict[str, float]:
+    """Returns and whether each was solved, [num_tasks, episodes], as metrics: return, its share of an optimal one's,
+    and success of each task."""
     metrics = {}
-    for task, of_task in zip(tasks, returns, strict=True):
+    for task, of_task, of_solved in zip(tasks, returns, solved, strict=True):
         metrics[f"return/{task.name}"] = of_task.mean()
         metrics[f"score/{task.name}"] = task.score(of_task.mean())
-        metrics[f"success/{task.name}"] = np.mean([task.solved(r) for r in of_task])
+        metrics[f"success/{task.name}"] = of_solved.mean()
     for kind in ("score", "success"):
         metrics[f"{kind}/mean"] = np.mean([metrics[f"{kind}/{task.name}"] for task in tasks])
     return metrics

@@ -24,8 +24,8 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # started as a script: the checkout is where `rl` is
 
 from rl import checkpoint
-from rl.config import Agent, BlockSize, Config, Networks, Suite, Treatment
-from rl.reporting.runs import Run, find, identity
+from rl.config import Agent, BlockSize, Config, Networks, Suite, Treatment, identity
+from rl.reporting.runs import Run, find
 from rl.run import CHECKOUT, new_folder
 from rl.run import train as train_one
 
@@ -83,7 +83,7 @@ class Sweep:
             # absolute: a process on a cluster starts in another folder
             settings |= {"runs": self.runs.absolute(), "workers": self.workers if settings["suite"] == "mt10" else 1}
             cell = Config(**settings)
-            cell = replace(cell, timesteps=self.timesteps or cell.papers_timesteps)
+            cell = replace(cell, timesteps=cell.papers_timesteps if self.timesteps is None else self.timesteps)
             if options:
                 cell = tyro.cli(Config, args=options, default=cell, prog="python rl/sweep.py --vary")
             cells.setdefault(identity(cell), cell)

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from sparsekern import choose
 from sparsekern.backends import cpu, dense
+from sparsekern.dense_copy import densify
 from sparsekern.layer import SparseLayer
-from sparsekern.operators import densify
 from sparsekern.products import dds
 from sparsekern.topology import Topology
 

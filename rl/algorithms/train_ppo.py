@@ -56,8 +56,7 @@ class PPOTrainer(Trainer):
         return policy.act(policy.rows(observation[None], [task]), generator)[0]
 
     def evaluate(self) -> Metrics:
-        returns, _ = self.play()
-        return minigrid_metrics(self.tasks, returns)
+        return minigrid_metrics(self.tasks, *self.play())
 
     def parts(self) -> dict[str, Any]:
         return {**self.learners, "buffer": self.buffer}

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rl.config import Config, GMPConfig, SETConfig
+from rl.config import Config, GMPConfig, SETConfig, identity, settings
 from rl.envs import SUITES
 from rl.reporting.paper import TABLE, TABLE_MT10, Score
-from rl.reporting.runs import Run, identity, settings
+from rl.reporting.runs import Run
 
 # what tells cells of a table apart, besides options of a treatment that have a part of the name
 CELL = ("suite", "agent", "treatment", "networks", "density", "block_size", "ticket")

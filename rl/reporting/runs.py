@@ -2,34 +2,14 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import pandas
 
-from rl.config import CONFIG, ENVIRONMENT, PARTS, Config
+from rl.config import CONFIG, ENVIRONMENT, Config, deviations
 from rl.reporting.logger import CSV
-
-
-def identity(config: Config) -> Config:
-    """The settings that decide what a run does; where, on how many threads and options of other treatments do not."""
-    same = replace(config, runs=Path(), threads=1, workers=1, ticket=config.ticket and Path())
-    same = replace(same, sac=replace(same.sac, device="auto"))
-    parts = config.treatment.split("+")
-    unused = [name for name in ("set", "gmp", "redo", "reset") if name not in parts]
-    unused += [name for name in ("ppo", "ppo_mt10", "sac") if name != config.algorithm]
-    unused += ["weight_decay"] * ("weight-decay" not in parts)
-    unused += ["density", "block_size"] * (not config.sparse)
-    unused += ["networks"] * (config.treatment == "dense" or config.actor_alone)
-    return replace(same, **{name: getattr(Config, name) for name in unused})
-
-
-def settings(config: Config) -> dict[str, object]:
-    """By name, as on the command line."""
-    values = asdict(config)
-    parts = {f"{name}.{option}": value for name in PARTS for option, value in values.pop(name).items()}
-    return values | parts
 
 
 @dataclass(frozen=True)
@@ -54,18 +34,16 @@ class Run:
     @property
     def command(self) -> str:
         """What makes the same run again: its settings as options, as far as they are not defaults."""
-        named = {name: getattr(self.config, name) for name in ("suite", "agent", "treatment", "ticket")}
-        usual = settings(identity(Config(**named)))
+        named = {
+            name: getattr(self.config, name) for name in ("suite", "agent", "treatment", "ticket", "seed", "timesteps")
+        }
         options = ["python rl/run.py"]
-        for name, value in settings(identity(self.config)).items():
-            part, _, option = name.replace("_", "-").rpartition(".")
-            prefix = f"{part}." if part else ""
-            if name not in ("suite", "agent", "treatment", "ticket", "seed", "timesteps") and value == usual[name]:
-                continue
+        for name, value in (named | deviations(self.config)).items():
+            part, dot, option = name.replace("_", "-").rpartition(".")
             if isinstance(value, bool):
-                options.append(f"--{prefix}{'' if value else 'no-'}{option}")
+                options.append(f"--{part}{dot}{'' if value else 'no-'}{option}")
             elif name != "ticket" or value:
-                options.append(f"--{prefix}{option} {value}")
+                options.append(f"--{part}{dot}{option} {value}")
         return " ".join(options)
 
     @property

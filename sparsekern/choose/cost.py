@@ -6,7 +6,7 @@ and device memory, and needs the blocks copied to a dense matrix or back. Break-
 measured on a device take the model's place, which then says only how they change with the shape.
 
 Rates of a device are in `sparsekern/devices`. The constants here were read off the products of one H200, which
-`bench/results/nvidia-h200.json` holds; `python -m bench.model` shows the model beside them.
+`bench/results/nvidia-h200.json` holds; `python -m bench.cost_model` shows the model beside them.
 """
 
 import functools

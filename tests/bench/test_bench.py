@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import compare, contenders, limits, measure, model, plot, report, results
+from bench import compare, contenders, cost_model, limits, measure, plot, report, results
 from bench.case import KEYS, Case
 from bench.clock import CLOCKS
 from bench.problem import PRODUCTS, Problem
@@ -26,11 +26,11 @@ def test_the_tables_of_a_device_show_its_committed_results(path):
     rows = report.committed()[path]
     assert path.with_suffix(".md").read_text() == report.page(path, rows), "run python -m bench.report"
     assert path.with_suffix(".png").exists()
-    assert model.path_for(path).exists() == plot.of_gpu(rows)
+    assert cost_model.path_for(path).exists() == plot.of_gpu(rows)
 
 
 def test_the_choosers_model_is_within_a_factor_of_two_of_all_that_an_h200_measured_and_mostly_within_a_quarter():
-    found = model.compared(results.load(results.FOLDER / "nvidia-h200.json"))
+    found = cost_model.compared(results.load(results.FOLDER / "nvidia-h200.json"))
     kernels = found[found.path == "Triton kernels"]
     assert len(kernels) == 3 * 65 and len(found) > len(kernels)
     assert found.share.between(0.5, 1.25).all()

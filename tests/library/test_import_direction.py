@@ -13,7 +13,7 @@ ORDER = (
     "choose",
     "quick",
     "operators",
-    "products rewire.growth",
+    "products dense_copy rewire.growth",
     "layer",
     "linear conv",
     "initialise rewire.optimizer_state",

@@ -21,9 +21,9 @@ from rl.algorithms.baseline import RIDGE, LinearBaseline
 from rl.algorithms.buffer import PlasticityBuffer
 from rl.algorithms.rollout import TASKS, MT10Rollout, collect_mt10, episode_sums
 from rl.algorithms.train_ppo_mt10 import MT10, baseline_advantages, best, fit, make_learner
-from rl.config import Config, GMPConfig, MT10PPOConfig, ReDoConfig, ResetConfig, SETConfig
+from rl.config import Config, GMPConfig, MT10PPOConfig, ReDoConfig, ResetConfig, SETConfig, identity
 from rl.metrics import fisher_trace
-from rl.reporting.runs import find, identity
+from rl.reporting.runs import find
 from rl.treatments.redo import matrices
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results" / "rl"

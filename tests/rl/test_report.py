@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tyro
 
-from rl.config import Config, GMPConfig, PPOConfig, ReDoConfig, ResetConfig, SETConfig
+from rl.config import Config, GMPConfig, PPOConfig, ReDoConfig, ResetConfig, SETConfig, identity
 from rl.envs import SUITES
 from rl.reporting import paper
 from rl.reporting.cells import by_protocol, protocol_title, reference
@@ -19,7 +19,7 @@ from rl.reporting.conclusions import conclusions, verdict
 from rl.reporting.curves import SCALES
 from rl.reporting.figures import draw, figures
 from rl.reporting.page import write as write_page
-from rl.reporting.runs import find, identity
+from rl.reporting.runs import find
 from rl.reporting.statistics import band, improvement, interval, iqm, profile
 from rl.reporting.tables import show, single_task, with_interval
 

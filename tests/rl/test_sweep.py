@@ -55,6 +55,11 @@ def test_what_cannot_be_varied_is_a_sentence(monkeypatch, vary, message):
         sweep.main()
 
 
+def test_a_length_of_zero_is_refused_and_not_taken_for_the_papers():
+    with pytest.raises(ValueError, match="timesteps must be at least 1, got 0"):
+        Sweep(timesteps=0).cells()
+
+
 def test_a_sweep_of_mt10_has_the_papers_length_and_its_workers():
     (cell,) = Sweep(suites=("mt10",), agents=("mtsac",), treatments=("dense",), seeds=(0,), workers=3).cells()
     assert (cell.timesteps, cell.workers) == (2_000_000, 3)

@@ -1,4 +1,4 @@
-"""The chooser's model of a GPU beside what was measured: `python -m bench.model` prints the table that a report holds.
+"""The chooser's model of a GPU beside what was measured; `python -m bench.cost_model` prints the table of a report.
 
 Every product by the Triton kernels, and every GEMM of the vendor, as CUDA graphs replayed them.
 """
