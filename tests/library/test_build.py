@@ -26,7 +26,16 @@ def build(folder: Path, nvcc: str | None, choice: str = "auto") -> tuple[int, st
     compiler = str(tools / "c++")
     environment = os.environ | {"CC": compiler, "CXX": compiler, "LDSHARED": f"{compiler} -shared"}
     environment |= {"LDCXXSHARED": f"{compiler} -shared", "PATH": f"{tools}:/usr/bin:/bin", "SPARSEKERN_CUDA": choice}
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder / "lib", "--build-temp", folder / "o"]
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--build-lib",
+        folder / "lib",
+        "--build-temp",
+        folder / "o",
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     names = {path.name.partition(".")[0] for path in (folder / "lib").rglob("*") if path.is_file()}
     return done.returncode, done.stderr, names
