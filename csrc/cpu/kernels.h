@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "../layout.h"
+#include "../rewire_keys.h"
 
 namespace sparsekern {
 
@@ -72,6 +73,8 @@ struct Kernels {
     void (*unpack[NUM_TYPES])(const float* tile, int vectors, int tokens, int features, void* y, int64_t stride);
     void (*dds[4][WIDTHS])(const DdsTask&);             // blocks 1, 2, 4, larger; null = too wide for the registers
     void (*sdd[NUM_TYPES][3][WIDTHS])(const SddTask&);  // blocks 1, 2, larger
+    // grow_key_by_hash of the places first, first + 1, ...
+    void (*hash_keys)(uint64_t start, uint64_t first, int count, uint32_t* keys);
 };
 
 const Kernels& kernels();                          // of the instruction set in use

@@ -2,6 +2,7 @@
 #include "simd.h"
 // The others need it first.
 #include "dds_kernel.h"
+#include "hash_kernel.h"
 #include "panel.h"
 #include "sdd_kernel.h"
 
@@ -24,4 +25,5 @@
             {dds_rows<0, 1>, dds_rows<0, 2>},                                       \
         },                                                                          \
         {SDD_KERNELS(float), SDD_KERNELS(bfloat16)},                                \
+        hash_keys,                                                                  \
     }
