@@ -21,7 +21,7 @@ export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" MPLBACKEN
 exec > >(tee "$out/log.txt") 2>&1
 
 patience=1 # of a rehearsal, whose interpreter is slow
-[ -n "$rehearse" ] && patience=5
+[ -n "$rehearse" ] && patience=10
 time_left() { echo $((deadline - report_seconds - SECONDS)); }
 # stage NAME LIMIT COMMAND...: run it for at most LIMIT seconds, and never into the time that the report needs
 stage() {
