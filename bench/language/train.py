@@ -20,7 +20,7 @@ from bench.language.model import GPT, Shape, density, flops, live_weights, narro
 
 NARROW_DENSITY = 0.1  # whose FLOPs dense-narrow has
 HELD_OUT_SEED = 1 << 40
-PATTERN = re.compile(r"(set|rigl|gmp|static)-d(0\.\d+)-b(\d+)-(erk|uniform)(-balanced)?")
+PATTERN = re.compile(r"(set|rigl|gmp(?!.*-balanced)|static)-d(0\.\d+)-b(\d+)-(erk|uniform)(-balanced)?")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def parse(name: str) -> Arm:
     if (match := PATTERN.fullmatch(name)) is None:
         raise ValueError(
             "bench.language: an arm is 'dense', 'dense-narrow' or like 'set-d0.1-b16-erk' (set, rigl, gmp or static; "
-            f"density; block size; erk or uniform), got {name!r}"
+            f"density; block size; erk or uniform), and all but gmp may end in '-balanced', got {name!r}"
         )
     return Arm(match[1], float(match[2]), int(match[3]), match[4], match[5] is not None)
 
@@ -60,7 +60,14 @@ def build(arm: Arm, shape: Shape, seed: int) -> GPT:
     if arm.rule.startswith("dense"):
         return model
     initial = 1.0 if arm.rule == "gmp" else arm.density
-    return sk.sparsify(model, initial, arm.block_size, arm.distribution, exclude=["head"], keep="fresh")
+    model = sk.sparsify(model, initial, arm.block_size, arm.distribution, exclude=["head"], keep="fresh")
+    for layer in model.modules() if arm.balanced else ():
+        if isinstance(layer, sk.SparseLinear):
+            old = layer.topology
+            new = sk.Topology.random(old.shape, old.num_live, old.block_size, balance="rows")
+            old.replace(new.block_rows, new.block_cols)
+            layer.reset_parameters()
+    return model
 
 
 def rule_for(arm: Arm, model: GPT, optimizer: torch.optim.Optimizer, steps: int, seed: int):
@@ -71,7 +78,8 @@ def rule_for(arm: Arm, model: GPT, optimizer: torch.optim.Optimizer, steps: int,
         return sk.GMP(model, optimizer, arm.density, end_step=end, update_every=every, scope=scope)
     if arm.rule in ("set", "rigl"):
         kind = sk.SET if arm.rule == "set" else sk.RigL
-        return kind(model, optimizer, drop_fraction=sk.cosine(0.3), update_every=every, end_step=end, seed=seed)
+        balance = "rows" if arm.balanced else None
+        return kind(model, optimizer, sk.cosine(0.3), every, end_step=end, seed=seed, balance=balance)
     return None
 
 

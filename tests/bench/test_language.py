@@ -2,6 +2,7 @@ import pandas
 import pytest
 import torch
 
+import sparsekern as sk
 from bench.language import __main__ as command
 from bench.language import data, report
 from bench.language.model import Shape, density, flops, live_weights
@@ -33,7 +34,9 @@ def test_a_sparse_arm_has_its_density_and_the_narrow_one_no_more_flops():
     assert 0.8 * ours < theirs <= 1.001 * ours
 
 
-@pytest.mark.parametrize("name", ["dense", "set-d0.2-b16-erk", "rigl-d0.2-b4-uniform", "gmp-d0.2-b16-erk"])
+@pytest.mark.parametrize(
+    "name", ["dense", "set-d0.2-b16-erk", "rigl-d0.2-b4-uniform", "gmp-d0.2-b16-erk", "set-d0.2-b4-erk-balanced"]
+)
 def test_a_resumed_run_equals_a_straight_one(name, text, tmp_path):
     straight, cut = tmp_path / "straight", tmp_path / "cut"
     expected = pandas.read_csv(train(name, 0, text, SHAPE, SETTINGS, straight, straight))
@@ -67,8 +70,16 @@ def test_bytes_are_those_of_weights_gradients_moments_and_topology(text, tmp_pat
 
 
 def test_a_wrong_arm_is_an_error_that_says_what_an_arm_is():
-    with pytest.raises(ValueError, match="like 'set-d0.1-b16-erk'.*got 'sett-d0.1'"):
-        parse("sett-d0.1")
+    for name in ("sett-d0.1", "gmp-d0.1-b4-erk-balanced"):
+        with pytest.raises(ValueError, match=f"like 'set-d0.1-b16-erk'.*got '{name}'"):
+            parse(name)
+
+
+def test_a_balanced_arm_has_as_many_blocks_in_every_row():
+    model = build(parse("set-d0.2-b4-uniform-balanced"), SHAPE, 0)
+    layers = [module for module in model.modules() if isinstance(module, sk.SparseLinear)]
+    counts = [layer.topology.mask().sum(-1) for layer in layers]
+    assert len(counts) == 4 and all(count.amax() - count.amin() <= 1 for count in counts)
 
 
 def test_the_equal_time_run_has_as_many_steps_as_fit_into_the_time_of_dense(text, tmp_path, monkeypatch):
