@@ -45,16 +45,17 @@ def table(rows: DataFrame) -> str:
     steps, time = (last.loc[[kind]] for kind in KINDS)
     lines = [
         f"| arm | seeds | learning rate | bits per byte at {steps.step.max()} steps | at the time of dense | its steps "
-        "| time of a step / dense | FLOPs / dense | MB |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| its time / dense | time of a step / dense | FLOPs / dense | MB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    dense_flops = steps[steps.arm == "dense"].flops.mean()
+    dense = steps[steps.arm == "dense"].mean(numeric_only=True)
     for arm, runs in steps.groupby("arm"):
         other = time[time.arm == arm]
+        time_share = other.dense_steps.mean() / dense.dense_steps
         lines.append(
             f"| {arm} | {len(runs)} | {runs.learning_rate.iloc[0]:g} | {spread(runs.bits_per_byte)} "
-            f"| {spread(other.bits_per_byte)} | {other.step.mean():.0f} "
-            f"| {(runs.dense_steps / runs.step).mean():.2f} | {runs.flops.mean() / dense_flops:.2f} "
+            f"| {spread(other.bits_per_byte)} | {other.step.mean():.0f} | {time_share:.2f} "
+            f"| {(runs.dense_steps / runs.step).mean():.2f} | {runs.flops.mean() / dense.flops:.2f} "
             f"| {runs.bytes.max() / 1e6:.1f} |"
         )
     return "\n".join(lines) + "\n"

@@ -113,7 +113,7 @@ def test_a_report_compares_at_equal_steps_and_at_equal_time_with_the_spread_of_s
         rows.to_csv(tmp_path / kind / f"{name}-seed{seed}.csv", index=False)
     report.main(tmp_path)
     assert (tmp_path / "language.md").read_text().splitlines()[2:] == [
-        "| dense | 1 | 0.001 | 3.000 | 3.000 | 4 | 1.00 | 1.00 | 1.0 |",
-        "| set-d0.1-b16-erk | 2 | 0.001 | 3.300 ± 0.141 | 2.800 ± 0.000 | 8 | 0.50 | 0.50 | 1.0 |",
+        "| dense | 1 | 0.001 | 3.000 | 3.000 | 4 | 1.00 | 1.00 | 1.00 | 1.0 |",
+        "| set-d0.1-b16-erk | 2 | 0.001 | 3.300 ± 0.141 | 2.800 ± 0.000 | 8 | 1.00 | 0.50 | 0.50 | 1.0 |",
     ]
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("blocks.png", "curves.png"))
