@@ -35,19 +35,19 @@ def dds(x: Tensor, weight: Tensor, layout: Layout, bias: Tensor | None, transpos
 def sdd(dy: Tensor, x: Tensor, layout: Layout) -> Tensor | None:
     """The live blocks of dyᵀx, without gradients; None where it must go the long way."""
     product = prepared.get(_key(x, layout.num_slots, layout))
-    return product and product[0](dy=dy, x=x, index=layout.index)
+    return product and product[0](dy=dy, x=x, index=layout.index, block_rows=layout.block_rows)
 
 
 def learn_dds(x: Tensor, weight: Tensor, layout: Layout, bias: Tensor | None, transpose: bool) -> None:
     """Keep how Triton's dds has just multiplied these 2-D operands, if that may be repeated for others alike."""
     key = _key(x, weight.shape[0], layout, transpose, bias is None)
-    if _is_news(key, x) and (launches := triton.quick_dds(x, layout, bias, transpose)):
+    if _is_news(key, x) and (launches := triton.quick_dds(x, weight, layout, bias, transpose)):
         b, outputs = layout.block_size, layout.num_rows if transpose else layout.num_cols
         operands = [
             ("x", "rows", x.shape[1]),
             ("weight", "whole", weight.numel()),
             ("bias", "nothing", 0) if bias is None else ("bias", "whole", bias.numel()),
-            ("index", "index", layout.index.numel()),
+            ("index", "bytes", layout.index.nbytes),
         ]
         _learn(key, x, launches, operands, outputs * b, ())
 
@@ -55,8 +55,13 @@ def learn_dds(x: Tensor, weight: Tensor, layout: Layout, bias: Tensor | None, tr
 def learn_sdd(dy: Tensor, x: Tensor, layout: Layout) -> None:
     """Likewise for Triton's sdd."""
     key = _key(x, layout.num_slots, layout)
-    if _is_news(key, x) and (launches := triton.quick_sdd(x, layout)):
-        operands = [("dy", "rows", dy.shape[1]), ("x", "rows", x.shape[1]), ("index", "index", layout.index.numel())]
+    if _is_news(key, x) and (launches := triton.quick_sdd(dy, x, layout)):
+        operands = [
+            ("dy", "rows", dy.shape[1]),
+            ("x", "rows", x.shape[1]),
+            ("index", "bytes", layout.index.nbytes),
+            ("block_rows", "bytes", layout.block_rows.nbytes),
+        ]
         _learn(key, x, launches, operands, 0, (layout.num_slots, layout.block_size, layout.block_size))
 
 

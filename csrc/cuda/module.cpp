@@ -37,7 +37,7 @@ PyObject* call_launch(const Call& call) {
         return Argument{launch.name.c_str(), named.words[n].c_str(), call.values[n]};
     };
     uintptr_t addresses[MAX_PARAMETERS];
-    int64_t strides[MAX_PARAMETERS];
+    int64_t strides[MAX_PARAMETERS] = {};
     for (size_t t = 0; t + 2 < named.words.size(); t++) {
         const Argument tensor = argument(t + 2);
         addresses[t] = tensor.is_none() ? 0 : reinterpret_cast<uintptr_t>(tensor.address());
@@ -57,14 +57,30 @@ PyObject* call_product(const Call& call) { return (*self_of<Product>(call.self, 
 PyMethodDef LAUNCH = method<call_launch>("launch", "Launch the kernel; False where a value does not fit it.");
 PyMethodDef PRODUCT = method<call_product>("product", "The product of these operands; None where they do not fit it.");
 
-Parameter parameter(const std::string& kind, const py::object& value, const std::vector<std::string>& tensors) {
+int place_of(const std::string& name, const std::vector<std::string>& tensors) {
+    for (size_t t = 0; t < tensors.size(); t++)
+        if (tensors[t] == name) return int(t);
+    throw py::value_error("prepare: there is no tensor " + name);
+}
+
+Parameter parameter(const std::string& kind, const py::object& value, const std::vector<std::string>& tensors,
+                    const Launch& launch) {
     if (kind == "number") return {Parameter::NUMBER, 0, value.cast<int32_t>()};
     if (kind == "tokens") return {Parameter::TOKENS, 0, 0};
     if (kind == "nothing") return {Parameter::NOTHING, 0, 0};
-    const std::string name = value.cast<std::string>();
-    for (size_t t = 0; t < tensors.size(); t++)
-        if (tensors[t] == name) return {kind == "stride" ? Parameter::STRIDE : Parameter::ADDRESS, int(t), 0};
-    throw py::value_error("prepare: there is no tensor " + name);
+    if (kind == "map") {
+        const auto number = [&](const char* word) { return value[word].cast<int64_t>(); };
+        const std::string tensor = value["tensor"].cast<std::string>();
+        const MatrixKind matrix{int(number("data_type")),     int(number("element_bytes")), int(number("swizzle")),
+                                unsigned(number("box_rows")), unsigned(number("box_width")), number("rows"),
+                                number("width")};
+        return {Parameter::MAP, place_of(tensor, tensors), 0,
+                std::make_shared<TensorMaps>(launch.name + ", " + tensor, matrix, launch.device)};
+    }
+    const auto found = kind == "stride"       ? Parameter::STRIDE
+                       : kind == "map_stride" ? Parameter::MAP_STRIDE
+                                              : Parameter::ADDRESS;
+    return {found, place_of(value.cast<std::string>(), tensors), 0};
 }
 
 py::object prepare(std::string name, uintptr_t function, int device, int threads, int shared,
@@ -77,10 +93,14 @@ py::object prepare(std::string name, uintptr_t function, int device, int threads
     Launch& launch = named->launch;
     launch = {std::move(name), function, device, threads, shared, {grid[0], grid[1], grid[2], grid[3]}, {}, {}};
     launch.has_stride.resize(tensors.size());
+    int num_maps = 0;
     for (const auto& [kind, value] : parameters) {
-        launch.parameters.push_back(parameter(kind, value, tensors));
-        if (kind == "stride") launch.has_stride[launch.parameters.back().tensor] = true;
+        launch.parameters.push_back(parameter(kind, value, tensors, launch));
+        num_maps += kind == "map";
+        if (kind == "stride" || kind == "map_stride") launch.has_stride[launch.parameters.back().tensor] = true;
     }
+    if (num_maps > MAX_MAPS)
+        throw py::value_error("prepare: " + launch.name + " has more than " + std::to_string(MAX_MAPS) + " maps");
     named->words = {"tokens", "stream"};
     named->words.insert(named->words.end(), tensors.begin(), tensors.end());
     for (const std::string& word : named->words)
@@ -101,7 +121,7 @@ py::tuple product(std::string name, py::object dtype, int device,
     for (const auto& [operand, kind, size] : operands)
         found.push_back({kind == "rows"    ? Operand::ROWS
                          : kind == "whole" ? Operand::WHOLE
-                         : kind == "index" ? Operand::INDEX
+                         : kind == "bytes" ? Operand::BYTES
                                            : Operand::NOTHING,
                          operand, size});
     const auto made = std::make_shared<Product>(std::move(name), std::move(dtype), device, std::move(found), features,
@@ -130,21 +150,22 @@ PYBIND11_MODULE(_cuda, m) {
           "grid: (tokens of a program, or 0; programs more; outputs; programs along y): x is\n"
           "    (ceil(tokens / tokens of a program) + programs more) * outputs.\n"
           "parameters: those of the kernel, in order: (\"address\", tensor), (\"stride\", tensor),\n"
-          "    (\"tokens\", None), (\"number\", int32) or (\"nothing\", None), which is a null pointer.\n"
+          "    (\"tokens\", None), (\"number\", int32) or (\"nothing\", None), which is a null pointer; and\n"
+          "    (\"map\", {tensor, data_type, element_bytes, swizzle, box_rows, box_width, rows, width}), a CUtensorMap\n"
+          "    of so many rows side by side, or of a row for each token where that is 0, (\"map_stride\", tensor)\n"
+          "    elements apart.\n"
           "owner: what keeps the function loaded; it lives as long as the launch.\n"
           "False comes back, and nothing is launched, where an address or a stride is no multiple of 16 or a number\n"
-          "has over 31 bits: Triton compiles another variant for those.");
+          "has over 31 bits: Triton compiles another variant for those; or where no tensor map describes a matrix.");
     m.def("product", sk::product, py::kw_only(), arg("name"), arg("dtype"), arg("device"), arg("operands"),
           arg("features"), arg("blocks"), arg("current_device"), arg("current_stream"),
           "Two functions: product(every operand by its name) -> the output, or None where the operands are others\n"
           "than it was prepared for; and add(bucket, launch, parts=1, sum=None), which adds a prepared launch for\n"
           "2**bucket to 2**(bucket + 1) - 1 tokens.\n\n"
-          "operands: (name, \"rows\", features), (name, \"whole\", elements), (name, \"index\", elements) or\n"
+          "operands: (name, \"rows\", features), (name, \"whole\", elements), (name, \"bytes\", bytes) or\n"
           "    (name, \"nothing\", 0).\n"
           "features: of the output's rows; 0 for an output of shape `blocks`.");
-    m.def("set_launch_kernel", sk::set_launch_kernel, arg("address"),
-          "For tests and measurements: what stands in for cuLaunchKernel; 0 is the driver's own.");
-    m.def("counting_launch_kernel", sk::counting_launch_kernel,
-          "Address of a cuLaunchKernel that launches nothing and counts.");
-    m.def("counted_launches", sk::counted_launches);
+    m.def("stand_in_for_driver", sk::driver::stand_in,
+          "For measurements without a GPU: from now on nothing is launched, and launches are counted.");
+    m.def("counted_launches", sk::driver::counted_launches);
 }

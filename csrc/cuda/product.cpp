@@ -69,14 +69,14 @@ py::object Product::operator()(const Call& call) const {
         }
         PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.value));
         if (type != plain_tensor.ptr() && type != parameter.ptr()) return py::none();
-        if (operand.kind != Operand::INDEX && tensor.dtype_object().ptr() != dtype.ptr()) return py::none();
+        if (operand.kind != Operand::BYTES && tensor.dtype_object().ptr() != dtype.ptr()) return py::none();
         if (PyLong_AsLong(method_result(tensor.value, get_device).ptr()) != device) return py::none();
         if (operand.kind == Operand::ROWS) {
             Rows rows;
             if (!read_rows(tensor, operand.size, rows) || (tokens >= 0 && rows.tokens != tokens)) return py::none();
             tokens = rows.tokens;
             strides[o] = rows.stride;
-        } else if (tensor.nbytes() != operand.size * (operand.kind == Operand::INDEX ? 4 : element_bytes) ||
+        } else if (tensor.nbytes() != operand.size * (operand.kind == Operand::BYTES ? 1 : element_bytes) ||
                    (operand.kind == Operand::WHOLE && method_result(tensor.value, is_contiguous).ptr() != Py_True)) {
             return py::none();
         }

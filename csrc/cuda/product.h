@@ -23,9 +23,9 @@ struct NamedLaunch {
 using SharedLaunch = std::shared_ptr<const NamedLaunch>;
 
 // What an operand must be: rows of so many features, with any stride or contiguous in any number of axes; a contiguous
-// tensor of so many elements; or None. The index has a dtype of its own, all else that of the product.
+// tensor of so many elements; a topology's tensor of so many bytes, which has a dtype of its own; or None.
 struct Operand {
-    enum Kind { ROWS, WHOLE, INDEX, NOTHING } kind;
+    enum Kind { ROWS, WHOLE, BYTES, NOTHING } kind;
     std::string name;
     int64_t size;
 };
