@@ -24,6 +24,8 @@ from sparsekern.backends import triton
 from sparsekern.backends.triton import launch, prepare, tiles
 
 STREAM = 77
+# Triton 3.6 leaves the bit that drivers up to 13.1 set wrongly in maps of small tensors.
+MAP_BITS = ~(1 << 21) if triton_version.startswith("3.6.") else ~0
 
 
 class Record(ctypes.Structure):
@@ -117,7 +119,7 @@ def records(call, compiled) -> list[dict]:
         kinds = compiled.get(r.function, [])
         values = [r.parameters[p] & (2**32 - 1 if kind == "i32" else 2**64 - 1) for p, kind in enumerate(kinds)]
         fields = {name: getattr(r, name) for name in ("function", "shared", "stream", "num_attributes")}
-        maps = [[*words] for words in r.maps]
+        maps = [[word & MAP_BITS for word in words] for words in r.maps]
         found.append(
             fields | {"grid": [*r.grid], "block": [*r.block], "parameters": values, "maps": maps, "triton": r.extended}
         )
@@ -230,7 +232,6 @@ CASES = [(key, product, n) for key, listed in tiles.DESCRIPTORS.items() for n in
 def test_a_prepared_launch_encodes_and_passes_what_tritons_does(compiled, monkeypatch, key, product, n, version):
     monkeypatch.setitem(tiles.of(torch.device("cpu")), key, tiles.DESCRIPTORS[key][n : n + 1])
     monkeypatch.setattr(driver_version, "value", version)
-    mends = not triton_version.startswith("3.6.")  # as ours does, what old drivers do wrong for small tensors
     for tokens in (300, 3000):  # x of 300 tokens is small
         call, *_ = described(key[1], tokens)[product]
         call()  # tells the stub what parameters there are
@@ -241,9 +242,6 @@ def test_a_prepared_launch_encodes_and_passes_what_tritons_does(compiled, monkey
         assert len(encoded_there) == 2 and encoded_here == encoded_there
         assert all(r.pop("triton") for r in theirs) and not any(r.pop("triton") for r in ours)
         assert all(words[2] for words in ours[0]["maps"])
-        if not mends:
-            for record in theirs + ours:
-                record["maps"] = [[word & ~(1 << 21) for word in words] for words in record["maps"]]
         assert ours == theirs
 
 
