@@ -25,7 +25,7 @@ from sparsekern.backends.triton import launch, prepare, tiles
 
 STREAM = 77
 # Triton 3.6 leaves the bit that drivers up to 13.1 set wrongly in maps of small tensors.
-MAP_BITS = ~(1 << 21) if triton_version.startswith("3.6.") else ~0
+SECOND_WORD = ~(1 << 21) if triton_version.startswith("3.6.") else ~0
 
 
 class Record(ctypes.Structure):
@@ -119,7 +119,7 @@ def records(call, compiled) -> list[dict]:
         kinds = compiled.get(r.function, [])
         values = [r.parameters[p] & (2**32 - 1 if kind == "i32" else 2**64 - 1) for p, kind in enumerate(kinds)]
         fields = {name: getattr(r, name) for name in ("function", "shared", "stream", "num_attributes")}
-        maps = [[word & MAP_BITS for word in words] for words in r.maps]
+        maps = [[first, second & SECOND_WORD, *rest] for first, second, *rest in r.maps]
         found.append(
             fields | {"grid": [*r.grid], "block": [*r.block], "parameters": values, "maps": maps, "triton": r.extended}
         )
