@@ -23,7 +23,7 @@ struct NamedLaunch {
 };
 using SharedLaunch = std::shared_ptr<const NamedLaunch>;
 
-// All that decides how operands are multiplied, but for addresses and the number of tokens.
+// What decides how operands are multiplied, but for their addresses and the number of tokens.
 struct Geometry {
     PyObject* dtype = nullptr;  // one of torch's constants, which live as long as torch
     std::string precision;      // of float32 only
@@ -31,78 +31,58 @@ struct Geometry {
     std::array<int64_t, 5> layout{};  // the numbers of a Layout
     bool transpose = false, bare = true;
 
-    bool operator==(const Geometry& other) const {
-        return dtype == other.dtype && device == other.device && index_bytes == other.index_bytes &&
-               layout == other.layout && transpose == other.transpose && bare == other.bare &&
-               precision == other.precision;
-    }
+    bool operator==(const Geometry& other) const;
 };
 struct GeometryHash {
     size_t operator()(const Geometry& geometry) const;
 };
 
 // What an operand must be: rows of so many features, with any stride or contiguous in any number of axes; a contiguous
-// tensor of so many elements; or a topology's tensor of so many bytes, which has a dtype of its own.
+// tensor of so many bytes; or None. Of the layout: the index, whose bytes the geometry says; or block rows of so many
+// bytes.
 struct Operand {
-    enum Kind { ROWS, WHOLE, BYTES } kind;
+    enum Kind { ROWS, WHOLE, NOTHING, INDEX, BLOCK_ROWS } kind;
     std::string name;
     int64_t size;
-    bool in_geometry;  // whether the geometry says dtype, device and bytes already
 };
+constexpr size_t MAX_OPERANDS = 4;
 
-// A product of one geometry.
-class Product {
-public:
-    Product(std::vector<Operand> operands, int64_t features, py::tuple blocks);
-
-    // Launches for 2^bucket to 2^(bucket + 1) - 1 tokens: the product, and the sum of its parts if there are several.
-    void add(int bucket, SharedLaunch launch, int parts, SharedLaunch sum);
-    const std::vector<Operand>& all_operands() const { return operands; }
-
-private:
-    friend class Products;
+// How operands of one geometry are multiplied.
+struct Product {
     enum Source { OUTPUT = -1, PARTS = -2, NULL_POINTER = -3 };
     struct Entry {
-        SharedLaunch launch, sum;
+        SharedLaunch launch, sum;  // the sum of the product's parts, if there are several
         int parts = 1;
         std::vector<int> sources;  // of the launch's tensors: an operand, or a Source
-        std::vector<bool> reads;   // by operand
-    };
-    struct Rows {
-        int64_t tokens, stride;
+        std::array<bool, MAX_OPERANDS> reads{};
     };
 
-    bool read_rows(const Argument& tensor, int64_t features, Rows& rows) const;
-    py::object new_output(PyObject* like) const;
-    py::object new_parts(PyObject* like, int parts) const;
+    std::vector<Operand> operands;  // those with rows first, those of the layout last
+    int64_t features;               // of the output's rows; 0 where the output is blocks
+    py::tuple blocks;               // shape of such an output
+    std::array<std::shared_ptr<const Entry>, 63> entries;  // for 2^n to 2^(n + 1) - 1 tokens
 
-    const std::vector<Operand> operands;  // those with rows first
-    const int64_t features;               // of the output's rows; 0 where the output is blocks
-    const py::tuple blocks;               // shape of such an output
-    std::array<Entry, 63> entries;
+    void add(int bucket, SharedLaunch launch, int parts, SharedLaunch sum);
 };
 
-// One of the two products, of all geometries that were learnt.
+// One of the two products, for all geometries that were learnt.
 class Products {
 public:
-    Products(std::string name, py::function current_device, py::function current_stream, py::function precision);
+    Products(py::function current_device, py::function current_stream, py::function precision);
 
-    Product& of(const Geometry& geometry, std::vector<Operand> operands, int64_t features, py::tuple blocks);
-    // The output; None, and nothing was launched, where the operands are others or no launch was added for them.
-    // `values` are dds's x, weight and bias, or sdd's dy and x.
-    py::object multiply(std::array<PyObject*, 3> values, PyObject* like, PyObject* layout, bool transpose) const;
-
-    const std::string name;
-    std::vector<py::object> words;  // that a call from Python brings
+    Product& of(const Geometry& geometry) { return learnt[geometry]; }
+    // The output; None, and nothing was launched, where the operands are others than were learnt. `values` are the
+    // operands that are not the layout's, the first of which says dtype and device.
+    py::object multiply(PyObject* const* values, PyObject* layout, bool transpose, bool bare) const;
 
 private:
     bool is_plain(PyObject* tensor) const;
-    bool read(Geometry& geometry, PyObject* like, PyObject* layout) const;
-    py::object run(const Product& product, const Geometry& geometry, const std::array<PyObject*, 5>& values) const;
+    py::object multiply(const Product& product, const Geometry& geometry, PyObject* const* values,
+                        PyObject* layout) const;
 
     const py::function current_device, current_stream, precision;
     const py::object plain_tensor, parameter, float32;
-    std::unordered_map<Geometry, std::shared_ptr<Product>, GeometryHash> learnt;
+    std::unordered_map<Geometry, Product, GeometryHash> learnt;
 };
 
 }  // namespace sparsekern

@@ -507,8 +507,12 @@ def test_the_short_way_goes_by_descriptors(on_gpu, descriptors, monkeypatch, blo
     assert len(long) == 3 and long == short
     by_descriptors = [on_gpu[record["function"]][0] == "map" for record in short]
     assert by_descriptors == [True, True, ("sdd", block_size, "half") in tiles.DESCRIPTORS]
-    encode = encodings(lambda: step(layer, x, dy))
-    assert encode == []
+    assert encodings(lambda: step(layer, x, dy)) == []
+    # only a kernel with descriptors reads block rows, and it was compiled for their dtype
+    layout = layer.topology.layout
+    wider = layout._replace(block_rows=layout.block_rows.int())
+    assert quick.learnt["sdd"](dy=dy, x=x, layout=layout) is not None
+    assert (quick.learnt["sdd"](dy=dy, x=x, layout=wider) is None) == by_descriptors[2]
     step(layer, torch.zeros(300, 264).bfloat16()[:, :256], dy)
     with torch.no_grad():
         assert is_short(lambda: layer(torch.zeros(300, 264).bfloat16()[:, :256]), monkeypatch)
@@ -538,6 +542,25 @@ def test_a_second_derivative_goes_by_the_short_way_too(on_gpu):
         (dx,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
         (dw,) = torch.autograd.grad(dx.sum(), layer.weight)
         assert dx.requires_grad and dw.shape == layer.weight.shape
+
+
+def test_a_backward_of_the_short_way_refuses_a_topology_that_changed(on_gpu):
+    layer, x = layer_and_x()
+    step(layer, x)
+    y = layer(x)
+    layer.topology.block_rows.add_(0)
+    with pytest.raises(RuntimeError, match="the topology was rewired, pruned or loaded after the forward"):
+        y.sum().backward()
+    y = layer(x)  # the index follows
+    y.sum().backward()
+
+
+def test_the_short_way_takes_the_weight_that_a_layer_has_now(on_gpu):
+    layer, x = layer_and_x()
+    step(layer, x)
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+    (record,) = records(lambda: layer(x), on_gpu)
+    assert not record["triton"] and layer.weight.data_ptr() in record["parameters"]
 
 
 def is_short(call, monkeypatch) -> bool:

@@ -9,7 +9,6 @@ no prepared launch.
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 from triton.runtime import driver
 
 try:
@@ -109,9 +108,8 @@ def _described(tensor: str, matrix: tuple[int, int], wanted: dict) -> list[tuple
     return [("map", described), size, ("number", width), stride, ("number", 1)]
 
 
-def quick_product(x: Tensor, operands: list[tuple[str, str, int]], features: int, blocks: tuple[int, ...]) -> tuple:
-    """What `_cuda.product` makes of operands like x."""
-    return _cuda.product(
-        name="product", dtype=x.dtype, device=x.get_device(), operands=operands, features=features, blocks=blocks,
-        current_device=current_device, current_stream=current_stream,
-    )  # fmt: skip
+def quick_products() -> tuple[Callable, Callable, Callable, Callable]:
+    """What `_cuda.products` makes for this process."""
+    return _cuda.products(
+        current_device=current_device, current_stream=current_stream, precision=torch.get_float32_matmul_precision
+    )
