@@ -295,6 +295,10 @@ class Topology(nn.Module):
             return Layout(
                 self.block_rows, self.block_cols, self.index, *self.grid, self.groups, self.block_size, self.full
             )
+        return self.eager_layout()
+
+    def eager_layout(self) -> Layout:
+        """`layout` for whoever knows that nothing is being compiled."""
         layout = self._layout()
         if not is_current(layout):
             self._catch_up()
