@@ -30,6 +30,10 @@ if SANITIZE:
 
 
 class BuildNative(build_ext):
+    def initialize_options(self):
+        super().initialize_options()
+        self.parallel = True  # both modules at once: each is one slow file and some others
+
     def run(self):
         super().run()
         if wants_cuda():

@@ -53,6 +53,22 @@ def bench_set_by_cuda(compare, record, case):
 
 @by_cuda
 @pytest.mark.device("cuda")
+@pytest.mark.clocks("host", "launch")
+def bench_gmp_by_cuda(compare, record, case):
+    """An event that marks a few blocks dead; no layer is compacted."""
+    ours = sparse_training(case)
+    rule = sk.GMP(ours.layer, ours.optimizer, case.density / 2, end_step=100_000, update_every=1, compact=False)
+    ours.step()
+
+    def event():
+        with sk.use("cuda"):
+            rule.step()
+
+    record("GMP by cuda", partner="a training step", **compare(event, ours.step))
+
+
+@by_cuda
+@pytest.mark.device("cuda")
 def bench_kernels_of_cuda(compare, record, case):
     """The kernels alone, in a graph: what a rule prepares for them on the host cannot be captured."""
     ours = sparse_training(case)

@@ -7,114 +7,16 @@
 //   3 rewire_scatter  slots and places into their buckets, as far as they are needed
 //   4 rewire_rank     rank in the bucket: the weakest slots and the best places, in order
 //   5 rewire_assign   new coordinates; fresh values in the rewired slots of all tensors; offsets of rows and columns
-//   6 rewire_index    the index of products
+//   6 rewire_index    the index of products; where slots are marked dead, fresh values in all of them
+//
+// GMP's global scope ranks the slots of all layers together, see prune.h; it needs no kernel 4.
 //
 // The grid of each is a list of tiles; a tile is a part of one layer's work. The first part of the workspace is zero
 // when kernel 1 begins. Where a whole list is needed before the next step, the last block to be done takes it.
-#include <cstddef>
-
-#include "rewire.h"
-
-#ifndef SHARED  // tests/emulated/emulate.h has another meaning for it
-#define SHARED(type, name) __shared__ type name
-#endif
-
-#define DEVICE static __device__ __forceinline__
+#include "prune.h"
+#include "tile.h"
 
 namespace sparsekern {
-
-struct Shared {
-    Layer layer;  // that of the tile
-    int warp_sums[THREADS / 32];
-    float warp_norms[THREADS / 32];
-    uint32_t low[THREADS / 32], high[THREADS / 32];
-    bool last;
-};
-
-// ------------------------------------------------------------------------------------------ what all kernels share
-
-DEVICE Tile begin(Shared& shared, const Layer* layers, const Tile* tiles, char* workspace) {
-    constexpr int WORDS = sizeof(Layer) / 4, ADDRESSES = int(offsetof(Layer, weight) / 8);
-    static_assert(sizeof(Layer) % 8 == 0 && WORDS <= THREADS, "one word a thread");
-    const Tile tile = tiles[blockIdx.x];
-    const int thread = int(threadIdx.x);
-    if (thread < WORDS)
-        reinterpret_cast<int32_t*>(&shared.layer)[thread] = reinterpret_cast<const int32_t*>(layers + tile.layer)[thread];
-    __syncthreads();
-    constexpr int NUMBERS = int(offsetof(List, log_buckets) / 8), LIST = int(sizeof(List) / 8);
-    const bool is_number = thread < 2 * LIST && thread % LIST >= NUMBERS;  // the tail of each List
-    if (thread < ADDRESSES && !is_number)
-        reinterpret_cast<uint64_t*>(&shared.layer)[thread] += reinterpret_cast<uint64_t>(workspace);
-    __syncthreads();
-    return tile;
-}
-
-DEVICE int coordinate(const void* array, int slot, int is_short) {
-    return is_short ? int(static_cast<const int16_t*>(array)[slot]) : static_cast<const int32_t*>(array)[slot];
-}
-
-DEVICE void set_coordinate(void* array, int slot, int is_short, int value) {
-    if (is_short)
-        static_cast<int16_t*>(array)[slot] = int16_t(value);
-    else
-        static_cast<int32_t*>(array)[slot] = value;
-}
-
-DEVICE int row_of(const Layer& layer, int slot) {
-    return slot < layer.slots ? coordinate(layer.copies[0].rows, slot, layer.short_coordinates) : -1;
-}
-
-DEVICE int col_of(const Layer& layer, int slot) {
-    return coordinate(layer.copies[0].cols, slot, layer.short_coordinates);
-}
-
-DEVICE int group_of_row(const Layer& layer, int row) { return layer.groups == 1 ? 0 : row / layer.group_rows; }
-
-DEVICE int num_bits(uint32_t value) { return 32 - __clz(int(value)); }
-
-// Sum of the values of the threads before; all threads of the block call it, and `total` becomes the sum of all.
-DEVICE int sum_before(int value, int& total, Shared& shared) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    int sum = value;
-    for (int lanes = 1; lanes < 32; lanes <<= 1) {
-        const int other = __shfl_up_sync(0xffffffffu, sum, lanes);
-        if (lane >= lanes) sum += other;
-    }
-    if (lane == 31) shared.warp_sums[warp] = sum;
-    __syncthreads();
-    int before = 0;
-    total = 0;
-    for (int w = 0; w < THREADS / 32; w++) {
-        before += w < warp ? shared.warp_sums[w] : 0;
-        total += shared.warp_sums[w];
-    }
-    __syncthreads();
-    return before + sum - value;
-}
-
-// True in the last of `blocks` to come here; it sees what the others have written.
-DEVICE bool is_last(int32_t* ticket, int blocks, Shared& shared) {
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) shared.last = atomicAdd(ticket, 1) == blocks - 1;
-    __syncthreads();
-    if (shared.last) __threadfence();
-    return shared.last;
-}
-
-// The last group that begins at or before item i.
-template <typename First>
-DEVICE int group_of_item(const Layer& layer, int i, First first) {
-    int low = 0, high = layer.groups - 1;
-    while (low < high) {
-        const int middle = (low + high + 1) >> 1;
-        if (first(middle) <= i)
-            low = middle;
-        else
-            high = middle - 1;
-    }
-    return low;
-}
 
 // ------------------------------------------------------------------------------------------------ buckets of a list
 
@@ -273,14 +175,21 @@ DEVICE float norm_by_vectors(const Layer& layer, int slot, int vectors, int lane
     return sum;
 }
 
+// Lanes of a block row (column) that are no padding.
+DEVICE int real_rows(const Layer& layer, int row) {
+    return row % layer.group_rows == layer.group_rows - 1 ? layer.last_rows : layer.block;
+}
+DEVICE int real_cols(const Layer& layer, int col) {
+    return col % layer.group_cols == layer.group_cols - 1 ? layer.last_cols : layer.block;
+}
+
 // The L1 norm of a slot, with `threads` of them for each; 0 for a dead one.
 DEVICE float norm_of_slot(const Layer& layer, int slot, int lane, int threads, Shared& shared) {
     const int row = row_of(layer, slot);
     float sum = 0;
     if (row >= 0) {
         const int vectors = layer.block * layer.block * (layer.weight_type == ELEMENT_FLOAT32 ? 4 : 2) / 16;
-        const int rows = row % layer.group_rows == layer.group_rows - 1 ? layer.last_rows : layer.block;
-        const int cols = col_of(layer, slot) % layer.group_cols == layer.group_cols - 1 ? layer.last_cols : layer.block;
+        const int rows = real_rows(layer, row), cols = real_cols(layer, col_of(layer, slot));
         const bool whole = rows == layer.block && cols == layer.block;
         sum = vectors && whole ? norm_by_vectors(layer, slot, vectors, lane, threads)
                                : norm_by_elements(layer, slot, rows, cols, lane, threads);
@@ -318,6 +227,7 @@ DEVICE void score_slots(const Layer& layer, const LayerEvent& event, int tile, S
         score = norm_of_slot(layer, slot, lane, threads, shared);
     else if (slot < layer.slots)
         score = event.scores[slot];
+    const bool of_all = layer.growth == MARK_DEAD_OF_ALL;
     uint32_t low = 0, high = 0;
     if (slot < layer.slots && lane == 0) {
         const int row = row_of(layer, slot);
@@ -330,13 +240,19 @@ DEVICE void score_slots(const Layer& layer, const LayerEvent& event, int tile, S
             atomicOr(&layer.col_bits[int64_t(col) * layer.col_words + (r >> 5)], 1u << (r & 31));
             atomicAdd(&layer.row_counts[row], 1);
             atomicAdd(&layer.col_counts[col], 1);
+            // layers are compared by the mean over what is real
+            if (of_all) score /= float(real_rows(layer, row) * real_cols(layer, col));
             high = drop_key(score);
             low = ~high;
             layer.keys[slot] = high;
             if (score != score) layer.stats[1] = 1;
+            if (of_all) atomicAdd(&layer.uppers[upper(high)], layer.slot_size);
         }
     }
-    widen_bounds(layer.drop.bounds, low, high, shared);
+    if (of_all)
+        find_upper(layer, event, shared);
+    else
+        widen_bounds(layer.drop.bounds, low, high, shared);
 }
 
 // Places are numbered over all groups: (group, row, col), row-major.
@@ -411,6 +327,7 @@ DEVICE void sum_moves(const Layer& layer, Shared& shared) {
 DEVICE void count_slots(
     const Layer& layer, const LayerEvent& event, const Segment* segments, const Tile& tile, Shared& shared
 ) {
+    if (layer.growth == MARK_DEAD_OF_ALL) return find_key(layer, tile, shared);
     const int slot = tile.number * THREADS + int(threadIdx.x), row = row_of(layer, slot);
     if (row >= 0) {
         const int bucket = drop_buckets(layer)(layer.keys[slot], uint32_t(slot));
@@ -436,8 +353,9 @@ DEVICE void count_places(
     sum_moves(layer, shared);
 }
 
-DEVICE void scatter_slots(const Layer& layer, int tile) {
-    const int slot = tile * THREADS + int(threadIdx.x), row = row_of(layer, slot);
+DEVICE void scatter_slots(const Layer& layer, const Tile& tile, Shared& shared) {
+    if (layer.growth == MARK_DEAD_OF_ALL) return sum_at_threshold(layer, tile, shared);
+    const int slot = tile.number * THREADS + int(threadIdx.x), row = row_of(layer, slot);
     if (row >= 0)
         scatter(layer.drop, drop_buckets(layer), group_of_row(layer, row), layer.keys[slot], uint32_t(slot));
 }
@@ -482,6 +400,19 @@ DEVICE void mark(const Layer& layer, int g, int row, int col, bool live) {
     atomicAdd(&layer.col_counts[col], live ? 1 : -1);
 }
 
+// The slot has another block from now on, or none: row and col are -1 then.
+DEVICE void set_block(const Layer& layer, int g, int slot, int row, int col) {
+    if (row >= 0)
+        mark(layer, g, row, col, true);
+    else
+        atomicAdd(&layer.dead_counts[slot / THREADS], 1);
+    mark(layer, g, row_of(layer, slot), col_of(layer, slot), false);
+    for (int copy = 0; copy < layer.num_copies; copy++) {
+        set_coordinate(layer.copies[copy].rows, slot, layer.short_coordinates, row);
+        set_coordinate(layer.copies[copy].cols, slot, layer.short_coordinates, col);
+    }
+}
+
 DEVICE void move_block(const Layer& layer, const LayerEvent& event, const Segment* segments, int i) {
     const int slot = int(layer.drop.chosen[i]), g = group_of_dropped(layer, segments, i);
     int row = -1, col = -1;
@@ -496,32 +427,28 @@ DEVICE void move_block(const Layer& layer, const LayerEvent& event, const Segmen
         }
         row = g * layer.group_rows + int(place / uint32_t(layer.group_cols));
         col = g * layer.group_cols + int(place % uint32_t(layer.group_cols));
-        mark(layer, g, row, col, true);
-    } else {
-        atomicAdd(&layer.dead_counts[slot / THREADS], 1);
     }
-    mark(layer, g, row_of(layer, slot), col_of(layer, slot), false);
-    for (int copy = 0; copy < layer.num_copies; copy++) {
-        set_coordinate(layer.copies[copy].rows, slot, layer.short_coordinates, row);
-        set_coordinate(layer.copies[copy].cols, slot, layer.short_coordinates, col);
-    }
+    set_block(layer, g, slot, row, col);
 }
 
-// offsets[0..n] = exclusive prefix sums of counts.
-DEVICE void sum_counts(const int32_t* counts, int32_t* offsets, int n, Shared& shared) {
-    int before = 0;
-    for (int first = 0; first < n; first += THREADS * 4) {
-        const int at = first + int(threadIdx.x) * 4;
-        int own[4], total;
-        for (int i = 0; i < 4; i++) own[i] = at + i < n ? __ldcg(counts + at + i) : 0;
-        int offset = before + sum_before(own[0] + own[1] + own[2] + own[3], total, shared);
-        for (int i = 0; i < 4; i++) {
-            if (at + i < n) offsets[at + i] = offset;
-            offset += own[i];
-        }
-        before += total;
-    }
-    if (threadIdx.x == 0) offsets[n] = before;
+// When the last tile has changed its blocks: offsets, and how many blocks are live.
+DEVICE void sum_live(const Layer& layer, const Tile& tile, Shared& shared) {
+    if (!is_last(&layer.tickets[2], tile.of, shared)) return;
+    sum_counts(layer.row_counts, layer.row_offsets, layer.num_rows, shared);
+    sum_counts(layer.col_counts, layer.col_offsets, layer.num_cols, shared);
+    if (threadIdx.x) return;
+    layer.stats[2] = layer.row_offsets[layer.num_rows];  // this thread wrote it
+    if (layer.growth == MARK_DEAD_OF_ALL) layer.stats[0] = __ldcg(&layer.tickets[3]);
+}
+
+DEVICE void mark_slots(const Layer& layer, const Tile& tile, Shared& shared) {
+    const int slot = tile.number * THREADS + int(threadIdx.x);
+    const bool dead = dies(layer, tile, shared);
+    if (dead) set_block(layer, group_of_row(layer, row_of(layer, slot)), slot, -1, -1);
+    int total;
+    sum_before(dead, total, shared);
+    if (threadIdx.x == 0) atomicAdd(&layer.tickets[3], total);
+    sum_live(layer, tile, shared);
 }
 
 DEVICE void move_blocks(
@@ -530,20 +457,24 @@ DEVICE void move_blocks(
     const int dropped = dropped_slots(layer, segments);
     for (int i = tile.number * THREADS + int(threadIdx.x); i < dropped; i += tile.of * THREADS)
         if (moves(layer, segments, i)) move_block(layer, event, segments, i);
-    if (!is_last(&layer.tickets[2], tile.of, shared)) return;
-    sum_counts(layer.row_counts, layer.row_offsets, layer.num_rows, shared);
-    sum_counts(layer.col_counts, layer.col_offsets, layer.num_cols, shared);
+    sum_live(layer, tile, shared);
 }
 
-// Write `value` over the rewired slots, in pieces of sizeof(T) bytes, `pieces` (a power of two) for each slot.
+DEVICE bool marks_dead(const Layer& layer) { return layer.growth == MARK_DEAD || layer.growth == MARK_DEAD_OF_ALL; }
+
+// Write `value` over the rewired slots, or over all that are dead where an event marks them, in pieces of sizeof(T)
+// bytes, `pieces` (a power of two) for each slot.
 template <typename T>
 DEVICE void fill(const Layer& layer, const Segment* segments, const Tile& tile, void* data, T value, int pieces) {
+    const bool dead = marks_dead(layer);
     const int log = num_bits(uint32_t(pieces)) - 1;
-    const int64_t all = int64_t(dropped_slots(layer, segments)) << log;
+    const int64_t all = int64_t(dead ? layer.slots : dropped_slots(layer, segments)) << log;
     for (int64_t p = int64_t(tile.number) * THREADS + threadIdx.x; p < all; p += int64_t(tile.of) * THREADS) {
         const int i = int(p >> log);
-        if (moves(layer, segments, i))
-            static_cast<T*>(data)[(int64_t(layer.drop.chosen[i]) << log) + (p & (pieces - 1))] = value;
+        if (dead ? row_of(layer, i) < 0 : moves(layer, segments, i)) {
+            const int64_t slot = dead ? i : int64_t(layer.drop.chosen[i]);
+            static_cast<T*>(data)[(slot << log) + (p & (pieces - 1))] = value;
+        }
     }
 }
 
@@ -668,7 +599,7 @@ extern "C" __global__ void __launch_bounds__(sparsekern::THREADS, 2) rewire_coun
 extern "C" __global__ void __launch_bounds__(sparsekern::THREADS, 3) rewire_scatter(PARAMETERS) {
     BEGIN;
     if (tile.part == OF_SLOTS)
-        scatter_slots(layer, tile.number);
+        scatter_slots(layer, tile, shared);
     else
         scatter_places(layer, event, segments, tile.number);
 }
@@ -686,6 +617,8 @@ extern "C" __global__ void __launch_bounds__(sparsekern::THREADS, 3) rewire_assi
     BEGIN;
     if (tile.part == MOVE)
         move_blocks(layer, event, segments, tile, shared);
+    else if (tile.part == OF_SLOTS)
+        mark_slots(layer, tile, shared);
     else
         fill_tensors(layer, event, segments, tile);
 }
@@ -694,6 +627,8 @@ extern "C" __global__ void __launch_bounds__(sparsekern::THREADS, 3) rewire_inde
     BEGIN;
     if (tile.part == PAIRS)
         index_slots(layer, tile.number, shared);
+    else if (tile.part == FILL)
+        fill_tensors(layer, event, segments, tile);
     else
         index_majors(layer, tile.number, tile.part == ROW_ORDER);
 }

@@ -16,7 +16,17 @@ enum Growth : int32_t {
     GROW_BY_HASH,    // SET
     GROW_BY_SCORES,  // RigL, from float32 [groups, rows, cols]
     GROW_BY_KEYS,    // RigL, from keys [groups, key_stride] in descending order; see sparsekern/growth.py
-    MARK_DEAD,       // GMP
+    MARK_DEAD,       // GMP: the weakest of every group
+    MARK_DEAD_OF_ALL,  // GMP: the weakest of all layers together; then no layer has another growth. See prune.h.
+};
+
+constexpr int DIGITS = 1 << 16;  // of the upper, and of the lower, half of a drop key
+
+// Which slots of all layers die: those below a key, and of those at it the first as far as `rest` goes.
+struct Threshold {
+    int32_t upper, rest_at_upper;  // the upper half of the key; how much of the slots of that half may die
+    uint32_t key;
+    int32_t rest;
 };
 
 // A tensor [slots, B, B] whose rewired slots get a fresh value.
@@ -59,11 +69,17 @@ struct Layer {
     uint32_t *row_bits, *col_bits;  // liveness, a row (column) of a group after another
     int32_t *row_counts, *col_counts, *row_offsets, *col_offsets;
     int32_t* dead_counts;  // dead slots in every THREADS slots
-    int32_t* tickets;      // [3]: blocks that are done with their part of a phase
+    int32_t* tickets;      // [4]: blocks that are done with their part of a phase; slots that died
     uint32_t* keys;        // [slots], of the norms
 
+    // Of all layers together, and the same in each; sizes of slots are in elements of the smallest block of the model.
+    int32_t *uppers, *lowers;  // [DIGITS]: sizes of the slots by the halves of their keys
+    int32_t* at_threshold;     // [all_slot_tiles + 1]: sizes of slots at the key, in THREADS slots; then of those before
+    Threshold* threshold;
+    int32_t* all_tickets;  // [3]
+
     const void* weight;
-    int32_t* stats;  // [2]: blocks that moved; whether a NaN was ever seen
+    int32_t* stats;  // [3]: blocks that moved or died; whether a NaN was ever seen; live blocks after the event
     Tensor tensors[MAX_TENSORS];
     Coordinates copies[MAX_COPIES];
     int32_t num_tensors, num_copies;
@@ -74,6 +90,8 @@ struct Layer {
     int32_t log_threads_per_slot;
     int32_t slot_tiles, place_tiles, move_tiles;  // blocks that share a part with a ticket
     int32_t first_segment;                        // number of its first group among those of all layers
+    int32_t slot_size, first_slot_tile;           // for MARK_DEAD_OF_ALL
+    int32_t all_score_tiles, all_slot_tiles;      // of all layers
     int32_t padding;
 };
 
@@ -84,6 +102,7 @@ struct LayerEvent {
     const float* scores;  // float32 [slots] to drop by instead of the norms, or null
     const void* growth;   // scores or keys to grow by, or null
     int64_t key_stride;
+    int64_t target;  // for MARK_DEAD_OF_ALL: size of what stays live of all layers, as in Layer::slot_size
 };
 struct Segment {  // one group of one layer
     int32_t count, first;  // slots to drop; the sum of counts of the layer's groups before

@@ -1,7 +1,7 @@
 """The kernels of csrc/cuda, compiled to fatbin/*.fatbin when sparsekern was built, and launched through CUDA's driver.
 
-They rewire (sparsekern/rewire/on_device.py) and multiply nothing. They are chosen on a device whose table says so, and
-`sparsekern.use("cuda")` forces them.
+They rewire and prune (sparsekern/rewire/on_device.py), and multiply nothing. They are chosen on a device whose table
+says so, and `sparsekern.use("cuda")` forces them.
 """
 
 import ctypes

@@ -7,22 +7,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparsekern import choose
 from sparsekern.layer import SparseLayer
 from sparsekern.rewire.arguments import check_by_group, check_flag
+from sparsekern.rewire.device_rule import DeviceRule
 from sparsekern.rewire.growth import GrowthScores, best_candidates, float_bits, pack, positions_of, scores_of
 from sparsekern.rewire.hash import stream, uniform_hash
-from sparsekern.rewire.on_device import Growth, LayerEvent, LayerTensors, ModelTables, rewire_model, tables_for
-from sparsekern.rewire.optimizer_state import element_state
+from sparsekern.rewire.on_device import Growth, LayerEvent, LayerTensors
 from sparsekern.rewire.ranks import distributed, gathered
-from sparsekern.rewire.rule import Rule
 from sparsekern.rewire.schedule import Constant, check_fraction
 from sparsekern.rewire.scores import block_l1
 from sparsekern.rewire.select import all_candidates, places, places_in_rows, random_candidates, weakest
 from sparsekern.topology import check_balance
 
 
-class DropAndGrow(Rule):
+class DropAndGrow(DeviceRule):
     """Drop the weakest blocks and grow as many elsewhere. The number of live blocks stays exactly the same.
 
     Args:
@@ -78,7 +76,6 @@ class DropAndGrow(Rule):
         if getattr(self.drop_fraction, "needs_end", False) and end_step is None:
             raise ValueError(f"{type(self).__name__}: {self.drop_fraction} needs an end_step, got None")
         self._live: dict[str, list[int]] = {}
-        self._tables: ModelTables | None = None
         super().__init__(model, optimizer, update_every, start_step, end_step, seed, followers, coverage)
         self._carry = {path: [0.0] * layer.groups for path, layer in self.layers.items()}
 
@@ -127,40 +124,29 @@ class DropAndGrow(Rule):
         return any(map(any, counts.values()))
 
     def _is_on_device(self) -> bool:
-        """Whether kernels rewire all layers at once: they must be on one device, and the chooser must want it."""
-        devices = {layer.weight.device for layer in self.layers.values()}
-        if self.balance:  # which they do not know
-            return False
-        return len(devices) == 1 and choose.rewires_by_cuda(devices.pop())
+        return self.balance is None and super()._is_on_device()  # the kernels grow anywhere in a group
 
     def _event_on_device(self, counts: dict[str, list[int]]) -> None:
         prepared = [self._prepared(path, layer, counts[path]) for path, layer in self.layers.items()]
-        tables = tables_for([layer for layer, _ in prepared], self._tables)
-        rewire_model(tables, tables.event_table([event for _, event in prepared]))
-        for path, (moved, nan) in zip(self.layers, tables.stats, strict=True):
+        stats = self._by_kernels(*zip(*prepared, strict=True))
+        for path, moved in zip(self.layers, stats[:, 0], strict=True):
             self._moved[path] = moved, moved
-            if tables is not self._tables:
-                self._nan[path] = nan.logical_or_(self._nan[path])
             self._cover(path)
-        self._tables = tables
 
     def _prepared(self, path: str, layer: SparseLayer, counts: list[int]) -> tuple[LayerTensors, LayerEvent]:
         """A layer and what happens to it, for the kernels."""
-        copies, scores = self._copies(path), None
-        layouts = [copy.topology.layout for copy in copies]
+        scores = None
         if getattr(self.drop_scores, "__func__", None) is not DropAndGrow.drop_scores:  # the kernels know the norms
             given = self.drop_scores(layer)
-            scores = self._checked(path, "drop_scores", given, (layouts[0].num_slots,)).contiguous()
+            scores = self._checked(path, "drop_scores", given, (layer.topology.num_slots,)).contiguous()
         kind, growth = Growth.BY_HASH, self._growth(path, layer, max(counts))
         if growth is not None and growth.dtype == torch.int64:
             kind, growth = Growth.BY_KEYS, growth.topk(max(counts), dim=1).values
         elif growth is not None:
             kind, growth = Growth.BY_SCORES, growth.contiguous()
-        state = [(value, fresh) for _, _, value, fresh in element_state(self._optimizers, layer.weight)]
-        tensors = [(copy.weight, 0.0) for copy in copies] + state
         start = stream(self.seed, self._index[path], self.events)
         event = LayerEvent(counts, self._live[path], start, layer.weight.grad, scores, growth)
-        return LayerTensors(layouts, layer.topology.shape, layer.weight, tensors, kind), event
+        return self._layer_tensors(path, kind), event
 
     def _choose(self, path: str, layer: SparseLayer, counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Slots to rewire, int64 [sum(counts)], and their new block rows and columns, -1 where candidates ran out."""

@@ -8,16 +8,17 @@ from torch.optim import Optimizer
 
 from sparsekern import choose
 from sparsekern.rewire.arguments import check_by_group, check_count, check_finite, check_flag
+from sparsekern.rewire.device_rule import DeviceRule
+from sparsekern.rewire.on_device import Growth, LayerEvent
 from sparsekern.rewire.optimizer_state import element_state
 from sparsekern.rewire.ranks import distributed
-from sparsekern.rewire.rule import Rule
 from sparsekern.rewire.schedule import cubic_density
-from sparsekern.rewire.scores import block_l1, sortable
-from sparsekern.rewire.select import weakest
+from sparsekern.rewire.scores import block_l1
+from sparsekern.rewire.select import relative_sizes, weakest, weakest_of_all
 from sparsekern.topology import live_count
 
 
-class GMP(Rule):
+class GMP(DeviceRule):
     """Gradual Magnitude Pruning (Zhu and Gupta, arXiv 1710.01878), strictly monotone: a pruned block never returns.
 
     At every event the weakest blocks are marked dead until the density is
@@ -25,6 +26,9 @@ class GMP(Rule):
     more than half of a layer's slots are live, and after the last event, the layer is compacted: the same Parameter
     gets a smaller storage, and gradient and optimiser state follow. Start from `sparsify(model, density=1.0)`, which
     runs the vendor's dense GEMM as long as that is faster, and is not compacted before, but for the last event.
+
+    On a GPU, `sk.use("cuda")` marks the slots of all layers at once by a few kernels, as it rewires under SET.
+    Compaction changes shapes, and stays with torch.
 
     Args:
         model, optimizer, followers: as in SET.
@@ -96,39 +100,61 @@ class GMP(Rule):
     def _event(self, now: float) -> bool:
         self._settle(wait=True)
         progress = self._progress(now)
+        if self._is_on_device():
+            self._event_on_device(progress)
+            return True
         dead = self._weakest_of_all(progress) if self.scope == "global" else self._weakest_of_each(progress)
         for path, mask in dead.items():
             self._mark(path, mask)
-        counts = torch.stack([(layer.topology.block_rows >= 0).sum() for layer in self.layers.values()])
-        self._counts = counts.to("cpu", non_blocking=True)
+        self._send(torch.stack([(layer.topology.block_rows >= 0).sum() for layer in self.layers.values()]))
+        return True
+
+    def _event_on_device(self, progress: float) -> None:
+        growth = Growth.MARK_DEAD_OF_ALL if self.scope == "global" else Growth.MARK_DEAD
+        layers = [self._layer_tensors(path, growth) for path in self.layers]
+        events = []
+        target = self._target_of_all(progress) if self.scope == "global" else 0
+        for path, layer in self.layers.items():
+            live = self._live[path]
+            counts = [0] * len(live) if self.scope == "global" else self._counts_of(path, progress)
+            events.append(LayerEvent(counts, live, gradient=layer.weight.grad, target=target))
+        stats = self._by_kernels(layers, events)
+        for (path, moved), event in zip(zip(self.layers, stats[:, 0], strict=True), events, strict=True):
+            self._moved[path] = moved, 0
+            self._live[path] = [live - count for live, count in zip(event.live, event.counts, strict=True)]
+        if self.scope == "global":
+            self._send(stats)
+        else:  # the host knows how many are live
+            self._counts = torch.tensor([sum(live) for live in self._live.values()], device="cpu")
+
+    def _send(self, counts: Tensor) -> None:
+        """Begin to bring live counts to the host: [layers], or the statistics of the kernels, where they come last."""
+        counts_on_host = counts.to("cpu", non_blocking=True)
+        self._counts = counts_on_host if counts.dim() == 1 else counts_on_host[:, -1]
         if counts.is_cuda:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
-        return True
 
     def _prepare(self, pace: float) -> None:
         self._settle(wait=False)
 
     def _weakest_of_all(self, progress: float) -> dict[str, Tensor]:
-        """Masks of the slots to be dead, from one ranking over all layers, in elements as block sizes may differ."""
-        unit = min(layer.block_size for layer in self.layers.values()) ** 2
-        scores, sizes, total, initial = [], [], 0, 0
-        for path, layer in self.layers.items():
-            score = block_l1(layer, mean=True)
+        """Masks of the slots to be dead, from one ranking over all layers."""
+        scores = {path: block_l1(layer, mean=True) for path, layer in self.layers.items()}
+        for path, score in scores.items():
             self._note_nan(path, score)
-            live = layer.topology.block_rows >= 0
-            size = layer.block_size**2 // unit
-            scores.append(torch.where(live, score, torch.inf))
-            sizes.append(live * size)
+        layouts = [layer.topology.layout for layer in self.layers.values()]
+        parts = weakest_of_all(list(scores.values()), layouts, self._target_of_all(progress))
+        return dict(zip(self.layers, parts, strict=True))
+
+    def _target_of_all(self, progress: float) -> int:
+        """How much shall be live, in elements of the smallest block of all layers."""
+        layouts = [layer.topology.layout for layer in self.layers.values()]
+        total = initial = 0
+        for (path, layer), size in zip(self.layers.items(), relative_sizes(layouts), strict=True):
             total += size * layer.topology.num_blocks
             initial += size * sum(self._initial[path])
-        sizes = torch.cat(sizes)
-        target = round(cubic_density(progress, initial / total, self.final_density) * total)
-        order = torch.sort(sortable(torch.cat(scores)), stable=True).indices
-        dropped = sizes[order].cumsum(0) <= sizes.sum() - target
-        dead = torch.empty_like(dropped).scatter_(0, order, dropped | (sizes[order] == 0))
-        parts = dead.split([layer.topology.num_slots for layer in self.layers.values()])
-        return dict(zip(self.layers, parts, strict=True))
+        return round(cubic_density(progress, initial / total, self.final_density) * total)
 
     def _weakest_of_each(self, progress: float) -> dict[str, Tensor]:
         dead = {}
@@ -136,16 +162,21 @@ class GMP(Rule):
             topology = layer.topology
             scores = block_l1(layer)
             self._note_nan(path, scores)
-            places = topology.num_blocks // topology.groups
-            live = self._live[path]
-            targets = [
-                min(now, max(1, round(cubic_density(progress, first / places, self.final_density) * places)))
-                for now, first in zip(live, self._initial[path], strict=True)
-            ]
-            slots = weakest(scores, topology.layout, live, [n - t for n, t in zip(live, targets, strict=True)])
-            self._live[path] = targets
+            live, counts = self._live[path], self._counts_of(path, progress)
+            slots = weakest(scores, topology.layout, live, counts)
+            self._live[path] = [n - count for n, count in zip(live, counts, strict=True)]
             dead[path] = (topology.block_rows < 0).index_fill_(0, slots, True)
         return dead
+
+    def _counts_of(self, path: str, progress: float) -> list[int]:
+        """Blocks that each group of a layer loses, with scope "layer"."""
+        topology = self.layers[path].topology
+        places = topology.num_blocks // topology.groups
+        targets = [
+            max(1, round(cubic_density(progress, first / places, self.final_density) * places))
+            for first in self._initial[path]
+        ]
+        return [max(0, live - target) for live, target in zip(self._live[path], targets, strict=True)]
 
     def _mark(self, path: str, dead: Tensor) -> None:
         """Make these slots dead, with weight, gradient and state as in a fresh slot."""

@@ -1,4 +1,4 @@
-"""An event of all layers at once by the kernels of csrc/cuda/rewire.cu: eight launches, whatever the number of layers.
+"""An event of all layers at once by the kernels of csrc/cuda/rewire.cu: at most eight launches for the whole model.
 
 `ModelTables` are built once for a rule and again when something has moved in memory, see `tables_for`; `event_table`
 says what one event does; `rewire_model` does it. Nothing synchronises, and all addresses but the workspace's are in the
@@ -18,6 +18,7 @@ from sparsekern.topology import Layout, stamp
 
 THREADS, ITEMS, TILE_PLACES = 512, 64, 1024  # as in csrc/cuda/rewire.h
 MAX_TENSORS, MAX_COPIES = 12, 4
+DIGITS = 2**16
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -28,6 +29,11 @@ class Growth(IntEnum):
     BY_SCORES = 1
     BY_KEYS = 2
     MARK_DEAD = 3
+    MARK_DEAD_OF_ALL = 4  # then all layers have it
+
+    @property
+    def marks(self) -> bool:
+        return self in (Growth.MARK_DEAD, Growth.MARK_DEAD_OF_ALL)
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,8 @@ class LayerEvent:
     """What one event does with one layer."""
 
     counts: Sequence[int]
-    """Slots to drop in each group: at most as many as are live, and, to grow, as there are dead places."""
+    """Slots to drop in each group: at most as many as are live, and, to grow, as there are dead places. No matter for
+    MARK_DEAD_OF_ALL."""
     live: Sequence[int]
     """Live blocks of each group."""
     start: int = 0
@@ -69,26 +76,31 @@ class LayerEvent:
     """float32 [num_slots] to drop by; without it, the L1 norms of the weight."""
     growth: Tensor | None = None
     """float32 [groups, rows, cols] for BY_SCORES; int64 [groups, any] in descending order for BY_KEYS."""
+    target: int = 0
+    """For MARK_DEAD_OF_ALL: live blocks of all layers after the event, in elements of the model's smallest block."""
 
 
 _LIST = [(name, "u8") for name in ("histogram", "starts", "items", "chosen", "bounds", "selected")]
 _LIST = np.dtype(_LIST + [(name, "i4") for name in ("log_buckets", "ties", "tie_shift", "capacity")])
 _TENSOR = np.dtype([("data", "u8"), ("fresh", "u4"), ("element_bytes", "i4")])
 _COORDINATES = np.dtype([("rows", "u8"), ("cols", "u8"), ("index", "u8")])
-_WORK = "row_bits col_bits row_counts col_counts row_offsets col_offsets dead_counts tickets keys".split()
+_OF_ALL = ("uppers", "lowers", "at_threshold", "threshold", "all_tickets")
+_WORK = "row_bits col_bits row_counts col_counts row_offsets col_offsets dead_counts tickets keys".split() + [*_OF_ALL]
 _NUMBERS = (
     "num_tensors num_copies weight_type growth short_coordinates slots num_rows num_cols groups block group_rows "
     "group_cols row_words col_words last_rows last_cols log_threads_per_slot slot_tiles place_tiles move_tiles "
-    "first_segment padding"
+    "first_segment slot_size first_slot_tile all_score_tiles all_slot_tiles padding"
 ).split()
 _LAYER = np.dtype(
     [("drop", _LIST), ("grow", _LIST), *((name, "u8") for name in _WORK), ("weight", "u8"), ("stats", "u8")]
     + [("tensors", _TENSOR, MAX_TENSORS), ("copies", _COORDINATES, MAX_COPIES), *((name, "i4") for name in _NUMBERS)]
 )
-_EVENT = np.dtype([("start", "u8"), ("gradient", "u8"), ("scores", "u8"), ("growth", "u8"), ("key_stride", "i8")])
+_EVENT = np.dtype(
+    [("start", "u8"), ("gradient", "u8"), ("scores", "u8"), ("growth", "u8"), ("key_stride", "i8"), ("target", "i8")]
+)
 _SEGMENT = np.dtype([("count", "i4"), ("first", "i4"), ("range", "u4"), ("shift", "i4")])
 _TILE = np.dtype([("layer", "i4"), ("part", "i4"), ("number", "i4"), ("of", "i4")])
-_SELECTION_BYTES = 16
+_SELECTION_BYTES, _THRESHOLD_BYTES = 16, 16
 
 _OF_SLOTS, _OF_PLACES, _MOVE, _FILL, _PAIRS, _ROW_ORDER, _COL_ORDER = range(7)
 
@@ -103,7 +115,8 @@ class ModelTables:
 
     layers: Sequence[LayerTensors]
     stats: Tensor = field(init=False)
-    """int32 [layers, 2]: blocks that moved at the last event; 1 since a NaN was dropped, until the caller clears it."""
+    """int32 [layers, 3]: blocks that moved or died at the last event; 1 since a NaN was seen, until the caller clears
+    it; live blocks after the event."""
 
     def __post_init__(self):
         for i, layer in enumerate(self.layers):
@@ -111,18 +124,21 @@ class ModelTables:
                 raise ValueError(f"rewire_model: layer {i} {problem}")
         self._addresses = [layer.addresses() for layer in self.layers]
         device = self.layers[0].weight.device
-        self.stats = torch.zeros(len(self.layers), 2, dtype=torch.int32, device=device)
+        self.stats = torch.zeros(len(self.layers), 3, dtype=torch.int32, device=device)
         self._records = np.zeros(len(self.layers), _LAYER)
         segment = 0
         for i, (record, layer) in enumerate(zip(self._records, self.layers, strict=True)):
             _describe(record, layer)
-            record["stats"], record["first_segment"] = self.stats.data_ptr() + 8 * i, segment
+            record["stats"], record["first_segment"] = self.stats.data_ptr() + 12 * i, segment
             segment += layer.layouts[0].groups
+        of_all = [layer.growth is Growth.MARK_DEAD_OF_ALL for layer in self.layers]
+        assert all(of_all) or not any(of_all), "slots of all layers are ranked together, or of none"
+        if all(of_all):
+            _describe_all(self._records)
         self._cleared_bytes, self._workspace_bytes = _lay_out(self._records)
-        phases = [_tiles(self._records, self.layers, phase) for phase in cuda.KERNELS["rewire"]]
-        self._blocks = [len(tiles) for tiles in phases]
+        tiles = {kernel: _tiles(self._records, self.layers, kernel) for kernel in cuda.KERNELS["rewire"]}
         self._layer_table = _upload(self._records.tobytes(), device)
-        self._tile_tables = [_upload(tiles.tobytes(), device) for tiles in phases]
+        self._tiles = {kernel: _upload(own.tobytes(), device) for kernel, own in tiles.items() if len(own)}
 
     def event_table(self, events: Sequence[LayerEvent]) -> Tensor:
         """One event on the device, uint8; the tensors in it must live until it has run.
@@ -135,7 +151,7 @@ class ModelTables:
         for i, (row, record, event) in enumerate(zip(table, self._records, events, strict=True)):
             if problem := _gradient_problem(event.gradient, self.layers[i].weight):
                 raise ValueError(f"rewire_model: layer {i} {problem}")
-            row["start"] = event.start
+            row["start"], row["target"] = event.start, event.target
             for name in ("gradient", "scores", "growth"):
                 tensor = getattr(event, name)
                 row[name] = 0 if tensor is None else tensor.data_ptr()
@@ -163,8 +179,8 @@ def rewire_model(tables: ModelTables, event: Tensor) -> None:
     workspace = torch.empty(tables._workspace_bytes, dtype=torch.uint8, device=device)
     workspace[: tables._cleared_bytes].zero_()
     segments = event.data_ptr() + len(tables.layers) * _EVENT.itemsize
-    kernels = zip(cuda.KERNELS["rewire"], tables._blocks, tables._tile_tables, strict=True)
-    for kernel, blocks, tiles in kernels:
+    for kernel, tiles in tables._tiles.items():
+        blocks = len(tiles) // _TILE.itemsize
         addresses = (tables._layer_table.data_ptr(), tiles.data_ptr(), workspace.data_ptr(), event.data_ptr(), segments)
         cuda.launch("rewire", kernel, blocks, THREADS, addresses, device)
     _note_writes(tables.layers)
@@ -252,11 +268,29 @@ def _describe(record: np.void, layer: LayerTensors) -> None:
         grow["tie_shift"] = max(0, _log2(places) - _log2(int(grow["ties"])))
 
 
+def _describe_all(records: np.ndarray) -> None:
+    """What MARK_DEAD_OF_ALL needs to know of each layer among all."""
+    sizes = records["block"].astype(np.int64) ** 2
+    sizes //= sizes.min()
+    if (total := int((sizes * records["slots"]).sum())) >= 2**31:
+        raise ValueError(
+            f"rewire_model: all layers have {total} elements of the smallest block; the kernels take 2**31 - 1"
+        )
+    tiles = records["slot_tiles"]
+    records["slot_size"], records["first_slot_tile"] = sizes, np.cumsum(tiles) - tiles
+    records["all_slot_tiles"] = tiles.sum()
+    records["all_score_tiles"] = _score_tiles(records).sum()
+
+
+def _score_tiles(records: np.ndarray) -> np.ndarray:
+    return -(-records["slots"] // (THREADS >> records["log_threads_per_slot"]))
+
+
 def _lay_out(records: np.ndarray) -> tuple[int, int]:
     """Give every list and bitmap its offset in the workspace; return the bytes that begin as zero, and all bytes."""
     used = 0
 
-    def take(owner: np.void, name: str, count: int, size: int = 4) -> None:
+    def take(owner: np.void | np.ndarray, name: str, count: int, size: int = 4) -> None:
         nonlocal used
         owner[name] = used
         used += -(-count * size // 256) * 256
@@ -265,7 +299,11 @@ def _lay_out(records: np.ndarray) -> tuple[int, int]:
         return int(record["groups"]) * ((1 << int(record[name]["log_buckets"])) + int(record[name]["ties"]))
 
     def lists(record: np.void) -> list[str]:
-        return ["drop", "grow"] if record["place_tiles"] else ["drop"]
+        return [] if of_all else ["drop", "grow"] if record["place_tiles"] else ["drop"]
+
+    of_all = records[0]["growth"] == Growth.MARK_DEAD_OF_ALL
+    for name, count in (("uppers", DIGITS), ("lowers", DIGITS), ("all_tickets", 3)) if of_all else ():
+        take(records, name, count)
 
     for record in records:
         for name in lists(record):
@@ -276,8 +314,11 @@ def _lay_out(records: np.ndarray) -> tuple[int, int]:
         take(record, "row_counts", int(record["num_rows"]))
         take(record, "col_counts", int(record["num_cols"]))
         take(record, "dead_counts", int(record["slot_tiles"]))
-        take(record, "tickets", 3)
+        take(record, "tickets", 4)
     cleared = used
+    if of_all:
+        take(records, "at_threshold", int(records[0]["all_slot_tiles"]) + 1)
+        take(records, "threshold", 1, _THRESHOLD_BYTES)
     for record in records:
         for name in lists(record):
             take(record[name], "starts", buckets(record, name) + 1)
@@ -304,9 +345,9 @@ def _tiles(records: np.ndarray, layers: Sequence[LayerTensors], kernel: str) -> 
     ranks = [min(-(-int(record["slots"]) // (2 * ITEMS)), 1056) for record in records]
     all_bytes = sum(_bytes(layer) for layer in layers)
     for i, record in enumerate(records):
-        per_tile = THREADS >> int(record["log_threads_per_slot"])
-        slots = {"score": -(-int(record["slots"]) // per_tile), "rank": ranks[i]}
-        if kernel in ("score", "count", "scatter", "rank"):
+        of_all = record["growth"] == Growth.MARK_DEAD_OF_ALL
+        slots = {"score": int(_score_tiles(records)[i]), "rank": 0 if of_all else ranks[i]}
+        if kernel in ("score", "count", "scatter", "rank") or kernel == "assign" and of_all:
             add(i, _OF_SLOTS, slots.get(kernel, int(record["slot_tiles"])))
         elif kernel == "assign":
             add(i, _MOVE, int(record["move_tiles"]))
@@ -317,13 +358,13 @@ def _tiles(records: np.ndarray, layers: Sequence[LayerTensors], kernel: str) -> 
             add(i, _OF_PLACES, int(record["place_tiles"]))
         elif kernel == "rank" and record["place_tiles"]:
             add(i, _OF_PLACES, ranks[i])
-        elif kernel == "assign":
+        if kernel == ("index" if layer.growth.marks else "assign"):
             enough = _bytes(layer) // (4 * 16 * THREADS)
             add(i, _FILL, max(1, min(enough, 792 * _bytes(layer) // max(1, all_bytes))))
-        elif kernel == "index" and record["block"] > 1:
+        if kernel == "index" and record["block"] > 1:
             add(i, _ROW_ORDER, int(record["num_rows"]) // ITEMS + 1)
             add(i, _COL_ORDER, int(record["num_cols"]) // ITEMS + 1)
-    return np.concatenate(tiles)
+    return np.concatenate(tiles) if tiles else np.zeros(0, _TILE)
 
 
 def _wanted(count: int) -> int:

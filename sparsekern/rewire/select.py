@@ -1,5 +1,7 @@
 """Drop and grow: pure selections of slots and positions, by operations of static shape (no host synchronisation)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,31 @@ def weakest(scores: Tensor, layout: Layout, live: list[int], counts: list[int]) 
     slots = slots[torch.sort(group[slots], stable=True).indices]
     starts = [sum(live[:g]) for g in range(layout.groups)]
     return torch.cat([slots[start : start + count] for start, count in zip(starts, counts, strict=True)])
+
+
+def weakest_of_all(scores: Sequence[Tensor], layouts: Sequence[Layout], target: int) -> list[Tensor]:
+    """Boolean [num_slots] of each layer: slots that are dead, or must be so that no more than `target` stays live.
+
+    The weakest of all layers together are marked, one after the other, as long as `target` or more stays live. Ties go
+    to the earlier layer and to the lower slot.
+
+    Args:
+        scores: float32 [num_slots] of each layer; NaN ranks below every number.
+        target: in elements of the smallest block of all layers, as block sizes may differ.
+    """
+    live = [layout.block_rows >= 0 for layout in layouts]
+    sizes = torch.cat([alive * size for alive, size in zip(live, relative_sizes(layouts), strict=True)])
+    ranked = torch.cat([torch.where(alive, own, torch.inf) for alive, own in zip(live, scores, strict=True)])
+    order = torch.sort(sortable(ranked), stable=True).indices
+    dropped = sizes[order].cumsum(0) <= sizes.sum() - target
+    dead = torch.empty_like(dropped).scatter_(0, order, dropped | (sizes[order] == 0))
+    return list(dead.split([layout.num_slots for layout in layouts]))
+
+
+def relative_sizes(layouts: Sequence[Layout]) -> list[int]:
+    """Elements of a block of each layer, in those of the smallest block of all."""
+    sizes = [layout.block_size**2 for layout in layouts]
+    return [size // min(sizes) for size in sizes]
 
 
 def random_candidates(layout: Layout, count: int, start: int) -> Tensor:

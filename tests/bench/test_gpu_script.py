@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -18,23 +19,63 @@ SCRIPT = Path(__file__).parent.parent.parent / "bench" / "gpu.sh"
 SANITIZER = '#!/usr/bin/env bash\necho "sanitized by $2: $*"\n'
 
 
+MODELS, RULES = "tests/gpu/test_rewire_on_device.py", "tests/gpu/test_rules_on_device.py"
+STAGES = [
+    "install", "environment", "warming 64", "warming 128", "warming 32", "warming 16", "tests of products",
+    "tests of rewiring", "tune", "limits", "gradients", "products", "rivals", "training", "RL update", "GEMM",
+    "memcheck", "racecheck", "report",
+]  # fmt: skip
+# Stands in for `timeout -k 5 LIMIT COMMAND...`: runs nothing, but fails where a test wants it to.
+TIMEOUT = '#!/usr/bin/env bash\ncase "$*" in *bench_rivals*) exit 124 ;; *bench_gemm*) exit 3 ;; esac\n'
+
+
+def ends(said: str) -> list[tuple[str, str, int, int]]:
+    """Of each stage, as it says at its end: name, result, seconds and limit."""
+    lines = re.findall(r"^== ([^:\n]+): (.+), (\d+) of (\d+) s$", said, re.MULTILINE)
+    return [(name, result, int(took), int(limit)) for name, result, took, limit in lines]
+
+
+def put_tool(folder: Path, name: str, script: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(script)
+    (folder / name).chmod(0o755)
+
+
+def test_the_limits_of_all_stages_are_within_the_time_there_is(tmp_path):
+    for name, script in {"timeout": TIMEOUT, "compute-sanitizer": SANITIZER}.items():
+        put_tool(tmp_path / "tools", name, script)
+    environment = {"PATH": f"{tmp_path / 'tools'}:{os.environ['PATH']}", "PYTHON": "python"}
+    command = ["bash", SCRIPT, tmp_path / "out"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    found = ends(run.stdout)
+    warming = [stage for stage in found if stage[0].startswith("warming")]  # all at once
+    assert sorted(name for name, *_ in found) == sorted(STAGES)
+    assert [name for name, *_ in found if "warming" not in name] == [name for name in STAGES if "warming" not in name]
+    limits = {name: limit for name, _, _, limit in found}
+    rest = [limit for name, limit in limits.items() if "check" not in name and "warming" not in name]
+    assert len({limit for *_, limit in warming}) == 1
+    total = sum(rest) + limits["warming 64"]
+    assert 500 < total <= 570 - 2 * 5, "the sanitizers get what is left of 570 seconds"
+    results = {name: result for name, result, *_ in found}
+    assert results.pop("rivals") == "out of time" and results.pop("GEMM") == "failed with status 3"
+    assert set(results.values()) == {"ok"}
+
+
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_the_script_for_a_gpu_rehearses_without_one(tmp_path):
     out, tools = tmp_path / "out", tmp_path / "tools"
-    tools.mkdir()
-    (tools / "compute-sanitizer").write_text(SANITIZER)
-    (tools / "compute-sanitizer").chmod(0o755)
+    put_tool(tools, "compute-sanitizer", SANITIZER)
     environment = os.environ | {"SPARSEKERN_REHEARSE": "1", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     environment |= {"PATH": f"{tools}:{os.environ['PATH']}", "SPARSEKERN_SECONDS": "900"}
     run = subprocess.run(
         ["bash", SCRIPT, out], env=environment, capture_output=True, text=True, timeout=900, cwd=tmp_path
     )
-    assert "failed with status" not in run.stdout and "skipped, no time" not in run.stdout, run.stdout
-    for tool in ("memcheck", "racecheck"):
-        assert f"sanitized by {tool}: --tool {tool} --error-exitcode 9" in run.stdout
-        for tests in ("tests/gpu/test_gpu.py -k products or norms", "tests/gpu/test_rewire_on_device.py::test_random"):
-            command = f"{sys.executable} -m pytest -q -x -m gpu -p no:cacheprovider {tests}"
-            assert any(line.startswith(f"sanitized by {tool}") and command in line for line in run.stdout.splitlines())
+    assert {result for _, result, *_ in ends(run.stdout)} == {"ok"}, run.stdout
+    assert not re.search("^== .*: skipped", run.stdout, re.MULTILINE), run.stdout
+    for tool, last in (("memcheck", "tests/gpu/test_gpu.py -k by_torch or products or norms"), ("racecheck", RULES)):
+        (said,) = [line for line in run.stdout.splitlines() if line.startswith(f"sanitized by {tool}")]
+        assert f"--tool {tool} --error-exitcode 9" in said and said.endswith(last)
+        assert f"{sys.executable} -m pytest -q -x -m gpu -p no:cacheprovider {MODELS}::test_random_models" in said
     names = {path.name for path in out.iterdir()}
     assert names == {
         "results.json",

@@ -1,4 +1,7 @@
-"""What the tuner tries."""
+"""What the tuner tries, in which order, and that it goes on where it stopped."""
+
+import json
+import sys
 
 import pytest
 
@@ -17,3 +20,61 @@ def test_tensor_descriptors_are_tried_from_hopper_on(monkeypatch, capability):
         assert described == (list(tiles.DESCRIPTORS.get(key, ())) if capability >= (9, 0) else [])
         assert len(set(found)) == len(found) and set(tiles.DEFAULT[key]) <= set(found)
     assert tune.TABLE == tiles.DEFAULT
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """Entries that a run has measured, each in no time; `measured.stop_after` of them it is interrupted."""
+
+    class Measured(list):
+        stop_after = 10**6
+
+        def note(self, *entry):
+            if len(self) == self.stop_after:
+                raise KeyboardInterrupt
+            self.append(entry)
+
+    found = Measured()
+
+    def break_even(product, block_size, kind, tokens):
+        found.note(product, block_size, kind, tokens)
+        key = {"product": product, "block_size": block_size, "arithmetic": kind, "tokens": tokens}
+        return key | {"density": 0.5}
+
+    def tuned_tiles(product, block_size, kind, pool):
+        found.note(product, block_size, kind, None)
+        return tiles.DEFAULT[product, block_size, kind]
+
+    monkeypatch.setattr(tune, "break_even", break_even)
+    monkeypatch.setattr(tune, "tuned_tiles", tuned_tiles)
+    monkeypatch.setattr(tune.limits, "constants", lambda sizes: {})
+    monkeypatch.setattr(sys, "argv", ["tune", "--folder", str(tmp_path)])
+    return found
+
+
+def test_the_tuner_goes_on_where_it_stopped(measured, tmp_path):
+    tune.main()
+    whole = [*measured]
+    (path,) = tmp_path.glob("*.json")
+    complete = json.loads(path.read_text())
+    path.unlink()
+    measured.clear()
+    for stop_after in (2, len(whole) // 2):
+        measured.stop_after = stop_after
+        with pytest.raises(KeyboardInterrupt):
+            tune.main()
+        assert measured == whole[:stop_after] and len(json.loads(path.read_text())["break_even"]) >= 2
+    measured.stop_after = 10**6
+    tune.main()
+    assert measured == whole, "nothing is measured twice, and nothing is left out"
+    assert json.loads(path.read_text()) == complete
+    tune.main()
+    assert measured == whole
+
+
+def test_the_tuner_begins_with_what_the_chooser_needs_most(measured):
+    """Without a break-even of its own a device answers by the model; tiles only make it somewhat faster."""
+    tune.main()
+    first = [entry[3] for entry in measured]
+    assert None not in first[: first.index(None)] and first[0] == tune.BREAK_EVEN_TOKENS[0]
+    assert [entry[2] for entry in measured] == sorted((e[2] for e in measured), key=list(tune.ARITHMETICS).index)

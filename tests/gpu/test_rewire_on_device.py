@@ -20,7 +20,7 @@ from sparsekern.rewire import on_device
 from sparsekern.rewire.growth import best_candidates, float_bits
 from sparsekern.rewire.hash import stream
 from sparsekern.rewire.on_device import Growth, LayerEvent, LayerTensors, ModelTables, rewire_model
-from sparsekern.rewire.select import places, random_candidates, weakest
+from sparsekern.rewire.select import places, random_candidates, relative_sizes, weakest, weakest_of_all
 from sparsekern.topology import Layout, build_index
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -83,20 +83,16 @@ class Case:
 
     def torch_path(self, growth: Growth, start: int) -> int:
         """What the rules do by torch operations; returns how many blocks moved."""
-        if not any(self.counts):
+        if not any(self.counts) and growth is not Growth.MARK_DEAD:
             return 0
-        layout, scores = self.layouts[0], self.scores
-        if scores is None:
-            scores = _masked(self).abs().sum(dim=(1, 2), dtype=torch.float32)
+        layout, scores = self.layouts[0], self.norms() if self.scores is None else self.scores
         slots = weakest(scores, layout, self.live, self.counts)
         if growth is Growth.MARK_DEAD:
-            rows = cols = torch.full_like(slots, -1)
-            kept = torch.zeros_like(slots, dtype=torch.bool)
-        else:
-            rows, cols = places(self.keys(growth, start), layout, self.counts)
-            kept = rows < 0
-            rows = torch.where(kept, layout.block_rows[slots], rows)
-            cols = torch.where(kept, layout.block_cols[slots], cols)
+            return self.mark_dead((layout.block_rows < 0).index_fill_(0, slots, True))
+        rows, cols = places(self.keys(growth, start), layout, self.counts)
+        kept = rows < 0
+        rows = torch.where(kept, layout.block_rows[slots], rows)
+        cols = torch.where(kept, layout.block_cols[slots], cols)
         gradient = [] if self.gradient is None else [(self.gradient, 0.0)]
         for tensor, fresh in [(self.weight, 0.0), *gradient, *self.tensors]:
             tensor.index_copy_(0, slots, tensor[slots].masked_fill_(~kept[:, None, None], fresh))
@@ -105,6 +101,33 @@ class Case:
             copy.block_cols.index_copy_(0, slots, cols.to(copy.block_cols.dtype))
             copy.index.copy_(build_index(copy))
         return int((~kept).sum())
+
+    def mark_dead(self, dead: Tensor) -> int:
+        """Returns how many died."""
+        died = int((dead & (self.layouts[0].block_rows >= 0)).sum())
+        gradient = [] if self.gradient is None else [(self.gradient, 0.0)]
+        for tensor, fresh in [(self.weight, 0.0), *gradient, *self.tensors]:
+            tensor.masked_fill_(dead[:, None, None], fresh)
+        for copy in self.layouts:
+            copy.block_rows.masked_fill_(dead, -1)
+            copy.block_cols.masked_fill_(dead, -1)
+            copy.index.copy_(build_index(copy))
+        return died
+
+    def real(self) -> Tensor:
+        """Boolean [num_slots, B, B]: what is no padding of a live block."""
+        own = self.layouts[0]
+        lane = torch.arange(own.block_size, device=self.weight.device)
+
+        def inside(blocks, count, size):
+            return lane < (size // own.groups - blocks.long() % (count // own.groups) * own.block_size)[:, None]
+
+        rows = inside(own.block_rows, own.num_rows, self.shape[0])
+        cols = inside(own.block_cols, own.num_cols, self.shape[1])
+        return rows[:, :, None] & cols[:, None, :] & (own.block_rows >= 0)[:, None, None]
+
+    def norms(self) -> Tensor:
+        return torch.where(self.real(), self.weight, 0).abs().sum(dim=(1, 2), dtype=torch.float32)
 
     def keys(self, growth: Growth, start: int) -> Tensor:
         if growth is Growth.BY_HASH:
@@ -115,19 +138,6 @@ class Case:
         return best_candidates(
             self.layouts[0], max(self.counts), lambda strip, _: float_bits(table[:, strip].flatten(1))
         )
-
-
-def _masked(case: Case) -> Tensor:
-    """The weight without padding."""
-    own = case.layouts[0]
-    lane = torch.arange(own.block_size, device=case.weight.device)
-
-    def inside(blocks, count, size):
-        return lane < (size // own.groups - blocks.long() % (count // own.groups) * own.block_size)[:, None]
-
-    rows = inside(own.block_rows, own.num_rows, case.shape[0])
-    cols = inside(own.block_cols, own.num_cols, case.shape[1])
-    return torch.where(rows[:, :, None] & cols[:, None, :], case.weight, 0)
 
 
 def make(
@@ -203,7 +213,7 @@ def make(
         most = max(1, rows * cols - min(live))
         counts = [min(count, most) for count in counts]
         table = best_candidates(layout, most, lambda strip, _: float_bits(scored[:, strip].flatten(1)))
-    elif growth is not Growth.MARK_DEAD:
+    elif not growth.marks:
         counts = [min(count, rows * cols - n) for count, n in zip(counts, live, strict=True)]
     layouts = [layout] + [Layout(*(t.clone() for t in layout[:3]), *layout[3:]) for _ in range(copies - 1)]
     gradient = draw.choice([None, values(dtype)])
@@ -234,16 +244,51 @@ def check(cases: list[Case], growth: Growth = Growth.BY_HASH, events: int = 1, d
                 case.counts = [min(k, n) for n, k in zip(case.live, case.counts, strict=True)]
 
 
-def random_model(number: int) -> tuple[list[Case], Growth, int]:
+def prune(cases: list[Case], targets: list[int], device: str = "cpu") -> None:
+    """Mark the weakest of all layers, by both paths, until each target is met in turn; compare all integers."""
+    ours, theirs = [case.clone().to(device) for case in cases], [case.clone().to(device) for case in cases]
+    growth = Growth.MARK_DEAD_OF_ALL
+    tables = ModelTables(
+        [LayerTensors(c.layouts, c.shape, c.weight, [(c.weight, 0.0), *c.tensors], growth) for c in ours]
+    )
+    for target in targets:
+        none = [[0] * c.layouts[0].groups for c in ours]
+        events = [LayerEvent(n, n, 0, c.gradient, c.scores, target=target) for c, n in zip(ours, none, strict=True)]
+        rewire_model(tables, tables.event_table(events))
+        scores = [c.norms() if c.scores is None else c.scores for c in theirs]
+        means = [score / c.real().sum((1, 2)).clamp(min=1) for c, score in zip(theirs, scores, strict=True)]
+        dead = weakest_of_all(means, [c.layouts[0] for c in theirs], target)
+        died = [case.mark_dead(mask) for case, mask in zip(theirs, dead, strict=True)]
+        assert tables.stats[:, 0].tolist() == died
+        assert tables.stats[:, 2].tolist() == [int((c.layouts[0].block_rows >= 0).sum()) for c in theirs]
+        for i, (own, other) in enumerate(zip(ours, theirs, strict=True)):
+            expected = other.results()
+            for name, found in own.results().items():
+                assert torch.equal(found, expected[name]), f"target {target}, layer {i}: {name} differs"
+
+
+def random_pruning(number: int) -> tuple[list[Case], list[int]]:
+    cases = random_model(number, Growth.MARK_DEAD_OF_ALL)[0]
+    draw = random.Random(-1 - number)
+    layouts = [case.layouts[0] for case in cases]
+    sizes = relative_sizes(layouts)
+    most = sum(size * sum(case.live) for size, case in zip(sizes, cases, strict=True))
+    # more than is live; what is live; less; as in a run, less and less
+    targets = [draw.choice([most + 1, most, most - 1, 0]), *(draw.randint(0, most) for _ in range(2))]
+    return cases, sorted(targets, reverse=draw.random() < 0.8)
+
+
+def random_model(number: int, growth: Growth | None = None) -> tuple[list[Case], Growth, int]:
     draw = random.Random(number)
-    growth = draw.choice([Growth.BY_HASH, Growth.BY_HASH, Growth.BY_SCORES, Growth.BY_KEYS, Growth.MARK_DEAD])
+    growths = [Growth.BY_HASH, Growth.BY_HASH, Growth.BY_SCORES, Growth.BY_KEYS, Growth.MARK_DEAD]
+    growth = growth or draw.choice(growths)
     cases = []
     for _ in range(draw.choice([1, 1, 2, 3])):
         groups, grid = draw.choice([1, 1, 3, 5]), (draw.randint(1, 40), draw.randint(1, 70))
         most = grid[0] * grid[1]
         live = [draw.randint(0, most) for _ in range(groups)]
         live[0] = max(live[0], 1)
-        full = growth is Growth.MARK_DEAD and draw.random() < 0.3
+        full = growth.marks and draw.random() < 0.3
         cases.append(
             make(
                 draw,
@@ -267,6 +312,32 @@ def random_model(number: int) -> tuple[list[Case], Growth, int]:
 def test_random_models_are_rewired_integer_for_integer_as_by_torch(launches, first):
     for number in range(first, first + 20):
         check(*random_model(number))
+
+
+@pytest.mark.parametrize("first", range(0, RANDOM_CASES, 20))
+def test_the_weakest_of_random_models_are_marked_dead_integer_for_integer_as_by_torch(launches, first):
+    for number in range(first, first + 20):
+        prune(*random_pruning(number))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_block_size_is_pruned_as_by_torch(launches, dtype):
+    draw = random.Random(4)
+    blocks = (1, 2, 4, 8, 16, 32, 64, 128)
+    cases = [make(draw, (9, 5), block, [12], 3, dtype, growth=Growth.MARK_DEAD_OF_ALL) for block in blocks]
+    live = sum(12 * block**2 for block in blocks)
+    prune(cases, [live // 2, live // 20])
+
+
+@pytest.mark.parametrize("kind", ["norm", "zeros", "equal"])
+def test_slots_of_many_tiles_are_pruned_as_by_torch(launches, kind):
+    """Ties go over tiles and layers: there are 512 slots to a tile."""
+    draw = random.Random(8)
+    cases = [
+        make(draw, (60, 60), block, [live], 40, kind=kind, growth=Growth.MARK_DEAD_OF_ALL)
+        for block, live in ((1, 3000), (2, 1500), (1, 600))
+    ]
+    prune(cases, [7000, 5000, 100])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -364,6 +435,14 @@ def test_random_models_are_rewired_on_a_gpu_as_by_torch(first):
     for number in range(first, first + 20):
         cases, growth, events = random_model(number)
         check(cases, growth, events, "cuda")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("first", range(0, RANDOM_CASES, 20))
+def test_the_weakest_of_random_models_are_marked_dead_on_a_gpu_as_by_torch(first):
+    for number in range(first, first + 20):
+        prune(*random_pruning(number), "cuda")
 
 
 @pytest.mark.gpu

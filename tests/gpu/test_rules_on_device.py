@@ -64,6 +64,29 @@ def layer_of(grid, block_size, groups=1, live=0.4, dead=0) -> nn.Module:
     return sk.SparseLinear(*topology.shape[::-1], topology=topology)
 
 
+class Mixed(Ragged):
+    """Blocks of several sizes, full stores among them."""
+
+    def __init__(self, density=1.0):
+        super().__init__()
+        self.trunk = sk.SparseLinear(30, 42, density=density, block_size=4)
+        self.heads = sk.SparseLinear(42, 3 * 7, density=density, block_size=2, groups=3)
+        self.last = sk.SparseLinear(21, 16, density=density, block_size=8)
+
+    def forward(self, x):
+        return self.last(super().forward(x).relu())
+
+
+def gmp(**options) -> Callable:
+    """A rule that prunes until the last event."""
+
+    def make(model, optimizer, update_every, followers, coverage):
+        options_of_all = {"final_density": 0.1, "end_step": EVENTS, "compact": False} | options
+        return sk.GMP(model, optimizer, update_every=update_every, followers=followers, **options_of_all)
+
+    return make
+
+
 @dataclass(frozen=True)
 class Case:
     model: Callable[[], nn.Module]
@@ -85,6 +108,24 @@ CASES = {
     "a rule of its own": Case(Ragged, Middle, followers=1),
     "a rule whose places run out": Case(Ragged, partial(Narrow, drop_fraction=0.9), followers=1),
 }
+PRUNING = {
+    f"GMP, {scope}, {name}": Case(*case)
+    for scope in ("layer", "global")
+    for name, case in {
+        "all kinds of blocks": (Mixed, gmp(scope=scope)),
+        "followers and Adagrad": (
+            Ragged,
+            gmp(scope=scope, final_density=0.04),
+            partial(torch.optim.Adagrad, initial_accumulator_value=0.25),
+            2,
+        ),
+        "groups and dead slots": (partial(layer_of, (6, 7), 4, groups=3, dead=5), gmp(scope=scope)),
+        "to nothing": (partial(Mixed, 0.5), gmp(scope=scope, final_density=1e-9)),
+        "compacted": (Mixed, gmp(scope=scope, compact=True, final_density=0.3), torch.optim.Adam, 1),
+        "sparser already": (partial(Mixed, 0.2), gmp(scope=scope, final_density=0.6)),
+    }.items()
+}
+CASES |= PRUNING
 
 
 def results(model: nn.Module, copies: list[nn.Module], optimizer, rule) -> dict[str, Tensor]:
@@ -117,7 +158,9 @@ def train(case: Case, events: int = EVENTS, device: str = "cpu") -> list[dict]:
         optimizer.zero_grad()
         model(x).square().sum().backward()  # for the scores of RigL
         for weight, gradient in zip(model.parameters(), given, strict=True):
-            weight.grad.copy_(gradient)  # a GPU may sum those of the backward in another order every time
+            weight.grad.copy_(
+                gradient[: len(weight)]
+            )  # a GPU may sum those of the backward in another order every time
         optimizer.step()
         with torch.no_grad():
             for weight in model.parameters():  # norms are exact then, in whatever order they are summed
@@ -156,7 +199,14 @@ def test_events_by_the_kernels_are_those_by_torch_bit_for_bit(forced, name):
     theirs = train(CASES[name])
     launches = forced()
     assert_equal(train(CASES[name]), theirs)
-    assert launches.names == EVENTS * list(cuda.KERNELS["rewire"]) and any(event["changed"] for event in theirs)
+    kernels = [kernel for kernel in cuda.KERNELS["rewire"] if kernel != "rank" or "global" not in name]
+    assert launches.names == EVENTS * kernels and any(event["changed"] for event in theirs)
+
+
+@pytest.mark.parametrize("name", [name for name in PRUNING if "already" not in name])
+def test_the_cases_of_gmp_prune_more_than_once(name):
+    dropped = [sum(stats["dropped"] for stats in event["stats"].values()) for event in train(CASES[name])]
+    assert sum(map(bool, dropped)) > 1, "else the case shows little"
 
 
 def test_a_rule_whose_places_run_out_keeps_some_blocks():
@@ -169,7 +219,7 @@ def test_a_rule_whose_places_run_out_keeps_some_blocks():
 class Operations(TorchDispatchMode):
     """The names of the torch operations inside that would be a launch on a GPU."""
 
-    VIEWS = ("empty", "slice", "select", "unbind", "detach", "view", "expand")
+    VIEWS = ("empty", "slice", "select", "unbind", "detach", "view", "expand", "lift_fresh")
 
     def __init__(self):
         super().__init__()
@@ -181,12 +231,20 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kind", [sk.SET, sk.RigL])
+RULES = {
+    "SET": sk.SET,
+    "RigL": sk.RigL,
+    "GMP, layer": partial(sk.GMP, scope="layer", end_step=100, compact=False),
+    "GMP, global": partial(sk.GMP, scope="global", end_step=100, compact=False),
+}
+
+
+@pytest.mark.parametrize("kind", RULES)
 @pytest.mark.parametrize("layers", [1, 28])
 def test_an_event_of_a_whole_model_takes_at_most_eight_launches(forced, monkeypatch, kind, layers):
     model = nn.Sequential(*(sk.SparseLinear(64, 64, density=0.3, block_size=16) for _ in range(layers)))
     optimizer = torch.optim.Adam(model.parameters())
-    rule = kind(model, optimizer, update_every=1)
+    rule = RULES[kind](model, optimizer, update_every=1)
     launches, uploads, operations = forced(run=False), [], Operations()
     model(torch.randn(2, 64)).sum().backward()
     optimizer.step()
@@ -200,12 +258,18 @@ def test_an_event_of_a_whole_model_takes_at_most_eight_launches(forced, monkeypa
             return upload(*arguments)
 
     monkeypatch.setattr(on_device, "_upload", counted)
-    counts = {path: rule._counts(path, 0.3)[0] for path in rule.layers}
+    downloads, is_pruned = [], kind.startswith("GMP")
+    if is_pruned:
+        monkeypatch.setattr(rule, "_send", downloads.append)
+        work = 0.5
+    else:
+        work = {path: rule._counts(path, 0.3)[0] for path in rule.layers}
     with operations, torch.no_grad():
-        rule._event_on_device(counts)
-    assert launches.names == list(cuda.KERNELS["rewire"])
-    assert operations.names == ["zero_"] and len(uploads) == 1
-    assert len(launches.names) + len(operations.names) + len(uploads) <= 8
+        rule._event_on_device(work)
+    of_all = kind == "GMP, global"
+    assert launches.names == [kernel for kernel in cuda.KERNELS["rewire"] if kernel != "rank" or not of_all]
+    assert operations.names == ["zero_"] and len(uploads) == 1 and len(downloads) == of_all
+    assert len(launches.names) + len(operations.names) + len(uploads) + len(downloads) <= 8
 
 
 def trained_rule(kind=sk.SET, **arguments):

@@ -22,6 +22,7 @@ ORDER = (
     "summary load rewire.arguments rewire.scores",
     "rewire.schedule rewire.select rewire.ranks",
     "rewire.on_device rewire.rule",
+    "rewire.device_rule",
     "rewire.drop_and_grow rewire.gmp",
     "integrations.sparse_policy",
     "integrations",
