@@ -32,7 +32,12 @@ def is_plain(*tensors: Tensor | None) -> bool:
     for tensor in tensors:
         if tensor is not None and type(tensor) not in _PLAIN:
             return False
-    return not (
+    return not is_watched()
+
+
+def is_watched() -> bool:
+    """Whether something watches or transforms what happens to tensors, ordinary ones too."""
+    return (
         torch._C._len_torch_dispatch_stack()  # FakeTensorMode, make_fx, FlopCounterMode, ...
         or in_transform()
         or torch._C._get_tracing_state() is not None  # torch.jit.trace
@@ -57,8 +62,8 @@ def dds(
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return Dds.apply(x, weight, bias, token_offsets, layout, transpose)
-    if quick.prepared and token_offsets is None and quick.is_open():
-        y = quick.dds(x, weight, layout, bias, transpose)
+    if quick.learnt and token_offsets is None and quick.is_open():
+        y = quick.learnt["dds"](x=x, weight=weight, bias=bias, layout=layout, transpose=transpose)
         if y is not None:
             return y
     backend = choose.backend_for("dds", x, layout, token_offsets)
@@ -67,13 +72,13 @@ def dds(
 
 def quick_dds(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, transpose: bool) -> Tensor | None:
     """dds by the short way of a GPU, with gradients, on x [..., features]; None where it must go the long way."""
-    if not (quick.is_open() and is_plain(x, weight, bias)):
+    if is_watched() or not quick.is_open():
         return None
-    y = quick.dds(x, weight, layout, bias, transpose)
+    y = quick.learnt["dds"](x=x, weight=weight, bias=bias, layout=layout, transpose=transpose)
     if y is None or not torch.is_grad_enabled():
         return y
     if x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad):
-        return _apply_dds(x, weight, bias, None, layout, transpose, [y])
+        return _apply_quick_dds(x, weight, bias, (layout, layout.index.built_from[2], transpose), [y])
     return y
 
 
@@ -94,8 +99,8 @@ def sdd(dy: Tensor, x: Tensor, token_offsets: Tensor | None, layout: Layout) -> 
         return torch.ops.sparsekern.sdd(dy, x, token_offsets, *layout)
     if torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad):
         return Sdd.apply(dy, x, token_offsets, layout)
-    if quick.prepared and token_offsets is None and quick.is_open():
-        grad = quick.sdd(dy, x, layout)
+    if quick.learnt and token_offsets is None and quick.is_open():
+        grad = quick.learnt["sdd"](dy=dy, x=x, layout=layout)
         if grad is not None:
             return grad
     product = choose.backend_for("sdd", x, layout, token_offsets).sdd
@@ -166,12 +171,8 @@ class Dds(Function):
     """Of plain tensors in eager mode."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, token_offsets, layout, transpose, result=None):
-        """`result` is a list that holds y where the short way has made it: in a list, it is no input of this node."""
+    def forward(ctx, x, weight, bias, token_offsets, layout, transpose):
         ctx.walk = layout, layout.versions(), transpose
-        if result:
-            ctx.save_for_backward(x, weight, token_offsets)
-            return result[0]
         backend = choose.backend_for("dds", x, layout, token_offsets)
         if backend is dense and ctx.needs_input_grad[0] and dense.is_kept(x):
             matrices = dense.densify(weight, layout)
@@ -185,19 +186,38 @@ class Dds(Function):
         layout, versions, transpose = ctx.walk
         check_unchanged(layout, versions)
         x, weight, token_offsets, *kept = ctx.saved_tensors
-        leading = dy.shape[:-1]
-        if len(leading) > 1:  # of the short way only
-            dy, x = dy.flatten(0, -2), x.flatten(0, -2)
         if kept and (torch.is_grad_enabled() or choose.backend_for("dds", dy, layout, token_offsets) is not dense):
             kept = ()  # gradients of gradients go through the weight; and a backend may be forced meanwhile
-        dx, dw, db = dds_gradients(ctx.needs_input_grad, dy, x, weight, token_offsets, layout, transpose, *kept)
+        gradients = dds_gradients(ctx.needs_input_grad, dy, x, weight, token_offsets, layout, transpose, *kept)
+        return *gradients, None, None, None
+
+
+class QuickDds(Function):
+    """Of what the short way has multiplied, x [..., features]."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, walk, made):
+        """`made` is a list that holds y: in a list, it is no input of this node."""
+        ctx.walk = walk
+        ctx.save_for_backward(x, weight)
+        return made[0]
+
+    @staticmethod
+    def backward(ctx, dy):
+        layout, versions, transpose = ctx.walk
+        check_unchanged(layout, versions)
+        x, weight = ctx.saved_tensors
+        leading = dy.shape[:-1]
+        if len(leading) > 1:
+            dy, x = dy.flatten(0, -2), x.flatten(0, -2)
+        dx, dw, db = dds_gradients(ctx.needs_input_grad, dy, x, weight, None, layout, transpose)
         if len(leading) > 1 and dx is not None:
             dx = dx.reshape(*leading, dx.shape[1])
-        return dx, dw, db, None, None, None, None
+        return dx, dw, db, None, None
 
 
 # Function.apply itself first looks for torch.func's wrappers, for 2 microseconds; the short way has looked already.
-_apply_dds = super(Function, Dds).apply
+_apply_quick_dds = super(Function, QuickDds).apply
 
 
 class Sdd(Function):

@@ -52,7 +52,7 @@ def dds(
         >>> dds(torch.randn(5, 32), torch.randn(2, 16, 16), topology, transpose=True).shape
         torch.Size([5, 64])
     """
-    if quick.prepared and token_offsets is None and not torch.compiler.is_compiling():
+    if quick.learnt and token_offsets is None and not torch.compiler.is_compiling():
         y = _quick_dds(x, weight, topology, bias, transpose, growth)
         if y is not None:
             return y
@@ -120,7 +120,7 @@ def _quick_dds(x, weight, topology: Topology, bias, transpose: bool, growth: Gro
     """`dds` by the short way of a GPU; None where it must go the long way."""
     if topology.padded or (growth is not None and x.dim() != 2):
         return None
-    layout = topology.layout
+    layout = topology.eager_layout()
     y = operators.quick_dds(x, weight, bias, layout, transpose)
     return growth.watch(y, x, None, layout) if y is not None and growth is not None and y.requires_grad else y
 

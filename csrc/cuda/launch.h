@@ -1,24 +1,25 @@
 // Kernels that are ready to be launched: all that does not change from call to call is decided, and a call brings
-// addresses, the number of tokens and the stream. Neither CUDA's headers nor its libraries are needed to build this:
-// the driver's few functions are looked up in libcuda.so.1 at the first launch.
+// addresses, the number of tokens and the stream.
 #pragma once
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
+#include "driver.h"
+#include "tensor_map.h"
+
 namespace sparsekern {
 
-// cuLaunchKernel; grid, block, shared bytes, stream, addresses of the parameters.
-using LaunchKernel = int (*)(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
-                             unsigned shared, void* stream, void** parameters, void** extra);
-
-constexpr int MAX_PARAMETERS = 32;
+constexpr int MAX_PARAMETERS = 32, MAX_MAPS = 4;
 
 // Where a kernel's parameter comes from.
 struct Parameter {
-    enum Kind { ADDRESS, STRIDE, TOKENS, NUMBER, NOTHING } kind;
-    int tensor;      // ADDRESS and STRIDE: which of the call's tensors
-    int32_t number;  // NUMBER
+    // MAP is the tensor map of a tensor; MAP_STRIDE the stride that belongs to it, for which no variant is compiled
+    enum Kind { ADDRESS, STRIDE, MAP, MAP_STRIDE, TOKENS, NUMBER, NOTHING } kind;
+    int tensor;                           // ADDRESS, STRIDE, MAP and MAP_STRIDE: which of the call's tensors
+    int32_t number;                       // NUMBER
+    std::shared_ptr<TensorMaps> maps{};  // MAP
 };
 
 // Programs along x: those of whole tiles of tokens, some more, for each of `outputs`; along y always the same.
@@ -43,11 +44,5 @@ struct Launch {
     // Whether the kernel was launched; false where a value does not fit what the kernel was compiled for.
     bool operator()(int64_t tokens, uintptr_t stream, const uintptr_t* addresses, const int64_t* strides) const;
 };
-
-// The launch function in use: the driver's, or what a test put in its place (0: the driver's again).
-void set_launch_kernel(uintptr_t address);
-// Address of a launch function that launches nothing and counts its calls, for measurements without a GPU.
-uintptr_t counting_launch_kernel();
-int64_t counted_launches();
 
 }  // namespace sparsekern

@@ -27,7 +27,7 @@ const std::shared_ptr<T>& self_of(PyObject* self, const char* kind) {
 }
 
 constexpr const char* LAUNCH_KIND = "sparsekern._cuda.launch";
-constexpr const char* PRODUCT_KIND = "sparsekern._cuda.product";
+constexpr const char* PRODUCTS_KIND = "sparsekern._cuda.products";
 
 PyObject* call_launch(const Call& call) {
     const NamedLaunch& named = *self_of<const NamedLaunch>(call.self, LAUNCH_KIND);
@@ -37,7 +37,7 @@ PyObject* call_launch(const Call& call) {
         return Argument{launch.name.c_str(), named.words[n].c_str(), call.values[n]};
     };
     uintptr_t addresses[MAX_PARAMETERS];
-    int64_t strides[MAX_PARAMETERS];
+    int64_t strides[MAX_PARAMETERS] = {};
     for (size_t t = 0; t + 2 < named.words.size(); t++) {
         const Argument tensor = argument(t + 2);
         addresses[t] = tensor.is_none() ? 0 : reinterpret_cast<uintptr_t>(tensor.address());
@@ -52,19 +52,54 @@ PyObject* call_launch(const Call& call) {
     }
     return PyBool_FromLong(launched);
 }
-PyObject* call_product(const Call& call) { return (*self_of<Product>(call.self, PRODUCT_KIND))(call).release().ptr(); }
+const Keywords<5>& dds_words() {
+    static const auto* words = new Keywords<5>("dds", {"x", "weight", "bias", "layout", "transpose"});
+    return *words;
+}
+const Keywords<3>& sdd_words() {
+    static const auto* words = new Keywords<3>("sdd", {"dy", "x", "layout"});
+    return *words;
+}
+PyObject* call_dds(const Call& call) {
+    const auto [x, weight, bias, layout, transpose] = dds_words().read(call);
+    const Products& products = *self_of<Products>(call.self, PRODUCTS_KIND);
+    if (!PyBool_Check(transpose.value)) return py::none().release().ptr();
+    return products.multiply(call.values, layout.value, transpose.value == Py_True, bias.is_none()).release().ptr();
+}
+PyObject* call_sdd(const Call& call) {
+    const auto [dy, x, layout] = sdd_words().read(call);
+    const Products& products = *self_of<Products>(call.self, PRODUCTS_KIND);
+    return products.multiply(call.values, layout.value, false, true).release().ptr();
+}
 
 PyMethodDef LAUNCH = method<call_launch>("launch", "Launch the kernel; False where a value does not fit it.");
-PyMethodDef PRODUCT = method<call_product>("product", "The product of these operands; None where they do not fit it.");
+PyMethodDef DDS = method<call_dds>("dds", "x W or x Wᵀ + bias; None where the operands are others than were learnt.");
+PyMethodDef SDD = method<call_sdd>("sdd", "Live blocks of dyᵀx; None where operands are others than were learnt.");
 
-Parameter parameter(const std::string& kind, const py::object& value, const std::vector<std::string>& tensors) {
+int place_of(const std::string& name, const std::vector<std::string>& tensors) {
+    for (size_t t = 0; t < tensors.size(); t++)
+        if (tensors[t] == name) return int(t);
+    throw py::value_error("prepare: there is no tensor " + name);
+}
+
+Parameter parameter(const std::string& kind, const py::object& value, const std::vector<std::string>& tensors,
+                    const Launch& launch) {
     if (kind == "number") return {Parameter::NUMBER, 0, value.cast<int32_t>()};
     if (kind == "tokens") return {Parameter::TOKENS, 0, 0};
     if (kind == "nothing") return {Parameter::NOTHING, 0, 0};
-    const std::string name = value.cast<std::string>();
-    for (size_t t = 0; t < tensors.size(); t++)
-        if (tensors[t] == name) return {kind == "stride" ? Parameter::STRIDE : Parameter::ADDRESS, int(t), 0};
-    throw py::value_error("prepare: there is no tensor " + name);
+    if (kind == "map") {
+        const auto number = [&](const char* word) { return value[word].cast<int64_t>(); };
+        const std::string tensor = value["tensor"].cast<std::string>();
+        const MatrixKind matrix{int(number("data_type")),     int(number("element_bytes")), int(number("swizzle")),
+                                unsigned(number("box_rows")), unsigned(number("box_width")), number("rows"),
+                                number("width")};
+        return {Parameter::MAP, place_of(tensor, tensors), 0,
+                std::make_shared<TensorMaps>(launch.name + ", " + tensor, matrix, launch.device)};
+    }
+    const auto found = kind == "stride"       ? Parameter::STRIDE
+                       : kind == "map_stride" ? Parameter::MAP_STRIDE
+                                              : Parameter::ADDRESS;
+    return {found, place_of(value.cast<std::string>(), tensors), 0};
 }
 
 py::object prepare(std::string name, uintptr_t function, int device, int threads, int shared,
@@ -77,10 +112,14 @@ py::object prepare(std::string name, uintptr_t function, int device, int threads
     Launch& launch = named->launch;
     launch = {std::move(name), function, device, threads, shared, {grid[0], grid[1], grid[2], grid[3]}, {}, {}};
     launch.has_stride.resize(tensors.size());
+    int num_maps = 0;
     for (const auto& [kind, value] : parameters) {
-        launch.parameters.push_back(parameter(kind, value, tensors));
-        if (kind == "stride") launch.has_stride[launch.parameters.back().tensor] = true;
+        launch.parameters.push_back(parameter(kind, value, tensors, launch));
+        num_maps += kind == "map";
+        if (kind == "stride" || kind == "map_stride") launch.has_stride[launch.parameters.back().tensor] = true;
     }
+    if (num_maps > MAX_MAPS)
+        throw py::value_error("prepare: " + launch.name + " has more than " + std::to_string(MAX_MAPS) + " maps");
     named->words = {"tokens", "stream"};
     named->words.insert(named->words.end(), tensors.begin(), tensors.end());
     for (const std::string& word : named->words)
@@ -94,25 +133,41 @@ SharedLaunch launch_of(const py::object& function) {
     return self_of<const NamedLaunch>(PyCFunction_GetSelf(function.ptr()), LAUNCH_KIND);
 }
 
-py::tuple product(std::string name, py::object dtype, int device,
-                  const std::vector<std::tuple<std::string, std::string, int64_t>>& operands, int64_t features,
-                  py::tuple blocks, py::function current_device, py::function current_stream) {
-    std::vector<Operand> found;
-    for (const auto& [operand, kind, size] : operands)
-        found.push_back({kind == "rows"    ? Operand::ROWS
-                         : kind == "whole" ? Operand::WHOLE
-                         : kind == "index" ? Operand::INDEX
-                                           : Operand::NOTHING,
-                         operand, size});
-    const auto made = std::make_shared<Product>(std::move(name), std::move(dtype), device, std::move(found), features,
-                                                std::move(blocks), std::move(current_device),
-                                                std::move(current_stream));
-    const py::cpp_function add(
-        [made](int bucket, const py::object& launch, int parts, const py::object& sum) {
-            made->add(bucket, launch_of(launch), parts, launch_of(sum));
-        },
-        py::arg("bucket"), py::arg("launch"), py::arg("parts") = 1, py::arg("sum") = py::none());
-    return py::make_tuple(bound<Product>(PRODUCT, made, PRODUCT_KIND), add);
+Operand::Kind operand_kind(const std::string& word) {
+    if (word == "rows") return Operand::ROWS;
+    if (word == "whole") return Operand::WHOLE;
+    if (word == "nothing") return Operand::NOTHING;
+    if (word == "index") return Operand::INDEX;
+    if (word == "block_rows") return Operand::BLOCK_ROWS;
+    throw py::value_error("add: there is no kind of operand " + word);
+}
+
+using GeometryParts = std::tuple<py::object, std::string, int64_t, int64_t, std::array<int64_t, 5>, bool, bool>;
+
+py::tuple products(py::function current_device, py::function current_stream, py::function precision) {
+    const auto made = [&] { return std::make_shared<Products>(current_device, current_stream, precision); };
+    const auto bound_with_add = [](PyMethodDef& definition, const std::shared_ptr<Products>& products) {
+        const py::cpp_function add(
+            [products](const GeometryParts& geometry,
+                       const std::vector<std::tuple<std::string, std::string, int64_t>>& operands, int64_t features,
+                       py::tuple blocks, int bucket, const py::object& launch, int parts, const py::object& sum) {
+                const auto& [dtype, precision, device, index_bytes, layout, transpose, bare] = geometry;
+                Product& product =
+                    products->of({dtype.ptr(), precision, device, index_bytes, layout, transpose, bare});
+                if (product.operands.empty()) {
+                    if (operands.size() > MAX_OPERANDS) throw py::value_error("add: there are too many operands");
+                    for (const auto& [name, kind, size] : operands)
+                        product.operands.push_back({operand_kind(kind), name, size});
+                    product.features = features;
+                    product.blocks = std::move(blocks);
+                }
+                product.add(bucket, launch_of(launch), parts, launch_of(sum));
+            },
+            py::kw_only(), py::arg("geometry"), py::arg("operands"), py::arg("features"), py::arg("blocks"),
+            py::arg("bucket"), py::arg("launch"), py::arg("parts"), py::arg("sum"));
+        return py::make_tuple(bound<Products>(definition, products, PRODUCTS_KIND), add);
+    };
+    return bound_with_add(DDS, made()) + bound_with_add(SDD, made());
 }
 
 }  // namespace
@@ -130,21 +185,24 @@ PYBIND11_MODULE(_cuda, m) {
           "grid: (tokens of a program, or 0; programs more; outputs; programs along y): x is\n"
           "    (ceil(tokens / tokens of a program) + programs more) * outputs.\n"
           "parameters: those of the kernel, in order: (\"address\", tensor), (\"stride\", tensor),\n"
-          "    (\"tokens\", None), (\"number\", int32) or (\"nothing\", None), which is a null pointer.\n"
+          "    (\"tokens\", None), (\"number\", int32) or (\"nothing\", None), which is a null pointer; and\n"
+          "    (\"map\", {tensor, data_type, element_bytes, swizzle, box_rows, box_width, rows, width}), a\n"
+          "    CUtensorMap of so many rows side by side, or of a row for each token where that is 0,\n"
+          "    (\"map_stride\", tensor) elements apart.\n"
           "owner: what keeps the function loaded; it lives as long as the launch.\n"
           "False comes back, and nothing is launched, where an address or a stride is no multiple of 16 or a number\n"
-          "has over 31 bits: Triton compiles another variant for those.");
-    m.def("product", sk::product, py::kw_only(), arg("name"), arg("dtype"), arg("device"), arg("operands"),
-          arg("features"), arg("blocks"), arg("current_device"), arg("current_stream"),
-          "Two functions: product(every operand by its name) -> the output, or None where the operands are others\n"
-          "than it was prepared for; and add(bucket, launch, parts=1, sum=None), which adds a prepared launch for\n"
-          "2**bucket to 2**(bucket + 1) - 1 tokens.\n\n"
-          "operands: (name, \"rows\", features), (name, \"whole\", elements), (name, \"index\", elements) or\n"
-          "    (name, \"nothing\", 0).\n"
+          "has over 31 bits: Triton compiles another variant for those; or where no tensor map describes a matrix.");
+    m.def("products", sk::products, py::kw_only(), arg("current_device"), arg("current_stream"), arg("precision"),
+          "Four functions: dds(x=, weight=, bias=, layout=, transpose=) -> the output, or None where such operands\n"
+          "were not learnt; add, which learns them; and sdd(dy=, x=, layout=) with an add of its own.\n\n"
+          "add(geometry, operands, features, blocks, bucket, launch, parts, sum) adds a prepared launch for 2**bucket\n"
+          "to 2**(bucket + 1) - 1 tokens, in parts that another launch sums if there are several.\n"
+          "geometry: dtype, precision (of float32), device, bytes of the index, the numbers of the Layout, transpose,\n"
+          "    whether bias is None.\n"
+          "operands: (name, \"rows\", features), (name, \"whole\", bytes) or (name, \"nothing\", 0), as the function\n"
+          "    has them; then of the layout (\"index\", \"index\", 0) or (\"block_rows\", \"block_rows\", bytes).\n"
           "features: of the output's rows; 0 for an output of shape `blocks`.");
-    m.def("set_launch_kernel", sk::set_launch_kernel, arg("address"),
-          "For tests and measurements: what stands in for cuLaunchKernel; 0 is the driver's own.");
-    m.def("counting_launch_kernel", sk::counting_launch_kernel,
-          "Address of a cuLaunchKernel that launches nothing and counts.");
-    m.def("counted_launches", sk::counted_launches);
+    m.def("stand_in_for_driver", sk::driver::stand_in,
+          "For measurements without a GPU: from now on nothing is launched, and launches are counted.");
+    m.def("counted_launches", sk::driver::counted_launches);
 }

@@ -12,97 +12,168 @@ py::object owned(PyObject* made) {
     if (!made) throw py::error_already_set();
     return py::reinterpret_steal<py::object>(made);
 }
+
+// Python objects that every call needs, made once and never freed: the interpreter may be gone by then.
+struct Names {
+    const py::object new_empty = interned_word("new_empty"), is_contiguous = interned_word("is_contiguous"),
+                     get_device = interned_word("get_device"), float32 = torch_name("torch", "float32"),
+                     dtype_keyword = py::make_tuple(interned_word("dtype"));
+};
+const Names& names() {
+    static const Names* made = new Names();
+    return *made;
+}
+
 py::object method_result(PyObject* self, const py::object& method) {
     return owned(PyObject_VectorcallMethod(method.ptr(), &self, 1, nullptr));
 }
+int64_t device_of(PyObject* tensor) { return PyLong_AsLong(method_result(tensor, names().get_device).ptr()); }
+bool is_contiguous(PyObject* tensor) { return method_result(tensor, names().is_contiguous).ptr() == Py_True; }
+PyObject* dtype_of(PyObject* tensor) { return Argument{"", "", tensor}.dtype_object().ptr(); }
+int64_t bytes_of(PyObject* tensor) { return Argument{"", "", tensor}.nbytes(); }
+uintptr_t address_of(PyObject* tensor) { return reinterpret_cast<uintptr_t>(Argument{"", "", tensor}.address()); }
 int bucket_of(int64_t tokens) { return 63 - __builtin_clzll(uint64_t(tokens)); }
+
+struct Rows {
+    int64_t tokens, stride;
+};
+bool read_rows(PyObject* tensor, int64_t features, Rows& rows) {
+    const Argument argument{"", "", tensor};
+    const py::object shape = argument.shape();
+    const Py_ssize_t axes = PyTuple_GET_SIZE(shape.ptr());
+    const auto size = [&](Py_ssize_t axis) { return PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), axis)); };
+    if (axes < 2 || axes >= MAX_PARAMETERS || size(axes - 1) != features) return false;
+    rows = {1, features};
+    for (Py_ssize_t axis = 0; axis + 1 < axes; axis++) rows.tokens *= size(axis);
+    if (axes > 2) return is_contiguous(tensor);
+    const py::object found = argument.strides();
+    rows.stride = PyLong_AsLongLong(PyTuple_GET_ITEM(found.ptr(), 0));
+    return PyLong_AsLongLong(PyTuple_GET_ITEM(found.ptr(), 1)) == 1;
+}
+
+// torch takes sizes one by one in two thirds of the time that it takes for a tuple of them.
+py::object new_output(const Product& product, PyObject* like) {
+    const py::object shape = product.features ? Argument{"", "", like}.shape() : py::object(product.blocks);
+    const Py_ssize_t axes = PyTuple_GET_SIZE(shape.ptr());
+    PyObject* arguments[MAX_PARAMETERS] = {like};
+    const py::int_ last(product.features);
+    for (Py_ssize_t axis = 0; axis < axes; axis++) arguments[axis + 1] = PyTuple_GET_ITEM(shape.ptr(), axis);
+    if (product.features) arguments[axes] = last.ptr();
+    return owned(PyObject_VectorcallMethod(names().new_empty.ptr(), arguments, axes + 1, nullptr));
+}
+
+py::object new_parts(const Product& product, PyObject* like, int parts) {
+    const py::tuple shape = py::make_tuple(parts) + product.blocks;
+    PyObject* const arguments[] = {like, shape.ptr(), names().float32.ptr()};
+    return owned(PyObject_VectorcallMethod(names().new_empty.ptr(), arguments, 2, names().dtype_keyword.ptr()));
+}
 
 }  // namespace
 
-Product::Product(std::string name, py::object dtype, int device, std::vector<Operand> operands, int64_t features,
-                 py::tuple blocks, py::function current_device, py::function current_stream)
-    : name(std::move(name)),
-      dtype(std::move(dtype)),
-      element_bytes(this->dtype.attr("itemsize").cast<int>()),
-      device(device),
-      operands(std::move(operands)),
-      features(features),
-      blocks(std::move(blocks)),
-      current_device(std::move(current_device)),
-      current_stream(std::move(current_stream)),
-      device_number(py::int_(device)),
-      plain_tensor(torch_name("torch", "Tensor")),
-      parameter(torch_name("torch.nn", "Parameter")),
-      float32(torch_name("torch", "float32")),
-      new_empty(interned_word("new_empty")),
-      is_contiguous(interned_word("is_contiguous")),
-      get_device(interned_word("get_device")),
-      dtype_keyword(py::make_tuple(interned_word("dtype"))) {
-    for (const Operand& operand : this->operands) words.push_back(interned_word(operand.name));
+bool Geometry::operator==(const Geometry& other) const {
+    return dtype == other.dtype && device == other.device && index_bytes == other.index_bytes &&
+           layout == other.layout && transpose == other.transpose && bare == other.bare && precision == other.precision;
+}
+
+size_t GeometryHash::operator()(const Geometry& geometry) const {
+    size_t hash = std::hash<const void*>()(geometry.dtype) ^ std::hash<std::string>()(geometry.precision);
+    const auto mix = [&](uint64_t number) { hash = (hash ^ number) * 0x9E3779B97F4A7C15u; };
+    mix(geometry.device);
+    mix(geometry.index_bytes);
+    for (int64_t number : geometry.layout) mix(number);
+    mix(2 * geometry.transpose + geometry.bare);
+    return hash ^ hash >> 32;
 }
 
 void Product::add(int bucket, SharedLaunch launch, int parts, SharedLaunch sum) {
-    Entry entry{launch, sum, parts, {}};
+    Entry entry{launch, sum, parts, {}, {}};
     for (size_t w = 2; w < launch->words.size(); w++) {
-        int source = parts > 1 && launch->words[w] == "grad" ? PARTS : OUTPUT;
+        const std::string& word = launch->words[w];
+        int source = word == "y" ? OUTPUT : word == "grad" ? (parts > 1 ? PARTS : OUTPUT) : NULL_POINTER;
         for (size_t o = 0; o < operands.size(); o++)
-            if (operands[o].name == launch->words[w]) source = int(o);
-        if (launch->words[w] == "token_offsets") source = NULL_POINTER;
+            if (operands[o].name == word) source = int(o), entry.reads[o] = operands[o].kind != Operand::NOTHING;
         entry.sources.push_back(source);
     }
-    entries.at(bucket) = std::move(entry);
+    entries.at(bucket) = std::make_shared<const Entry>(std::move(entry));
 }
 
-py::object Product::operator()(const Call& call) const {
-    check_names(call, name, words);
-    const size_t count = operands.size();
-    void* addresses[MAX_PARAMETERS];
-    int64_t strides[MAX_PARAMETERS] = {};
-    int64_t tokens = -1;
-    for (size_t o = 0; o < count; o++) {
-        const Operand& operand = operands[o];
-        const Argument tensor{name.c_str(), operand.name.c_str(), call.values[o]};
-        addresses[o] = nullptr;
-        if (operand.kind == Operand::NOTHING) {
-            if (!tensor.is_none()) return py::none();
-            continue;
-        }
-        PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.value));
-        if (type != plain_tensor.ptr() && type != parameter.ptr()) return py::none();
-        if (operand.kind != Operand::INDEX && tensor.dtype_object().ptr() != dtype.ptr()) return py::none();
-        if (PyLong_AsLong(method_result(tensor.value, get_device).ptr()) != device) return py::none();
-        if (operand.kind == Operand::ROWS) {
-            Rows rows;
-            if (!read_rows(tensor, operand.size, rows) || (tokens >= 0 && rows.tokens != tokens)) return py::none();
-            tokens = rows.tokens;
-            strides[o] = rows.stride;
-        } else if (tensor.nbytes() != operand.size * (operand.kind == Operand::INDEX ? 4 : element_bytes) ||
-                   (operand.kind == Operand::WHOLE && method_result(tensor.value, is_contiguous).ptr() != Py_True)) {
+Products::Products(py::function current_device, py::function current_stream, py::function precision)
+    : current_device(std::move(current_device)),
+      current_stream(std::move(current_stream)),
+      precision(std::move(precision)),
+      plain_tensor(torch_name("torch", "Tensor")),
+      parameter(torch_name("torch.nn", "Parameter")),
+      float32(torch_name("torch", "float32")) {}
+
+bool Products::is_plain(PyObject* tensor) const {
+    PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+    return type == plain_tensor.ptr() || type == parameter.ptr();
+}
+
+py::object Products::multiply(PyObject* const* values, PyObject* layout, bool transpose, bool bare) const {
+    if (!is_plain(values[0]) || !PyTuple_Check(layout) || PyTuple_GET_SIZE(layout) != 8) return py::none();
+    PyObject* const index = PyTuple_GET_ITEM(layout, 2);
+    if (!is_plain(index)) return py::none();
+    Geometry geometry;
+    geometry.dtype = dtype_of(values[0]);
+    if (geometry.dtype == float32.ptr()) geometry.precision = precision().cast<std::string>();
+    geometry.device = device_of(values[0]);
+    geometry.index_bytes = bytes_of(index);
+    for (size_t n = 0; n < geometry.layout.size(); n++)
+        geometry.layout[n] = PyLong_AsLongLong(PyTuple_GET_ITEM(layout, 3 + n));
+    geometry.transpose = transpose;
+    geometry.bare = bare;
+    const auto found = learnt.find(geometry);
+    return found == learnt.end() ? py::none() : multiply(found->second, geometry, values, layout);
+}
+
+py::object Products::multiply(const Product& product, const Geometry& geometry, PyObject* const* values,
+                              PyObject* layout) const {
+    const size_t count = product.operands.size();
+    uintptr_t addresses[MAX_OPERANDS] = {};
+    int64_t strides[MAX_OPERANDS] = {}, tokens = -1;
+    size_t o = 0;
+    for (; o < count && product.operands[o].kind == Operand::ROWS; o++) {
+        PyObject* const tensor = values[o];
+        if (o && !(is_plain(tensor) && dtype_of(tensor) == geometry.dtype && device_of(tensor) == geometry.device))
             return py::none();
-        }
-        addresses[o] = tensor.address();
+        Rows rows;
+        if (!read_rows(tensor, product.operands[o].size, rows) || (o && rows.tokens != tokens)) return py::none();
+        tokens = rows.tokens;
+        strides[o] = rows.stride;
+        addresses[o] = address_of(tensor);
     }
     if (tokens <= 0) return py::none();
-    const Entry& entry = entries[bucket_of(tokens)];
-    if (!entry.launch || current_device().cast<int>() != device) return py::none();
+    const std::shared_ptr<const Product::Entry> held = product.entries[bucket_of(tokens)];
+    if (!held || current_device().cast<int64_t>() != geometry.device) return py::none();
+    const Product::Entry& entry = *held;
+    for (; o < count; o++) {
+        const Operand& operand = product.operands[o];
+        PyObject* const tensor = operand.kind == Operand::INDEX        ? PyTuple_GET_ITEM(layout, 2)
+                                 : operand.kind == Operand::BLOCK_ROWS ? PyTuple_GET_ITEM(layout, 0)
+                                                                       : values[o];
+        if (!entry.reads[o]) continue;
+        if (!is_plain(tensor) || device_of(tensor) != geometry.device) return py::none();
+        if (operand.kind == Operand::WHOLE && !(dtype_of(tensor) == geometry.dtype && is_contiguous(tensor)))
+            return py::none();
+        if (operand.kind != Operand::INDEX && bytes_of(tensor) != operand.size) return py::none();
+        addresses[o] = address_of(tensor);
+    }
 
-    const Argument first{name.c_str(), operands[0].name.c_str(), call.values[0]};
-    const py::object output = new_output(first);
-    const py::object parts = entry.parts > 1 ? new_parts(first, entry.parts) : output;
-    const uintptr_t stream = current_stream(device_number).cast<uintptr_t>();
-    const auto address = [](const py::object& tensor) {
-        return reinterpret_cast<uintptr_t>(Argument{"", "", tensor.ptr()}.address());
-    };
-    const uintptr_t output_address = address(output), parts_address = entry.parts > 1 ? address(parts) : 0;
+    const py::object output = new_output(product, values[0]);
+    const py::object parts = entry.parts > 1 ? new_parts(product, values[0], entry.parts) : output;
+    const uintptr_t stream = current_stream(geometry.device).cast<uintptr_t>();
+    const uintptr_t output_address = address_of(output.ptr());
+    const uintptr_t parts_address = entry.parts > 1 ? address_of(parts.ptr()) : 0;
     uintptr_t places[MAX_PARAMETERS];
     int64_t row_strides[MAX_PARAMETERS];
     for (size_t t = 0; t < entry.sources.size(); t++) {
         const int source = entry.sources[t];
-        row_strides[t] = source >= 0 ? strides[source] : features;  // blocks have no rows, and no kernel asks
-        places[t] = source >= 0          ? reinterpret_cast<uintptr_t>(addresses[source])
-                    : source == OUTPUT ? output_address
-                    : source == PARTS  ? parts_address
-                                       : 0;
+        row_strides[t] = source >= 0 ? strides[source] : product.features;  // blocks have no rows, and no kernel asks
+        places[t] = source >= 0                  ? addresses[source]
+                    : source == Product::OUTPUT ? output_address
+                    : source == Product::PARTS  ? parts_address
+                                                : 0;
     }
     const uintptr_t sum_places[] = {parts_address, output_address};
     bool launched;
@@ -112,36 +183,6 @@ py::object Product::operator()(const Call& call) const {
                    (entry.parts == 1 || entry.sum->launch(0, stream, sum_places, row_strides));
     }
     return launched ? output : py::none();
-}
-
-bool Product::read_rows(const Argument& tensor, int64_t features, Rows& rows) const {
-    const py::object shape = tensor.shape();
-    const Py_ssize_t axes = PyTuple_GET_SIZE(shape.ptr());
-    const auto size = [&](Py_ssize_t axis) { return PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), axis)); };
-    if (axes < 2 || axes >= MAX_PARAMETERS || size(axes - 1) != features) return false;
-    rows = {1, features};
-    for (Py_ssize_t axis = 0; axis + 1 < axes; axis++) rows.tokens *= size(axis);
-    if (axes > 2) return method_result(tensor.value, is_contiguous).ptr() == Py_True;
-    const py::object found = tensor.strides();
-    rows.stride = PyLong_AsLongLong(PyTuple_GET_ITEM(found.ptr(), 0));
-    return PyLong_AsLongLong(PyTuple_GET_ITEM(found.ptr(), 1)) == 1;
-}
-
-// torch takes sizes one by one in two thirds of the time that it takes for a tuple of them.
-py::object Product::new_output(const Argument& like) const {
-    const py::object shape = features ? like.shape() : py::object(blocks);
-    const Py_ssize_t axes = PyTuple_GET_SIZE(shape.ptr());
-    PyObject* arguments[MAX_PARAMETERS] = {like.value};
-    const py::int_ last(features);
-    for (Py_ssize_t axis = 0; axis < axes; axis++) arguments[axis + 1] = PyTuple_GET_ITEM(shape.ptr(), axis);
-    if (features) arguments[axes] = last.ptr();
-    return owned(PyObject_VectorcallMethod(new_empty.ptr(), arguments, axes + 1, nullptr));
-}
-
-py::object Product::new_parts(const Argument& like, int parts) const {
-    const py::tuple shape = py::make_tuple(parts) + blocks;
-    PyObject* const arguments[] = {like.value, shape.ptr(), float32.ptr()};
-    return owned(PyObject_VectorcallMethod(new_empty.ptr(), arguments, 2, dtype_keyword.ptr()));
 }
 
 }  // namespace sparsekern

@@ -1,11 +1,12 @@
-// A whole product for one geometry of operands: it looks whether they are what it was prepared for, makes the output
-// and launches. One call from Python takes the place of checks, choice and launch in Python.
+// Whole products: C++ looks whether operands are like those that were multiplied before, makes the output and launches.
+// One call from Python takes the place of checks, choice and launch in Python.
 #pragma once
 #include <pybind11/pybind11.h>
 
 #include <array>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "../bind.h"
@@ -22,51 +23,66 @@ struct NamedLaunch {
 };
 using SharedLaunch = std::shared_ptr<const NamedLaunch>;
 
+// What decides how operands are multiplied, but for their addresses and the number of tokens.
+struct Geometry {
+    PyObject* dtype = nullptr;  // one of torch's constants, which live as long as torch
+    std::string precision;      // of float32 only
+    int64_t device = 0, index_bytes = 0;
+    std::array<int64_t, 5> layout{};  // the numbers of a Layout
+    bool transpose = false, bare = true;
+
+    bool operator==(const Geometry& other) const;
+};
+struct GeometryHash {
+    size_t operator()(const Geometry& geometry) const;
+};
+
 // What an operand must be: rows of so many features, with any stride or contiguous in any number of axes; a contiguous
-// tensor of so many elements; or None. The index has a dtype of its own, all else that of the product.
+// tensor of so many bytes; or None. Of the layout: the index, whose bytes the geometry says; or block rows of so many
+// bytes.
 struct Operand {
-    enum Kind { ROWS, WHOLE, INDEX, NOTHING } kind;
+    enum Kind { ROWS, WHOLE, NOTHING, INDEX, BLOCK_ROWS } kind;
     std::string name;
     int64_t size;
 };
+constexpr size_t MAX_OPERANDS = 4;
 
-class Product {
-public:
-    Product(std::string name, py::object dtype, int device, std::vector<Operand> operands, int64_t features,
-            py::tuple blocks, py::function current_device, py::function current_stream);
-
-    // Launches for 2^bucket to 2^(bucket + 1) - 1 tokens: the product, and the sum of its parts if there are several.
-    void add(int bucket, SharedLaunch launch, int parts, SharedLaunch sum);
-    // The output; None, and nothing was launched, where the operands are others or no launch was added for them.
-    py::object operator()(const Call& call) const;
-
-private:
+// How operands of one geometry are multiplied.
+struct Product {
     enum Source { OUTPUT = -1, PARTS = -2, NULL_POINTER = -3 };
     struct Entry {
-        SharedLaunch launch, sum;
+        SharedLaunch launch, sum;  // the sum of the product's parts, if there are several
         int parts = 1;
         std::vector<int> sources;  // of the launch's tensors: an operand, or a Source
-    };
-    struct Rows {
-        int64_t tokens, stride;
+        std::array<bool, MAX_OPERANDS> reads{};
     };
 
-    bool read_rows(const Argument& tensor, int64_t features, Rows& rows) const;
-    py::object new_output(const Argument& like) const;
-    py::object new_parts(const Argument& like, int parts) const;
+    std::vector<Operand> operands;  // those with rows first, those of the layout last
+    int64_t features;               // of the output's rows; 0 where the output is blocks
+    py::tuple blocks;               // shape of such an output
+    std::array<std::shared_ptr<const Entry>, 63> entries;  // for 2^n to 2^(n + 1) - 1 tokens
 
-    const std::string name;
-    const py::object dtype;
-    const int element_bytes;
-    const int device;
-    const std::vector<Operand> operands;
-    std::vector<py::object> words;
-    const int64_t features;  // of the output's rows; 0 where the output is blocks
-    const py::tuple blocks;  // shape of such an output
-    const py::function current_device, current_stream;
-    const py::object device_number, plain_tensor, parameter, float32, new_empty, is_contiguous, get_device;
-    const py::tuple dtype_keyword;
-    std::array<Entry, 63> entries;
+    void add(int bucket, SharedLaunch launch, int parts, SharedLaunch sum);
+};
+
+// One of the two products, for all geometries that were learnt.
+class Products {
+public:
+    Products(py::function current_device, py::function current_stream, py::function precision);
+
+    Product& of(const Geometry& geometry) { return learnt[geometry]; }
+    // The output; None, and nothing was launched, where the operands are others than were learnt. `values` are the
+    // operands that are not the layout's, the first of which says dtype and device.
+    py::object multiply(PyObject* const* values, PyObject* layout, bool transpose, bool bare) const;
+
+private:
+    bool is_plain(PyObject* tensor) const;
+    py::object multiply(const Product& product, const Geometry& geometry, PyObject* const* values,
+                        PyObject* layout) const;
+
+    const py::function current_device, current_stream, precision;
+    const py::object plain_tensor, parameter, float32;
+    std::unordered_map<Geometry, Product, GeometryHash> learnt;
 };
 
 }  // namespace sparsekern

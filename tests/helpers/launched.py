@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from triton import __version__ as triton_version
 from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
 from triton.runtime import driver
 
@@ -23,13 +24,15 @@ from sparsekern.backends import triton
 from sparsekern.backends.triton import launch, prepare, tiles
 
 STREAM = 77
+# Triton 3.6 leaves the bit that drivers up to 13.1 set wrongly in maps of small tensors.
+SECOND_WORD = ~(1 << 21) if triton_version.startswith("3.6.") else ~0
 
 
 class Record(ctypes.Structure):
     _fields_ = [
         ("function", ctypes.c_uint64), ("grid", ctypes.c_uint64 * 3), ("block", ctypes.c_uint64 * 3),
         ("shared", ctypes.c_uint64), ("stream", ctypes.c_uint64), ("num_attributes", ctypes.c_uint64),
-        ("extended", ctypes.c_uint64), ("parameters", ctypes.c_uint64 * 32),
+        ("extended", ctypes.c_uint64), ("parameters", ctypes.c_uint64 * 32), ("maps", (ctypes.c_uint64 * 16) * 2),
     ]  # fmt: skip
 
 
@@ -38,8 +41,11 @@ last = (Record * 8).in_dll(stub, "last")
 num_launches = ctypes.c_int.in_dll(stub, "num_launches")
 num_parameters = (ctypes.c_int * 256).in_dll(stub, "num_parameters")
 results = (ctypes.c_int * 8).in_dll(stub, "results")
-encoded = ((ctypes.c_uint64 * 16) * 4).in_dll(stub, "encoded")
+map_places = (ctypes.c_uint * 256).in_dll(stub, "map_places")
+encoded = ((ctypes.c_uint64 * 16) * 8).in_dll(stub, "encoded")
 num_encoded = ctypes.c_int.in_dll(stub, "num_encoded")
+encode_results = (ctypes.c_int * 8).in_dll(stub, "encode_results")
+driver_version = ctypes.c_int.in_dll(stub, "driver_version")
 entered_contexts = ctypes.c_int.in_dll(stub, "entered_contexts")
 
 
@@ -68,9 +74,15 @@ def compiled(monkeypatch):
     found = {}
 
     def note(kernel, *others):
-        kinds = [kind for kind in kernel.src.signature.values() if kind != "constexpr"]
+        kinds = []
+        for kind in kernel.src.signature.values():
+            if kind.startswith("tensordesc"):
+                kinds += ["map", "i32", "i32", "i64", "i64"]
+            elif kind != "constexpr":
+                kinds.append(kind)
         found[kernel.function] = [*kinds, "*scratch", "*profile"]
         num_parameters[kernel.function] = len(kinds) + 2
+        map_places[kernel.function] = sum(1 << n for n, kind in enumerate(kinds) if kind == "map")
         return prepare.prepare(kernel, *others)
 
     monkeypatch.setattr(launch, "prepare", note)
@@ -107,7 +119,10 @@ def records(call, compiled) -> list[dict]:
         kinds = compiled.get(r.function, [])
         values = [r.parameters[p] & (2**32 - 1 if kind == "i32" else 2**64 - 1) for p, kind in enumerate(kinds)]
         fields = {name: getattr(r, name) for name in ("function", "shared", "stream", "num_attributes")}
-        found.append(fields | {"grid": [*r.grid], "block": [*r.block], "parameters": values, "triton": r.extended})
+        maps = [[first, second & SECOND_WORD, *rest] for first, second, *rest in r.maps]
+        found.append(
+            fields | {"grid": [*r.grid], "block": [*r.block], "parameters": values, "maps": maps, "triton": r.extended}
+        )
     return found
 
 
@@ -178,31 +193,164 @@ def test_the_number_of_tokens_and_the_stride_are_those_of_the_call(compiled):
         assert theirs | {"triton": 0} == ours
 
 
-@pytest.mark.parametrize("product", ["forward", "backward", "gradient"])
-def test_tensor_descriptors_are_encoded_by_tritons_launcher(compiled, monkeypatch, product):
-    """A map says whole tensors, innermost size first, and a box of one copy: 128 bytes wide, with a swizzle of 128."""
-    own = tiles.of(torch.device("cpu"))
-    monkeypatch.setitem(own, ("dds", 64, "half"), tiles.DESCRIPTORS["dds", 64, "half"])
-    monkeypatch.setitem(own, ("sdd", 64, "half"), tiles.DESCRIPTORS["sdd", 64, "half"][:1])
-    topology = sk.Topology.random((256, 128), 0.5, 64)
+# Tensor descriptors: what ours encodes and passes is what Triton's launcher encodes and passes.
+
+
+@pytest.fixture
+def descriptors(monkeypatch):
+    """Every product takes the first tile with descriptors that is listed for it."""
+    for key, listed in tiles.DESCRIPTORS.items():
+        monkeypatch.setitem(tiles.of(torch.device("cpu")), key, listed[:1])
+
+
+def described(b, tokens=300):
+    """Calls of all three products, with rows that lie further apart than they are long; [tensor, rows of its box]."""
+    topology = sk.Topology.random((256, 128), 0.5, b)
     layout, slots = topology.layout, topology.num_slots
-    x, dy = (torch.zeros(300, n + 64, dtype=torch.bfloat16)[:, :n] for n in (128, 256))
-    weight, bias = torch.zeros(slots, 64, 64, dtype=torch.bfloat16), torch.zeros(256, dtype=torch.bfloat16)
-    call, grid, *maps = {
-        "forward": (lambda: launch.dds(x, weight, layout, bias, True), [3 * 4, 1, 1], (x, 128), (weight, 64)),
-        "backward": (lambda: launch.dds(dy, weight, layout, None, False), [3 * 2, 1, 1], (dy, 128), (weight, 64)),
-        "gradient": (lambda: launch.sdd(dy, x, layout), [slots, 1, 1], (dy, 64), (x, 64)),
-    }[product]
-    call()
+    x, dy = (torch.zeros(tokens, n + 8, dtype=torch.bfloat16)[:, :n] for n in (128, 256))
+    weight, bias = torch.zeros(slots, b, b, dtype=torch.bfloat16), torch.zeros(256, dtype=torch.bfloat16)
+    return {
+        "forward": (lambda x=x, weight=weight: launch.dds(x, weight, layout, bias, True), x, weight),
+        "backward": (lambda dy=dy: launch.dds(dy, weight, layout, None, False), dy, weight),
+        "gradient": (lambda: launch.sdd(dy, x, layout), dy, x),
+    }
+
+
+def encodings(call) -> list[list[int]]:
+    """What a call encodes."""
     before = num_encoded.value
-    (record,) = records(call, compiled)
-    assert record["triton"] and record["grid"] == grid and launch._prepared == {}
-    assert num_encoded.value == before + 2
-    bfloat16, swizzle_128, zeros = 9, 3, 0
-    for n, (tensor, rows) in enumerate(maps, before):
-        width, row_bytes = tensor.shape[-1], tensor.stride(-2) * 2
-        expected = [bfloat16, 2, tensor.data_ptr(), width, tensor.numel() // width, row_bytes, 64, rows]
-        assert [*encoded[n % 4]][:10] == [*expected, swizzle_128, zeros]
+    call()
+    return [[*encoded[n % 8]] for n in range(before, num_encoded.value)]
+
+
+CASES = [(key, product, n) for key, listed in tiles.DESCRIPTORS.items() for n in range(len(listed))
+         for product in (["forward", "backward"] if key[0] == "dds" else ["gradient"])]  # fmt: skip
+
+
+@pytest.mark.parametrize("version", [13010, 13020])
+@pytest.mark.parametrize(("key", "product", "n"), CASES, ids=lambda value: str(value))
+def test_a_prepared_launch_encodes_and_passes_what_tritons_does(compiled, monkeypatch, key, product, n, version):
+    monkeypatch.setitem(tiles.of(torch.device("cpu")), key, tiles.DESCRIPTORS[key][n : n + 1])
+    monkeypatch.setattr(driver_version, "value", version)
+    for tokens in (300, 3000):  # x of 300 tokens is small
+        call, *_ = described(key[1], tokens)[product]
+        call()  # tells the stub what parameters there are
+        launch._prepared.clear()
+        theirs, ours = [], []
+        encoded_there = encodings(lambda call=call, theirs=theirs: theirs.extend(records(call, compiled)))
+        encoded_here = encodings(lambda call=call, ours=ours: ours.extend(records(call, compiled)))
+        assert len(encoded_there) == 2 and encoded_here == encoded_there
+        assert all(r.pop("triton") for r in theirs) and not any(r.pop("triton") for r in ours)
+        assert all(words[2] for words in ours[0]["maps"])
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("product", ["forward", "backward", "gradient"])
+def test_a_tensor_map_describes_whole_tensors_in_boxes_of_128_bytes(compiled, descriptors, product):
+    call, *tensors = described(64)[product]
+    box_rows = {"forward": (128, 64), "backward": (128, 64), "gradient": (64, 64)}[product]
+    launch._prepared.clear()
+    call()
+    launched = num_launches.value
+    # the launch that Triton made was kept, but none of its tensor maps
+    for words, tensor, rows in zip(encodings(call), tensors, box_rows, strict=True):
+        width, bfloat16, interleave, swizzle_128, promotion_128, zeros = tensor.shape[-1], 9, 0, 3, 2, 0
+        sizes = [width, tensor.numel() // width, tensor.stride(-2) * 2]
+        assert words[:8] == [bfloat16, 2, tensor.data_ptr(), *sizes, 64, rows]
+        assert words[8:14] == [1, 1, interleave, swizzle_128, promotion_128, zeros]
+    assert not last[launched % 8].extended
+
+
+def test_a_tensor_map_is_kept_for_its_address_and_shape(compiled, descriptors):
+    forward, x, weight = described(64)["forward"]
+    forward()
+    assert [words[2] for words in encodings(forward)] == [x.data_ptr(), weight.data_ptr()]
+    assert encodings(forward) == []
+    moved, heavier = torch.zeros_like(x), weight.clone()
+    assert [words[2] for words in encodings(lambda: forward(x=moved))] == [moved.data_ptr()]
+    assert [words[2] for words in encodings(lambda: forward(weight=heavier))] == [heavier.data_ptr()]
+    (fewer,) = encodings(lambda: forward(x=moved[:270]))
+    assert fewer[2] == moved.data_ptr() and fewer[4] == 270
+    wide = torch.zeros(300 * 256, dtype=x.dtype)
+    for width in (136, 144, 136):
+        (other,) = encodings(lambda width=width: forward(x=wide.as_strided((300, 128), (width, 1))))
+        assert other[5] == 2 * width
+    (ours,) = records(lambda: forward(x=wide.as_strided((300, 128), (136, 1))), compiled)
+    assert not ours["triton"] and ours["maps"][0][2] == wide.data_ptr() and ours["maps"][0][5] == 272
+
+
+def test_layers_that_share_a_launch_keep_their_tensor_maps_side_by_side(compiled, descriptors):
+    forward, x, weight = described(64)["forward"]
+    layers = [weight.clone() for _ in range(8)]
+
+    def model():
+        for layer in layers:
+            forward(weight=layer)
+
+    model()
+    model()
+    # two addresses may want one place, and then take turns
+    assert len(encodings(model)) < len(layers)
+    taken = [r["maps"][1][2] for r in records(model, compiled)]
+    assert taken == [layer.data_ptr() for layer in layers]
+
+
+def test_what_no_tensor_map_takes_goes_by_the_plain_kernel(compiled, descriptors):
+    forward, x, weight = described(64)["forward"]
+    forward()
+    (ours,) = records(forward, compiled)
+    memory = torch.zeros(300 * 256, dtype=x.dtype)
+    odd_stride = memory.as_strided((300, 128), (132, 1))  # 264 bytes
+    odd_address = memory[4:].as_strided((300, 128), (136, 1))  # 8 bytes
+    same_row = memory.as_strided((300, 128), (0, 1))
+    for other in (odd_stride, odd_address, same_row):
+        assert encodings(lambda other=other: forward(x=other)) == []
+        (plain,) = records(lambda other=other: forward(x=other), compiled)
+        assert plain["function"] != ours["function"] and compiled[ours["function"]][0] == "map"
+    kept = next(made for key, made in launch._prepared.items() if key[1].descriptors)
+    call = {"tokens": 300, "stream": STREAM, "weight": weight, "bias": None, "y": memory.view(300, 256)}
+    call |= {"index": torch.zeros(99, dtype=torch.int32)}
+    for other in (odd_stride, odd_address, same_row):
+        order = ("tokens", "stream", "x", "weight", "bias", "y", "index")
+        given = call | {"x": other}
+        assert not kept(**{name: given[name] for name in order})
+
+
+def test_without_the_native_module_triton_encodes_at_every_call(compiled, descriptors, monkeypatch):
+    monkeypatch.setattr(prepare, "_cuda", None)
+    for call, *_ in described(64).values():
+        call()
+        for _ in range(2):
+            found = []
+            assert len(encodings(lambda call=call, found=found: found.extend(records(call, compiled)))) == 2
+            assert [r["triton"] for r in found] == [1]
+    assert launch._prepared == {}
+
+
+def test_a_split_gradient_by_descriptors_is_prepared(compiled, descriptors, monkeypatch):
+    monkeypatch.setattr(launch, "SPLITS_PER_SM", 99)
+    monkeypatch.setattr(launch, "SPLIT_TOKENS", 16)
+    compare(described(64)["gradient"][0], compiled, launches=2)
+
+
+def test_a_tensor_map_that_the_driver_refuses_is_named(compiled, descriptors):
+    forward, x, _ = described(64)["forward"]
+    forward()
+    encode_results[num_encoded.value % 8] = 1
+    match = "dds_descriptors_kernel, x: no tensor map of 300 rows of 128 elements, 136 apart: the error's own words"
+    with pytest.raises(RuntimeError, match=match):
+        forward()
+    (ours,) = records(forward, compiled)  # what was refused is not kept
+    assert not ours["triton"] and ours["maps"][0][2] == x.data_ptr()
+
+
+def test_a_thread_without_a_context_enters_the_devices_to_encode(compiled, descriptors):
+    forward, x, _ = described(64)["forward"]
+    forward()
+    entered = entered_contexts.value
+    encode_results[num_encoded.value % 8] = 201
+    (ours,) = records(forward, compiled)
+    assert entered_contexts.value == entered + 1 and ours["maps"][0][2] == x.data_ptr()
 
 
 def test_layouts_of_one_geometry_share_a_launch(compiled):
@@ -351,6 +499,29 @@ def test_the_short_way_splits_gradients_too(on_gpu, monkeypatch):
     assert names[0] == names[1] and len(names[0]) == 3  # forward, the gradient's parts, their sum
 
 
+@pytest.mark.parametrize("block_size", [32, 64, 128])
+def test_the_short_way_goes_by_descriptors(on_gpu, descriptors, monkeypatch, block_size):
+    layer = sk.SparseLinear(256, 512, density=0.5, block_size=block_size, dtype=torch.bfloat16)
+    x, dy = torch.randn(300, 256).bfloat16().requires_grad_(), torch.ones(300, 512).bfloat16()
+    long, short = both_ways(lambda: step(layer, x, dy), on_gpu)
+    assert len(long) == 3 and long == short
+    by_descriptors = [on_gpu[record["function"]][0] == "map" for record in short]
+    assert by_descriptors == [True, True, ("sdd", block_size, "half") in tiles.DESCRIPTORS]
+    assert encodings(lambda: step(layer, x, dy)) == []
+    # only a kernel with descriptors reads block rows, and it was compiled for their dtype
+    layout = layer.topology.layout
+    wider = layout._replace(block_rows=layout.block_rows.int())
+    assert quick.learnt["sdd"](dy=dy, x=x, layout=layout) is not None
+    assert (quick.learnt["sdd"](dy=dy, x=x, layout=wider) is None) == by_descriptors[2]
+    step(layer, torch.zeros(300, 264).bfloat16()[:, :256], dy)
+    with torch.no_grad():
+        assert is_short(lambda: layer(torch.zeros(300, 264).bfloat16()[:, :256]), monkeypatch)
+        odd = torch.zeros(300, 260).bfloat16()[:, :256]  # rows of 520 bytes
+        assert not is_short(lambda: layer(odd), monkeypatch)
+        (plain,) = records(lambda: layer(odd), on_gpu)
+    assert plain["triton"] and plain["function"] != short[0]["function"]
+
+
 def test_the_short_way_gives_results_their_shape_dtype_and_gradients(on_gpu):
     for tokens in ((48,), (3, 16), (2, 3, 8)):
         layer, x = layer_and_x(tokens)
@@ -371,6 +542,25 @@ def test_a_second_derivative_goes_by_the_short_way_too(on_gpu):
         (dx,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
         (dw,) = torch.autograd.grad(dx.sum(), layer.weight)
         assert dx.requires_grad and dw.shape == layer.weight.shape
+
+
+def test_a_backward_of_the_short_way_refuses_a_topology_that_changed(on_gpu):
+    layer, x = layer_and_x()
+    step(layer, x)
+    y = layer(x)
+    layer.topology.block_rows.add_(0)
+    with pytest.raises(RuntimeError, match="the topology was rewired, pruned or loaded after the forward"):
+        y.sum().backward()
+    y = layer(x)  # the index follows
+    y.sum().backward()
+
+
+def test_the_short_way_takes_the_weight_that_a_layer_has_now(on_gpu):
+    layer, x = layer_and_x()
+    step(layer, x)
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+    (record,) = records(lambda: layer(x), on_gpu)
+    assert not record["triton"] and layer.weight.data_ptr() in record["parameters"]
 
 
 def is_short(call, monkeypatch) -> bool:

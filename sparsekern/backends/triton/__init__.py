@@ -50,11 +50,11 @@ def refusal(x: Tensor, layout: Layout) -> str | None:
 
 def __getattr__(name: str):
     """Import the launchers when one is first asked for."""
-    if name not in (*OPERATIONS, "quick_dds", "quick_sdd", "quick_product"):
+    if name not in (*OPERATIONS, "quick_dds", "quick_sdd", "quick_products"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from sparsekern.backends.triton import copies, fill, launch, prepare
 
     globals().update(dds=launch.dds, sdd=launch.sdd, add_block_norms=launch.add_block_norms)
     globals().update(densify=fill.densify, gather=copies.gather)
-    globals().update(quick_dds=launch.quick_dds, quick_sdd=launch.quick_sdd, quick_product=prepare.quick_product)
+    globals().update(quick_dds=launch.quick_dds, quick_sdd=launch.quick_sdd, quick_products=prepare.quick_products)
     return globals()[name]

@@ -62,10 +62,10 @@ def dds(
         return y
     usable = _tiles("dds", b, arithmetic, token_offsets, x, weight)
     tile, device = _dds_tile(usable, num_tokens, groups, out_blocks, x.device), x.get_device()
-    if tile.descriptors:
-        _dds_by_descriptors(tile, x, weight, layout, bias, y, transpose)
-        return y
     key = _dds_key(tile, arithmetic, device, layout, transpose, x, bias, token_offsets)
+    if tile.descriptors:
+        _dds_by_descriptors(key, tile, x, weight, layout, bias, y, transpose)
+        return y
     launch = _prepared.get(key)
     if launch is None or device != current_device() or not launch(
         tokens=num_tokens, stream=current_stream(device),
@@ -87,17 +87,16 @@ def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = No
     arithmetic, b, num_slots = _arithmetic(x), layout.block_size, layout.num_slots
     tile, *_ = _tiles("sdd", b, arithmetic, token_offsets, x, dy)
     blocks = max(1, tile.m // b)
-    num_tokens = x.shape[0]
+    num_tokens, device = x.shape[0], x.get_device()
     splits = _splits(layout, blocks, num_tokens, x, token_offsets is not None)
     grad = x.new_empty(num_slots, b, b)
     parts = grad if splits == 1 else x.new_empty(splits, num_slots, b, b, dtype=torch.float32)
+    key = _sdd_key(tile, splits, arithmetic, device, layout, x, token_offsets)
     if tile.descriptors:
-        _sdd_by_descriptors(tile, dy, x, layout, parts, splits)
+        _sdd_by_descriptors(key, tile, dy, x, layout, parts, splits)
         if splits > 1:
             _sum_splits(parts, grad, splits)
         return grad
-    device = x.get_device()
-    key = _sdd_key(tile, splits, arithmetic, device, layout, x, token_offsets)
     launch = _prepared.get(key)
     if launch is None or device != current_device() or not launch(
         tokens=num_tokens, stream=current_stream(device),
@@ -116,26 +115,35 @@ def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = No
 
 
 def _dds_by_descriptors(
-    tile: Tile, x: Tensor, weight: Tensor, layout: Layout, bias: Tensor | None, y: Tensor, transpose: bool
+    key: tuple, tile: Tile, x: Tensor, weight: Tensor, layout: Layout, bias: Tensor | None, y: Tensor, transpose: bool
 ) -> None:
-    """Triton encodes descriptors anew at every launch, which costs host time."""
-    b, (num_tokens, features) = layout.block_size, y.shape
-    part = [b, tile.k] if transpose else [tile.k, b]
-    with _on_device(x):
-        kernels.dds_descriptors_kernel[(-(-num_tokens // tile.m) * (features // b),)](
-            TensorDescriptor.from_tensor(x, [tile.m, tile.k]), TensorDescriptor.from_tensor(weight.view(-1, b), part),
-            bias, y, layout.index, num_tokens, features // b, *_walk(layout, transpose), y.stride(0),
-            B=b, BLOCK_T=tile.m, BLOCK_K=tile.k, K_MAJOR=transpose, num_warps=tile.warps, num_stages=tile.stages,
+    b, num_tokens, device = layout.block_size, x.shape[0], x.get_device()
+    launch = _prepared.get(key)
+    if launch is None or device != current_device() or not launch(
+        tokens=num_tokens, stream=current_stream(device), x=x, weight=weight, bias=bias, y=y, index=layout.index
+    ):  # fmt: skip
+        out_blocks = y.shape[1] // b
+        _launch(
+            key, kernels.dds_descriptors_kernel, tile, (tile.m, 0, out_blocks, 1), num_tokens,
+            (x, weight, bias, y, layout.index), (num_tokens, out_blocks, *_walk(layout, transpose)), (y.stride(0),),
+            ((tile.m, tile.k), (b, tile.k) if transpose else (tile.k, b)),
+            B=b, BLOCK_T=tile.m, BLOCK_K=tile.k, K_MAJOR=transpose,
         )  # fmt: skip
 
 
-def _sdd_by_descriptors(tile: Tile, dy: Tensor, x: Tensor, layout: Layout, parts: Tensor, splits: int) -> None:
-    b = layout.block_size
-    with _on_device(x):
-        kernels.sdd_descriptors_kernel[(layout.num_slots, splits)](
-            TensorDescriptor.from_tensor(dy, [tile.k, b]), TensorDescriptor.from_tensor(x, [tile.k, b]),
-            parts, layout.index, layout.block_rows, x.shape[0], layout.num_slots,
-            B=b, BLOCK_T=tile.k, SPLITS=splits, num_warps=tile.warps, num_stages=tile.stages,
+def _sdd_by_descriptors(
+    key: tuple, tile: Tile, dy: Tensor, x: Tensor, layout: Layout, parts: Tensor, splits: int
+) -> None:
+    b, num_slots, num_tokens, device = layout.block_size, layout.num_slots, x.shape[0], x.get_device()
+    launch = _prepared.get(key)
+    if launch is None or device != current_device() or not launch(
+        tokens=num_tokens, stream=current_stream(device),
+        dy=dy, x=x, grad=parts, index=layout.index, block_rows=layout.block_rows,
+    ):  # fmt: skip
+        _launch(
+            key, kernels.sdd_descriptors_kernel, tile, (0, num_slots, 1, splits), num_tokens,
+            (dy, x, parts, layout.index, layout.block_rows), (num_tokens, num_slots), (), 2 * ((tile.k, b),),
+            B=b, BLOCK_T=tile.k, SPLITS=splits,
         )  # fmt: skip
 
 
@@ -152,24 +160,23 @@ def _sum_splits(parts: Tensor, total: Tensor, splits: int) -> None:
         _launch(key, kernels.sum_splits_kernel, None, grid, 0, (parts, total), (size,), (), SPLITS=splits, BLOCK=1024)
 
 
-def quick_dds(x: Tensor, layout: Layout, bias: Tensor | None, transpose: bool) -> tuple | None:
+def quick_dds(x: Tensor, weight: Tensor, layout: Layout, bias: Tensor | None, transpose: bool) -> tuple | None:
     """What `dds` of such operands launches, for `sparsekern.quick`: (launch, 1, None); None if not prepared."""
     arithmetic, b, num_tokens, device = _arithmetic(x), layout.block_size, x.shape[0], x.get_device()
     if layout.full or (arithmetic == "tf32" and not transpose):
         return None
     out_blocks = layout.num_rows if transpose else layout.num_cols
-    # one that uses descriptors is never prepared
-    tile = _dds_tile(_tiles("dds", b, arithmetic, None, x), num_tokens, 1, out_blocks, x.device)
+    tile = _dds_tile(_tiles("dds", b, arithmetic, None, x, weight), num_tokens, 1, out_blocks, x.device)
     launch = _prepared.get(_dds_key(tile, arithmetic, device, layout, transpose, x, bias, None))
     return (launch, 1, None) if launch else None
 
 
-def quick_sdd(x: Tensor, layout: Layout) -> tuple | None:
+def quick_sdd(dy: Tensor, x: Tensor, layout: Layout) -> tuple | None:
     """Likewise for `sdd`: (launch, parts of the tokens, launch that sums the parts or None)."""
     arithmetic, b, device = _arithmetic(x), layout.block_size, x.get_device()
     if layout.full:
         return None
-    tile, *_ = _tiles("sdd", b, arithmetic, None, x)
+    tile, *_ = _tiles("sdd", b, arithmetic, None, x, dy)
     splits = _splits(layout, max(1, tile.m // b), x.shape[0], x, ragged=False)
     launch = _prepared.get(_sdd_key(tile, splits, arithmetic, device, layout, x, None))
     sums = _prepared.get(_sum_key(splits, layout.num_slots * b * b, device, x.dtype))
@@ -185,7 +192,8 @@ def _dds_key(tile, arithmetic, device, layout, transpose, x, bias, token_offsets
 
 def _sdd_key(tile, splits, arithmetic, device, layout, x, token_offsets) -> tuple:
     offsets = None if token_offsets is None else token_offsets.dtype
-    return "sdd", tile, splits, arithmetic, device, layout.num_slots, layout[3:], x.dtype, offsets
+    dtypes = x.dtype, offsets, layout.block_rows.dtype
+    return "sdd", tile, splits, arithmetic, device, layout.num_slots, layout[3:], *dtypes
 
 
 def _sum_key(splits: int, size: int, device: int, dtype: torch.dtype) -> tuple:
@@ -222,20 +230,30 @@ def _dds_tile(usable: tuple[Tile, ...], num_tokens: int, groups: int, out_blocks
 
 def _launch(
     key: tuple, kernel, tile: Tile | None, grid: tuple[int, int, int, int], num_tokens: int,
-    tensors: tuple[Tensor | None, ...], numbers: tuple[int, ...], strides: tuple[int, ...], **constants,
+    tensors: tuple[Tensor | None, ...], numbers: tuple[int, ...], strides: tuple[int, ...],
+    boxes: tuple[tuple[int, int], ...] = (), **constants,
 ) -> None:  # fmt: skip
-    """Launch by way of Triton, and keep what it compiled as `_prepared[key]`; `grid` as `prepare` takes it."""
+    """Launch by way of Triton, and keep what it compiled as `_prepared[key]`; `grid` as `prepare` takes it.
+
+    Descriptors load the first tensors, [tokens, features] or blocks one below the other, in these boxes.
+    """
     tokens_per_program, more, outputs, along_y = grid
     along_x = ((-(-num_tokens // tokens_per_program) if tokens_per_program else 0) + more) * outputs
     options = {} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
+    described = tensors[: len(boxes)]
+    matrices = [tensor.flatten(0, -2) for tensor in described]
+    descriptors = [TensorDescriptor.from_tensor(m, list(box)) for m, box in zip(matrices, boxes, strict=True)]
     with _on_device(tensors[0]):
-        compiled = kernel[(along_x, along_y, 1)](*tensors, *numbers, *strides, **constants, **options)
+        compiled = kernel[(along_x, along_y, 1)](
+            *descriptors, *tensors[len(boxes) :], *numbers, *strides, **constants, **options
+        )
         values = (*strides, *(t.data_ptr() for t in tensors if t is not None))
         usual = all(value % 16 == 0 for value in values) and max(numbers) < 2**31
         if usual and compiled is not None:  # the interpreter compiles nothing
             names = kernel.arg_names[len(tensors) : len(tensors) + len(numbers)]
             known = {name: n for name, n in zip(names, numbers, strict=True) if name != "num_tokens"}
-            if launch := prepare(compiled, known, grid):
+            shapes = [(0, t.shape[1]) if t.dim() == 2 else m.shape for t, m in zip(described, matrices, strict=True)]
+            if launch := prepare(compiled, known, grid, shapes):
                 _prepared[key] = launch
 
 

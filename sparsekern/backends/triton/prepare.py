@@ -9,7 +9,6 @@ no prepared launch.
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 from triton.runtime import driver
 
 try:
@@ -25,18 +24,24 @@ current_stream: Callable[[int], int] = getattr(
 )
 
 
-def prepare(compiled, numbers: dict[str, int], grid: tuple[int, int, int, int]) -> Callable[..., bool] | None:
+def prepare(
+    compiled, numbers: dict[str, int], grid: tuple[int, int, int, int], matrices: list[tuple[int, int]]
+) -> Callable[..., bool] | None:
     """A function that launches a compiled kernel on the current device; None where it must be launched by Triton.
 
     Args:
         compiled: what a launch by Triton returned, of tensors and strides that were multiples of 16. Kernels call the
-            address of tensor t `t_ptr`, the stride of its rows `t_stride`, and the tokens `num_tokens`.
+            address of tensor t `t_ptr`, its descriptor `t_desc`, the stride of its rows `t_stride`, and the tokens
+            `num_tokens`.
         numbers: values of all other integers, and of strides that are known.
         grid: (tokens of a program, or 0; programs more; outputs; programs along y): there are
             (ceil(tokens / tokens of a program) + programs more) * outputs programs along x.
+        matrices: (rows, width) of every tensor that descriptors load; one is contiguous, or has the tokens for rows,
+            which 0 rows stand for.
     Returns:
         launch(tokens=..., stream=..., and the tensors by name), which says whether it launched: not where a value is
-        no multiple of 16 or over 31 bits long, for which Triton compiles another variant.
+        no multiple of 16 or over 31 bits long, for which Triton compiles another variant; or where no descriptor takes
+        a matrix.
     """
     if _cuda is None:
         return None
@@ -48,15 +53,23 @@ def prepare(compiled, numbers: dict[str, int], grid: tuple[int, int, int, int]) 
         metadata.launch_pdl,
         getattr(metadata, "instrumentation_mode", ""),
     )
-    if any(needs) or programs_per_cluster != 1 or shared > 227 * 1024:
+    # none where a device has no TMA; Triton then passes what descriptors are made of
+    wanted = getattr(metadata, "tensordesc_meta", None) or []
+    if any(needs) or programs_per_cluster != 1 or shared > 227 * 1024 or len(wanted) != len(matrices):
         return None
+    descriptors = iter(zip(matrices, wanted, strict=True))
     tensors, parameters = [], []
     for name, kind in compiled.src.signature.items():
-        if name.endswith("_ptr"):
-            tensors.append(name.removesuffix("_ptr"))
+        if name.endswith(("_ptr", "_desc")):
+            tensors.append(name.rpartition("_")[0])
         if kind == "constexpr":  # constants, and tensors that are None
             continue
-        if name.endswith("_ptr"):
+        if name.endswith("_desc"):
+            described = _described(tensors[-1], *next(descriptors))
+            if described is None:
+                return None
+            parameters += described
+        elif name.endswith("_ptr"):
             parameters.append(("address", tensors[-1]))
         elif kind != "i32":
             return None
@@ -74,9 +87,29 @@ def prepare(compiled, numbers: dict[str, int], grid: tuple[int, int, int, int]) 
     )  # fmt: skip
 
 
-def quick_product(x: Tensor, operands: list[tuple[str, str, int]], features: int, blocks: tuple[int, ...]) -> tuple:
-    """What `_cuda.product` makes of operands like x."""
-    return _cuda.product(
-        name="product", dtype=x.dtype, device=x.get_device(), operands=operands, features=features, blocks=blocks,
-        current_device=current_device, current_stream=current_stream,
-    )  # fmt: skip
+def _described(tensor: str, matrix: tuple[int, int], wanted: dict) -> list[tuple] | None:
+    """What Triton 3.6 to 3.9 pass for a descriptor of two axes: a CUtensorMap, both sizes and both strides."""
+    from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
+
+    if wanted["fp4_padded"] or wanted.get("is_im2col") or len(wanted["block_size"]) != 2:
+        return None
+    (rows, width), (box_rows, box_width) = matrix, wanted["block_size"]
+    described = {
+        "tensor": tensor,
+        "data_type": TMA_DTYPE_DEVICE_TO_HOST[wanted["elem_type"]],
+        "element_bytes": wanted["elem_size"],
+        "swizzle": wanted["swizzle"],
+        "box_rows": box_rows,
+        "box_width": box_width,
+        "rows": rows,
+        "width": width,
+    }
+    size, stride = (("number", rows), ("number", width)) if rows else (("tokens", None), ("map_stride", tensor))
+    return [("map", described), size, ("number", width), stride, ("number", 1)]
+
+
+def quick_products() -> tuple[Callable, Callable, Callable, Callable]:
+    """What `_cuda.products` makes for this process."""
+    return _cuda.products(
+        current_device=current_device, current_stream=current_stream, precision=torch.get_float32_matmul_precision
+    )
