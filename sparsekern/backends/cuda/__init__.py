@@ -1,7 +1,7 @@
 """The kernels of csrc/cuda, compiled to fatbin/*.fatbin when sparsekern was built, and launched through CUDA's driver.
 
-They rewire (sparsekern/rewire/on_device.py) and multiply nothing. They are chosen on a device whose table says so, and
-`sparsekern.use("cuda")` forces them.
+They rewire (sparsekern/rewire/on_device.py) and make products of blocks of 16 and 8 (`products`). They are chosen on a
+device whose table says so, and `sparsekern.use("cuda")` forces them.
 """
 
 import ctypes
@@ -14,10 +14,19 @@ from torch import Tensor
 
 from sparsekern.topology import Layout
 
-OPERATIONS = ()
-FATBIN = Path(__file__).parent.parent / "fatbin"
-KERNELS = {"rewire": ("score", "count", "scatter", "rank", "assign", "index")}
+OPERATIONS = ("sdd",)
+BLOCK_SIZES = (16, 8)
+DTYPES = (torch.bfloat16, torch.float16)
+FATBIN = Path(__file__).parent.parent.parent / "fatbin"
+KERNELS = {
+    "rewire": ("score", "count", "scatter", "rank", "assign", "index"),
+    "sdd": (
+        *(f"{b}_{t}_512x{n}" for b in BLOCK_SIZES for t in ("bf16", "f16") for n in (1024, 512, 256)),
+        *("sum_bf16", "sum_f16"),
+    ),
+}
 """Source files of csrc/cuda, and the kernels in each, without the file's name."""
+DEFAULT_SHARED, MAX_DYNAMIC_SHARED = 48 * 1024, 8  # bytes that every kernel may have; the attribute for more
 ARCHITECTURES = ("sm_80", "sm_90a", "compute_80")
 """What setup.py compiles them for; the last is PTX, which the driver compiles for other devices."""
 
@@ -44,18 +53,42 @@ def unavailable() -> str | None:
     return None
 
 
-def refusal(x: Tensor, layout: Layout) -> str:
-    return "no operands of products: it only rewires"
+def refusal(x: Tensor, layout: Layout) -> str | None:
+    """What it takes, where it does not take these operands."""
+    if x.device.type == "cuda" and x.dtype in DTYPES and layout.block_size in BLOCK_SIZES:
+        return None
+    got = f"{x.dtype} on {x.device} in blocks of {layout.block_size}"
+    return f"bfloat16 and float16 on an NVIDIA GPU in blocks of 8 and 16, got {got}"
 
 
-def launch(file: str, kernel: str, blocks: int, threads: int, addresses: Sequence[int], device: torch.device) -> None:
-    """Launch a kernel whose parameters are all addresses, on torch's current stream of the device."""
+def __getattr__(name: str):
+    """Import the launchers of the products when one is first asked for: they need what is below."""
+    if name not in OPERATIONS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from sparsekern.backends.cuda import products
+
+    return getattr(products, name)
+
+
+def launch(
+    file: str,
+    kernel: str,
+    blocks: int,
+    threads: int,
+    addresses: Sequence[int],
+    device: torch.device,
+    shared: int = 0,
+) -> None:
+    """Launch a kernel whose parameters are all addresses or int64, on torch's current stream of the device.
+
+    `shared` are the bytes of dynamic shared memory.
+    """
     with torch.cuda.device(device):
-        function = _function(file, f"{file}_{kernel}", torch.cuda.current_device())
+        function = _function(file, f"{file}_{kernel}", torch.cuda.current_device(), shared)
         values = [ctypes.c_void_p(address) for address in addresses]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        status = _driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, pointers, None)
+        status = _driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, shared, stream, pointers, None)
     _check(status, f"{file}_{kernel}: launch of {blocks} blocks of {threads} threads")
 
 
@@ -65,10 +98,12 @@ def _driver() -> ctypes.CDLL:
 
 
 @functools.cache
-def _function(file: str, kernel: str, device: int) -> ctypes.c_void_p:
+def _function(file: str, kernel: str, device: int, shared: int) -> ctypes.c_void_p:
     torch.cuda.current_stream().synchronize()  # the device's context exists from here on
     function = ctypes.c_void_p()
     _check(_driver().cuModuleGetFunction(ctypes.byref(function), _module(file, device), kernel.encode()), kernel)
+    if shared > DEFAULT_SHARED:
+        _check(_driver().cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, shared), f"{kernel}: {shared} shared bytes")
     return function
 
 
