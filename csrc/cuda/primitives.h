@@ -20,6 +20,11 @@ enum Half : int { BFLOAT16, FLOAT16 };
 
 DEVICE uint32_t shared_address(const void* place) { return uint32_t(__cvta_generic_to_shared(place)); }
 
+DEVICE int load1(uint32_t from) {
+    uint32_t value;
+    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(value) : "r"(from));
+    return int(value);
+}
 DEVICE uint32_t load4(uint32_t from) {
     uint32_t value;
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(from));
@@ -159,6 +164,15 @@ DEVICE void copy(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier
     for (uint32_t at = 0; at < bytes; at += 16)
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
                      ::"r"(to + at), "l"(__cvta_generic_to_global(static_cast<const char*>(from) + at)) : "memory");
+#endif
+}
+// By all lanes: one run of bytes.
+DEVICE void copy_together(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+#ifdef SPARSEKERN_COPY_ENGINE
+    if (threadIdx.x % 32 == 0) copy(to, from, bytes, barrier);
+#else
+    for (uint32_t at = threadIdx.x % 32 * 16; at < bytes; at += 512)
+        copy(to + at, static_cast<const char*>(from) + at, 16, barrier);
 #endif
 }
 // Zeros, before `announce`; `readable` is any address that could be copied from.

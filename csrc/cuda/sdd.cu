@@ -19,6 +19,7 @@
 
 #include "../layout.h"
 #include "primitives.h"
+#include "ring.h"
 
 namespace sparsekern {
 
@@ -137,16 +138,6 @@ DEVICE void list_columns(const SddCall& call, const SddTile& tile, SddShared<Sha
     }
     __syncthreads();
 }
-
-// A stage that is filled or read, and how often the ring has gone round.
-struct Ring {
-    int stage = 0;
-    uint32_t parity = 0;
-
-    __device__ __forceinline__ void next(int stages) {
-        if (++stage == stages) stage = 0, parity ^= 1;
-    }
-};
 
 // The last warp: the tile's features of all tokens of the part, once.
 template <class Shape>

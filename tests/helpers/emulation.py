@@ -35,13 +35,16 @@ class NamedLaunches:
 
     def __init__(self):
         self.names = []
+        self.shared = {}  # dynamic bytes of the last launch of each
 
     def __call__(self, file, kernel, blocks, threads, addresses, device, shared=0):
         assert blocks > 0 and threads % 32 == 0 and shared <= SHARED_BYTES
         assert kernel in cuda.KERNELS[file], f"{kernel} is not in the table of kernels"
         self.names.append(kernel)
+        self.shared[kernel] = shared
         words = (ctypes.c_uint64 * len(addresses))(*addresses)
-        status = library(f"{file}.cpp").launch(f"{file}_{kernel}".encode(), blocks, threads, words, len(words))
+        name = f"{file}_{kernel}".encode()
+        status = library(f"{file}.cpp").launch(name, blocks, threads, shared, words, len(words))
         assert status == 0, f"{file}_{kernel} does not take {len(words)} arguments"
 
 

@@ -14,11 +14,17 @@ from torch import Tensor
 
 from sparsekern.topology import Layout
 
-OPERATIONS = ("sdd",)
+OPERATIONS = ("dds", "sdd")
 BLOCK_SIZES = (16, 8)
 DTYPES = (torch.bfloat16, torch.float16)
+NEEDED_SHARED = 160 * 1024  # bytes that a program of a product must be allowed: by A100, H100 and their like
+MOST_FEATURES = 65536  # of a group: the lists of dds_pack then fit into these bytes
 FATBIN = Path(__file__).parent.parent.parent / "fatbin"
 KERNELS = {
+    "dds": (
+        *(f"{b}_{t}_{n}" for b in BLOCK_SIZES for t in ("bf16", "f16") for n in ("many", "few")),
+        *("pack_16", "pack_8"),
+    ),
     "rewire": ("score", "count", "scatter", "rank", "assign", "index"),
     "sdd": (
         *(f"{b}_{t}_512x{n}" for b in BLOCK_SIZES for t in ("bf16", "f16") for n in (1024, 512, 256)),
@@ -55,10 +61,24 @@ def unavailable() -> str | None:
 
 def refusal(x: Tensor, layout: Layout) -> str | None:
     """What it takes, where it does not take these operands."""
-    if x.device.type == "cuda" and x.dtype in DTYPES and layout.block_size in BLOCK_SIZES:
-        return None
-    got = f"{x.dtype} on {x.device} in blocks of {layout.block_size}"
-    return f"bfloat16 and float16 on an NVIDIA GPU in blocks of 8 and 16, got {got}"
+    features = max(layout.num_rows, layout.num_cols) // layout.groups * layout.block_size
+    if x.device.type != "cuda" or x.dtype not in DTYPES or layout.block_size not in BLOCK_SIZES:
+        got = f"{x.dtype} on {x.device} in blocks of {layout.block_size}"
+        return f"bfloat16 and float16 on an NVIDIA GPU in blocks of 8 and 16, got {got}"
+    if features > MOST_FEATURES:
+        return f"groups of at most {MOST_FEATURES} features, got {features}"
+    if (allowed := shared_bytes(x.device)) < NEEDED_SHARED:
+        name = torch.cuda.get_device_name(x.device)
+        return f"GPUs that allow a kernel {NEEDED_SHARED} bytes of shared memory, and {name} allows {allowed}"
+    return None
+
+
+@functools.cache
+def shared_bytes(device: torch.device) -> int:
+    """That one program may have; those of Hopper where there is no device."""
+    if device.type != "cuda":
+        return 232448
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def __getattr__(name: str):

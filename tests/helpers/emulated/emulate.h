@@ -1,5 +1,6 @@
 // CUDA C++ on one CPU thread, for tests: each thread of a block is a fiber, and blocks run one after another. Both run
-// in random order between barriers. Shared memory is filled with rubbish before every block, its dynamic part with NaN.
+// in random order between barriers. Shared memory is filled with rubbish before every block, its dynamic part with NaN,
+// past whose end nothing may be written.
 // x86-64 only.
 //
 // It finds wrong integers, missing barriers that some order of threads makes visible, and deadlocks. It does not find
@@ -51,6 +52,7 @@ struct Block {
 };
 constexpr unsigned DYNAMIC_BYTES = 232448;  // all that a multiprocessor of compute capability 9.0 has
 alignas(128) static unsigned char dynamic_shared[DYNAMIC_BYTES];
+static unsigned dynamic_bytes;  // that the launch asked for
 static unsigned num_blocks;
 static void (*before_block)() = [] {};
 struct Fiber {
@@ -116,6 +118,11 @@ inline void run_block(unsigned number, int threads, char* stacks, std::mt19937& 
             std::fprintf(stderr, "emulated kernel: threads wait for one another\n");
             std::abort();
         }
+    }
+    const auto is_written = [](unsigned char byte) { return byte != 0xFF; };
+    if (std::any_of(dynamic_shared + dynamic_bytes, dynamic_shared + DYNAMIC_BYTES, is_written)) {
+        std::fprintf(stderr, "emulated kernel: block %u wrote past its %u bytes of shared memory\n", number, dynamic_bytes);
+        std::abort();
     }
 }
 

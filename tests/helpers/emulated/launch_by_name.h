@@ -30,11 +30,12 @@ ByWords by_words(void (*kernel)(Arguments...)) {
 
 // 0, or 1 where no kernel has this name and this number of arguments.
 inline int launch_by_name(
-    const std::map<std::string, ByWords>& kernels, const char* name, int blocks, int threads, const uint64_t* words,
-    int num_words
+    const std::map<std::string, ByWords>& kernels, const char* name, int blocks, int threads, int shared,
+    const uint64_t* words, int num_words
 ) {
     const auto found = kernels.find(name);
     if (found == kernels.end() || found->second.num_words != num_words) return 1;
+    emulated::dynamic_bytes = unsigned(shared);
     emulated::launch([&] { found->second.run(words); }, blocks, threads);
     return 0;
 }

@@ -21,7 +21,7 @@ constexpr uint32_t DYNAMIC_FIRST = 1 << 20;
 inline unsigned char* place_of(uint32_t address, uint32_t bytes, uint32_t alignment) {
     if (address % alignment) fail("an address in shared memory is not aligned");
     if (address >= DYNAMIC_FIRST) {
-        if (address - DYNAMIC_FIRST + bytes > DYNAMIC_BYTES) fail("an address is past the end of shared memory");
+        if (address - DYNAMIC_FIRST + bytes > dynamic_bytes) fail("an address is past the end of shared memory");
         return dynamic_shared + (address - DYNAMIC_FIRST);
     }
     if (address + bytes > sizeof current->block->shared) fail("an address is outside of shared memory");
@@ -94,6 +94,7 @@ T loaded(uint32_t from) {
     std::memcpy(&value, emulated::place_of(from, sizeof value, sizeof value), sizeof value);
     return value;
 }
+DEVICE int load1(uint32_t from) { return loaded<uint8_t>(from); }
 DEVICE uint32_t load4(uint32_t from) { return loaded<uint32_t>(from); }
 DEVICE uint2 load8(uint32_t from) { return loaded<uint2>(from); }
 DEVICE uint4 load16(uint32_t from) { return loaded<uint4>(from); }
@@ -218,6 +219,9 @@ DEVICE void copy(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier
     if (bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16) emulated::fail("a copied row is not of whole 16 bytes");
     emulated::place_of(to, bytes, 16);
     emulated::under_way.push_back({to, from, bytes, barrier});
+}
+DEVICE void copy_together(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+    if (threadIdx.x % 32 == 0) copy(to, from, bytes, barrier);
 }
 DEVICE void clear(uint32_t to, const void*, uint32_t bytes) { std::memset(emulated::place_of(to, bytes, 16), 0, bytes); }
 DEVICE void close(uint32_t) {}
