@@ -68,6 +68,7 @@ fi
 
 [ -z "$rehearse" ] && stage 60 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/gpu/test_gpu.py tests/library/test_cost.py
 [ -z "$rehearse" ] && stage 40 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/gpu/test_rewire_on_device.py tests/gpu/test_rules_on_device.py
+[ -z "$rehearse" ] && stage 40 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/gpu/test_cuda_products.py
 bench 25 bench/bench_limits.py bench/bench_captured.py
 stage 80 "$python" -W ignore -m bench.tune --seconds 65 --folder "$tuned_into"
 [ -z "$rehearse" ] && cp sparsekern/devices/nvidia*.json "$out"
@@ -81,6 +82,7 @@ bench 15 bench/bench_gemm.py
 rewiring=("tests/gpu/test_rewire_on_device.py::test_random_models_are_rewired_on_a_gpu_as_by_torch[0]" tests/gpu/test_rules_on_device.py)
 for tool in memcheck racecheck; do
   sanitize 40 $tool "${rewiring[@]}"
+  sanitize 40 $tool "tests/gpu/test_cuda_products.py::test_random_layers_match_float64_on_a_gpu[0]"
   sanitize 40 $tool tests/gpu/test_gpu.py -k "products or norms"
 done
 report_seconds=0

@@ -32,7 +32,11 @@ def test_the_script_for_a_gpu_rehearses_without_one(tmp_path):
     assert "failed with status" not in run.stdout and "skipped, no time" not in run.stdout, run.stdout
     for tool in ("memcheck", "racecheck"):
         assert f"sanitized by {tool}: --tool {tool} --error-exitcode 9" in run.stdout
-        for tests in ("tests/gpu/test_gpu.py -k products or norms", "tests/gpu/test_rewire_on_device.py::test_random"):
+        for tests in (
+            "tests/gpu/test_gpu.py -k products or norms",
+            "tests/gpu/test_rewire_on_device.py::test_random",
+            "tests/gpu/test_cuda_products.py::test_random",
+        ):
             command = f"{sys.executable} -m pytest -q -x -m gpu -p no:cacheprovider {tests}"
             assert any(line.startswith(f"sanitized by {tool}") and command in line for line in run.stdout.splitlines())
     names = {path.name for path in out.iterdir()}
