@@ -7,6 +7,7 @@ from bench import contenders
 from bench.case import BLOCK_SIZES, HEADLINES, SMOKE, SQUARE, Case, Sizes, float32_cases, grid, main_cases, size_cases
 from bench.contenders import STEP
 from bench.problem import PRODUCTS
+from sparsekern.backends import cuda
 
 CASES = {
     "smoke": SMOKE,
@@ -30,8 +31,8 @@ def work(problem, product: str) -> dict[str, float]:
     return {"flop": 2 * products * case.tokens * live, "bytes": case.dtype.itemsize * elements}
 
 
-def measured(compare, record, problem, backend: str, product: str) -> None:
-    ours = contenders.right(problem, contenders.OURS[backend], product)
+def measured(compare, record, problem, backend: str, product: str, build=None) -> None:
+    ours = contenders.right(problem, build or contenders.OURS[backend], product)
     dense = contenders.right(problem, contenders.dense, product)
     found = compare(*(lambda f=f: f(*problem.next_set()) for f in (ours, dense)), calls=problem.calls)
     record(product, backend=backend, partner="dense", **found, **work(problem, product))
@@ -50,3 +51,13 @@ def bench_product(compare, record, problem, product):
 @pytest.mark.parametrize("backend", contenders.OURS)
 def bench_path(compare, record, problem, backend, product):
     measured(compare, record, problem, backend, product)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(bool(cuda.unavailable()), reason=f"backend 'cuda': {cuda.unavailable()}")
+@pytest.mark.device("cuda")
+@pytest.mark.parametrize("product", (*PRODUCTS, STEP))
+def bench_kernels_of_cuda(compare, record, problem, product):
+    if takes := cuda.refusal(problem.first[0], problem.layout):
+        pytest.skip(f"backend 'cuda' takes {takes}")
+    measured(compare, record, problem, "cuda", product, contenders.by_cuda)

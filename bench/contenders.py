@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from bench.problem import PRODUCTS, Problem
 from sparsekern import choose
+from sparsekern.backends import cuda, triton
 from sparsekern.backends import dense as dense_path
-from sparsekern.backends import triton
 
 Calls = dict[str, Callable[[Tensor, Tensor], Tensor]]
 STEP = "three products"
@@ -34,6 +34,11 @@ def kernels(p: Problem) -> Calls:
 def densified(p: Problem) -> Calls:
     """The chooser's other path: the vendor's GEMM between copies."""
     return _backend(p, dense_path)
+
+
+def by_cuda(p: Problem) -> Calls:
+    """Our kernels of csrc/cuda."""
+    return _backend(p, cuda)
 
 
 def _backend(p: Problem, backend) -> Calls:

@@ -77,21 +77,24 @@ if [ -z "$rehearse" ]; then
 fi
 
 models=tests/gpu/test_rewire_on_device.py rules=tests/gpu/test_rules_on_device.py
+made=tests/gpu/test_cuda_products.py
 [ -z "$rehearse" ] && gpu_tests "tests of products" 50 tests/gpu/test_gpu.py tests/library/test_cost.py
 [ -z "$rehearse" ] && gpu_tests "tests of rewiring" 35 "$models" "$rules"
+[ -z "$rehearse" ] && gpu_tests "tests of CUDA products" 30 "$made"
 stage tune 70 "$python" -W ignore -m bench.tune --seconds 55 --folder "$tuned_into"
 [ -z "$rehearse" ] && cp sparsekern/devices/nvidia*.json "$out"
 bench limits 20 bench/bench_limits.py bench/bench_captured.py
 bench gradients 40 bench/bench_gradients.py
-bench products 50 bench/bench_products.py
-bench rivals 80 bench/bench_rivals.py
+bench products 40 bench/bench_products.py
+bench rivals 60 bench/bench_rivals.py
 bench training 40 bench/bench_layer.py bench/bench_memory.py bench/bench_rewire.py bench/bench_overhead.py
 [ -z "$rehearse" ] && bench "RL update" 20 bench/bench_sac.py # its layers of block 1 have no kernels to rehearse
 bench GEMM 10 bench/bench_gemm.py
 # twenty random models each and whole rules: all 480 models would take minutes here
 few=("$models::test_random_models_are_rewired_on_a_gpu_as_by_torch[0]"
-  "$models::test_the_weakest_of_random_models_are_marked_dead_on_a_gpu_as_by_torch[0]" "$rules")
-sanitize memcheck 2 "${few[@]}" tests/gpu/test_gpu.py -k "by_torch or products or norms"
+  "$models::test_the_weakest_of_random_models_are_marked_dead_on_a_gpu_as_by_torch[0]"
+  "$made::test_random_layers_match_float64_on_a_gpu[0]" "$rules")
+sanitize memcheck 2 "${few[@]}" tests/gpu/test_gpu.py -k "by_torch or float64 or products or norms"
 sanitize racecheck 1 "${few[@]}"
 report_seconds=0
 stage report 20 "$python" -m bench.report "$out/results.json"

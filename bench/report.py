@@ -75,7 +75,8 @@ def paths(rows: DataFrame) -> str:
     the chooser took, and the dense path, which copies the blocks into a dense matrix."""
     rows = rows[rows.clock == "graph"].dropna(subset="ratio")
     wide = rows.pivot_table(index=[*KEYS, "name"], columns="backend", values="ratio")
-    wide = wide.reindex(columns=list(PATHS.values())).reset_index()
+    paths = {name: key for name, key in PATHS.items() if key != "cuda" or key in wide}  # only where its kernels ran
+    wide = wide.reindex(columns=list(paths.values())).reset_index()
     own = rows[rows.backend == "triton"][[*KEYS, "name", "device_name", "time_us", "partner_us", "flop"]]
     wide = wide.merge(own, on=[*KEYS, "name"])
     keys = ["arithmetic", "out_features", "tokens", "block_size", "density", "name"]
@@ -84,12 +85,12 @@ def paths(rows: DataFrame) -> str:
         {"product": wide["name"]}
         | case(wide)
         | {"kernels us": us(wide.time_us), "dense us": us(wide.partner_us)}
-        | {f"{name} faster": [number(v, "{:.2f}x") for v in wide[key]] for name, key in PATHS.items()}
+        | {f"{name} faster": [number(v, "{:.2f}x") for v in wide[key]] for name, key in paths.items()}
         | {"TFLOP/s": (wide.flop / wide.time_us / 1e6).map("{:.0f}".format)}
     )
 
 
-PATHS = {"kernels": "triton", "chosen": "chosen", "dense path": "dense path"}
+PATHS = {"kernels": "triton", "cuda": "cuda", "chosen": "chosen", "dense path": "dense path"}
 
 
 def chooser(rows: DataFrame) -> str:

@@ -13,7 +13,7 @@ itself: `sparsekern.choose` asks for each operation by itself who takes its oper
 | densify | (weight, layout) | dense matrices [groups, out_per_group, in_per_group] |
 | gather | (dense, layout) | the blocks of dense matrices, [num_slots, B, B] |
 
-`cuda` has none of them: its kernels rewire, and `sparsekern.rewire.on_device` launches them.
+`cuda` also has kernels that rewire, which `sparsekern.rewire.on_device` launches.
 """
 
 from typing import Protocol

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulation import NamedLaunches
 
 from bench import compare, contenders, cost_model, limits, measure, plot, report, results
 from bench.case import KEYS, Case
 from bench.clock import CLOCKS
 from bench.problem import PRODUCTS, Problem
+from sparsekern.backends import cuda
 
 ROOT = Path(__file__).parent.parent.parent
 ON_A_GPU_ONLY = {"captured", "gemm", "rivals"}
@@ -172,6 +174,13 @@ def test_a_contender_that_loses_one_block_is_not_timed(product):
     assert callable(contenders.right(problem, contenders.dense, product))
     with pytest.raises(ValueError, match=f"{product} is wrong: relative error"):
         contenders.right(problem, wrong, product)
+
+
+@pytest.mark.parametrize("block", cuda.BLOCK_SIZES)
+def test_the_kernels_of_cuda_are_a_contender_whose_products_are_right(monkeypatch, block):
+    monkeypatch.setattr(cuda, "launch", NamedLaunches())  # by emulation on a CPU
+    problem = Problem(Case(128, 192, 40, 0.3, block, 1, arithmetic="bfloat16"))
+    contenders.right(problem, contenders.by_cuda, contenders.STEP)(*problem.next_set())
 
 
 def test_a_contender_that_computes_with_rounded_weights_is_right_in_its_own_arithmetic_only():

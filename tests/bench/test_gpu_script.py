@@ -22,8 +22,8 @@ SANITIZER = '#!/usr/bin/env bash\necho "sanitized by $2: $*"\n'
 MODELS, RULES = "tests/gpu/test_rewire_on_device.py", "tests/gpu/test_rules_on_device.py"
 STAGES = [
     "install", "environment", "warming 64", "warming 128", "warming 32", "warming 16", "tests of products",
-    "tests of rewiring", "tune", "limits", "gradients", "products", "rivals", "training", "RL update", "GEMM",
-    "memcheck", "racecheck", "report",
+    "tests of rewiring", "tests of CUDA products", "tune", "limits", "gradients", "products", "rivals", "training",
+    "RL update", "GEMM", "memcheck", "racecheck", "report",
 ]  # fmt: skip
 # Stands in for `timeout -k 5 LIMIT COMMAND...`: runs nothing, but fails where a test wants it to.
 TIMEOUT = '#!/usr/bin/env bash\ncase "$*" in *bench_rivals*) exit 124 ;; *bench_gemm*) exit 3 ;; esac\n'
@@ -72,7 +72,10 @@ def test_the_script_for_a_gpu_rehearses_without_one(tmp_path):
     )
     assert {result for _, result, *_ in ends(run.stdout)} == {"ok"}, run.stdout
     assert not re.search("^== .*: skipped", run.stdout, re.MULTILINE), run.stdout
-    for tool, last in (("memcheck", "tests/gpu/test_gpu.py -k by_torch or products or norms"), ("racecheck", RULES)):
+    for tool, last in (
+        ("memcheck", "tests/gpu/test_gpu.py -k by_torch or float64 or products or norms"),
+        ("racecheck", RULES),
+    ):
         (said,) = [line for line in run.stdout.splitlines() if line.startswith(f"sanitized by {tool}")]
         assert f"--tool {tool} --error-exitcode 9" in said and said.endswith(last)
         assert f"{sys.executable} -m pytest -q -x -m gpu -p no:cacheprovider {MODELS}::test_random_models" in said

@@ -6,6 +6,7 @@ The kernels run by their emulation on a CPU; on a GPU (marker gpu) the same case
 import copy
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -143,8 +144,8 @@ def results(model: nn.Module, copies: list[nn.Module], optimizer, rule) -> dict[
     return {name: value.cpu().clone() for name, value in found.items()}
 
 
-def train(case: Case, events: int = EVENTS, device: str = "cpu") -> list[dict]:
-    """What there is after each event; a training step comes before it."""
+def train(case: Case, events: int = EVENTS, device: str = "cpu", rewiring=nullcontext) -> list[dict]:
+    """What there is after each event, which is inside of `rewiring()`; a training step comes before it."""
     torch.manual_seed(3)
     model = case.model()
     inputs = torch.randn(events, 5, model.in_features).to(device)
@@ -168,7 +169,8 @@ def train(case: Case, events: int = EVENTS, device: str = "cpu") -> list[dict]:
             for one in copies:
                 for weight in one.parameters():
                     weight.mul_(0.5)
-        changed = rule.step()
+        with rewiring():
+            changed = rule.step()
         found.append(results(model, copies, optimizer, rule) | {"changed": changed, "stats": rule.stats()})
         found[-1]["state"] = {name: value for name, value in rule.state_dict().items() if name != "covered"}
     return found
@@ -371,5 +373,4 @@ needs_gpu = pytest.mark.skipif(bool(cuda.unavailable()), reason=f"backend 'cuda'
 @pytest.mark.parametrize("name", [name for name in CASES if "RigL" not in name])  # whose scores may differ by rounding
 def test_events_on_a_gpu_are_those_by_torch_bit_for_bit(name):
     theirs = train(CASES[name], device="cuda")
-    with sk.use("cuda"):
-        assert_equal(train(CASES[name], device="cuda"), theirs)
+    assert_equal(train(CASES[name], device="cuda", rewiring=lambda: sk.use("cuda")), theirs)

@@ -13,6 +13,7 @@ import pytest
 from sparsekern.backends import cuda
 
 ROOT = Path(__file__).parent.parent.parent
+SHARED_BYTES = 232448  # that a program may have on Hopper, static ones included
 
 
 @functools.cache
@@ -27,6 +28,24 @@ def library(source: str) -> ctypes.CDLL:
     command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", "-Wno-unknown-pragmas"]
     subprocess.run([*command, str(Path(__file__).parent / "emulated" / source), "-o", str(target)], check=True)
     return ctypes.CDLL(str(target))
+
+
+class NamedLaunches:
+    """Takes the place of `cuda.launch`: runs kernels of an emulation by their names, and remembers these."""
+
+    def __init__(self):
+        self.names = []
+        self.shared = {}  # dynamic bytes of the last launch of each
+
+    def __call__(self, file, kernel, blocks, threads, addresses, device, shared=0):
+        assert blocks > 0 and threads % 32 == 0 and shared <= SHARED_BYTES
+        assert kernel in cuda.KERNELS[file], f"{kernel} is not in the table of kernels"
+        self.names.append(kernel)
+        self.shared[kernel] = shared
+        words = (ctypes.c_uint64 * len(addresses))(*addresses)
+        name = f"{file}_{kernel}".encode()
+        status = library(f"{file}.cpp").launch(name, blocks, threads, shared, words, len(words))
+        assert status == 0, f"{file}_{kernel} does not take {len(words)} arguments"
 
 
 class Launches:

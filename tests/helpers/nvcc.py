@@ -1,5 +1,6 @@
 """Compile csrc/cuda for GPUs that are not there: `python tests/helpers/nvcc.py` prints what each kernel takes."""
 
+import functools
 import re
 import subprocess
 import sys
@@ -53,12 +54,18 @@ def compile_to(source: Path, kind: str, architecture: str) -> tuple[str, bytes]:
         return done.stderr, target.read_bytes()
 
 
+@functools.cache
+def ptx(source: Path, architecture: str) -> dict[str, str]:
+    """The instructions of every kernel before they become those of a machine, by name."""
+    _, text = compile_to(source, "ptx", architecture.replace("sm", "compute"))
+    return {re.match(r"\w+", entry)[0]: entry for entry in text.decode().split(".entry ")[1:]}
+
+
 def kernels(source: Path, architecture: str) -> list[Kernel]:
     """Compile a file to PTX and to machine code, and read what comes of it."""
-    _, ptx = compile_to(source, "ptx", architecture.replace("sm", "compute"))
     bounds = {}
-    for entry in ptx.decode().split(".entry ")[1:]:
-        name, head = re.match(r"\w+", entry)[0], entry.partition("{")[0]
+    for name, entry in ptx(source, architecture).items():
+        head = entry.partition("{")[0]
         bounds[name] = [int(re.search(rf"\.{word} (\d+)", head)[1]) for word in ("maxntid", "minnctapersm")]
     said, _ = compile_to(source, "cubin", architecture)
     found = []

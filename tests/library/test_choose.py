@@ -101,15 +101,20 @@ def capturing(monkeypatch) -> list[bool]:
     return answer
 
 
-def test_forcing_cuda_rewires_by_its_kernels_on_a_gpu_and_leaves_products_to_the_chooser(monkeypatch, capturing):
+def test_forcing_cuda_rewires_by_its_kernels_and_forces_its_products(monkeypatch, capturing):
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU that nobody measured")
     layer = sk.SparseLinear(64, 64, density=0.1, block_size=4)
-    free = chosen(layer)
+    free = choose.backend_for("densify", torch.empty(1, 64), layer.topology.layout)
     assert not choose.rewires_by_cuda(GPU)
     with sk.use("cuda"):
         assert choose.rewires_by_cuda(GPU) and not choose.rewires_by_cuda(CPU)
-        assert chosen(layer) is free and choose.forced() is None
+        assert choose.backend_for("densify", torch.empty(1, 64), layer.topology.layout) is free
+        with pytest.raises(
+            RuntimeError, match="'cuda' takes bfloat16 and float16 on an NVIDIA GPU in blocks of 8 and 16, "
+        ):
+            choose.backend_for("sdd", torch.empty(1, 64), layer.topology.layout)
+        assert choose.forced() is cuda
         with sk.use("reference"):
             assert choose.forced() is reference and not choose.rewires_by_cuda(GPU)
         capturing[0] = True

@@ -61,9 +61,12 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch):
 def test_the_cuda_kernels_that_were_built_are_named_with_their_architectures(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda, "FATBIN", tmp_path)
     assert line("cuda kernels") == "none were built"
-    assert line("backend cuda").startswith("sparsekern was built without rewire.fatbin; install it again with nvcc")
-    (tmp_path / "rewire.fatbin").touch()
-    assert line("cuda kernels") == "rewire for sm_80, sm_90a, compute_80"
+    files = list(cuda.KERNELS)
+    missing = ", ".join(f"{name}.fatbin" for name in files)
+    assert line("backend cuda").startswith(f"sparsekern was built without {missing}; install it again with nvcc")
+    for name in files:
+        (tmp_path / f"{name}.fatbin").touch()
+    assert line("cuda kernels") == f"{', '.join(files)} for sm_80, sm_90a, compute_80"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert line("backend cuda") == "torch sees no NVIDIA GPU."
 

@@ -29,7 +29,7 @@ ORDER = (
     "__init__ __main__ rewire.__init__ backends.__init__",
 )
 RANK = {module: rank for rank, line in enumerate(ORDER) for module in line.split()}
-PACKAGES = ("backends.triton", "choose")  # whose files may import one another
+PACKAGES = ("backends.triton", "backends.cuda", "choose")  # whose files may import one another
 
 # The same of rl. A room's modules may import one another; a file in no room is named by itself.
 RL_RANK = {"": 0, "config": 0, "seeds": 0, "checkpoint": 0, "envs": 1, "agents": 1, "treatments": 2}

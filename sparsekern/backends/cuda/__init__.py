@@ -1,0 +1,142 @@
+"""The kernels of csrc/cuda, compiled to fatbin/*.fatbin when sparsekern was built, and launched through CUDA's driver.
+
+They rewire and prune (sparsekern/rewire/on_device.py), and make products of blocks of 16 and 8 (`products`). They are
+chosen on a device whose table says so, and `sparsekern.use("cuda")` forces them.
+"""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparsekern.topology import Layout
+
+OPERATIONS = ("dds", "sdd")
+BLOCK_SIZES = (16, 8)
+DTYPES = (torch.bfloat16, torch.float16)
+NEEDED_SHARED = 160 * 1024  # bytes that a program of a product must be allowed: by A100, H100 and their like
+MOST_FEATURES = 65536  # of a group: the lists of dds_pack then fit into these bytes
+FATBIN = Path(__file__).parent.parent.parent / "fatbin"
+KERNELS = {
+    "dds": (
+        *(f"{b}_{t}_{n}" for b in BLOCK_SIZES for t in ("bf16", "f16") for n in ("many", "few")),
+        *("pack_16", "pack_8"),
+    ),
+    "rewire": ("score", "count", "scatter", "rank", "assign", "index"),
+    "sdd": (
+        *(f"{b}_{t}_512x{n}" for b in BLOCK_SIZES for t in ("bf16", "f16") for n in (1024, 512, 256)),
+        *("sum_bf16", "sum_f16"),
+    ),
+}
+"""Source files of csrc/cuda, and the kernels in each, without the file's name."""
+DEFAULT_SHARED, MAX_DYNAMIC_SHARED = 48 * 1024, 8  # bytes that every kernel may have; the attribute for more
+ARCHITECTURES = ("sm_80", "sm_90a", "compute_80")
+"""What setup.py compiles them for; the last is PTX, which the driver compiles for other devices."""
+
+
+def built() -> str | None:
+    """Which of the files were compiled when sparsekern was built, and for what; None where none was."""
+    files = [name for name in KERNELS if (FATBIN / f"{name}.fatbin").exists()]
+    return f"{', '.join(files)} for {', '.join(ARCHITECTURES)}" if files else None
+
+
+def unavailable() -> str | None:
+    """Why these kernels cannot run here, in a sentence; None when they can."""
+    missing = [f"{name}.fatbin" for name in KERNELS if not (FATBIN / f"{name}.fatbin").exists()]
+    if missing:
+        return (
+            f"sparsekern was built without {', '.join(missing)}; install it again with nvcc on the PATH "
+            "(SPARSEKERN_CUDA=1 says what is missing)."
+        )
+    if not torch.cuda.is_available():
+        return "torch sees no NVIDIA GPU."
+    if torch.cuda.get_device_capability() < (8, 0):
+        name, capability = torch.cuda.get_device_name(), ".".join(map(str, torch.cuda.get_device_capability()))
+        return f"the kernels need compute capability 8.0, and {name} has {capability}."
+    return None
+
+
+def refusal(x: Tensor, layout: Layout) -> str | None:
+    """What it takes, where it does not take these operands."""
+    features = max(layout.num_rows, layout.num_cols) // layout.groups * layout.block_size
+    if x.device.type != "cuda" or x.dtype not in DTYPES or layout.block_size not in BLOCK_SIZES:
+        got = f"{x.dtype} on {x.device} in blocks of {layout.block_size}"
+        return f"bfloat16 and float16 on an NVIDIA GPU in blocks of 8 and 16, got {got}"
+    if features > MOST_FEATURES:
+        return f"groups of at most {MOST_FEATURES} features, got {features}"
+    if (allowed := shared_bytes(x.device)) < NEEDED_SHARED:
+        name = torch.cuda.get_device_name(x.device)
+        return f"GPUs that allow a kernel {NEEDED_SHARED} bytes of shared memory, and {name} allows {allowed}"
+    return None
+
+
+@functools.cache
+def shared_bytes(device: torch.device) -> int:
+    """That one program may have; those of Hopper where there is no device."""
+    if device.type != "cuda":
+        return 232448
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def __getattr__(name: str):
+    """Import the launchers of the products when one is first asked for: they need what is below."""
+    if name not in OPERATIONS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from sparsekern.backends.cuda import products
+
+    return getattr(products, name)
+
+
+def launch(
+    file: str,
+    kernel: str,
+    blocks: int,
+    threads: int,
+    addresses: Sequence[int],
+    device: torch.device,
+    shared: int = 0,
+) -> None:
+    """Launch a kernel whose parameters are all addresses or int64, on torch's current stream of the device.
+
+    `shared` are the bytes of dynamic shared memory.
+    """
+    with torch.cuda.device(device):
+        function = _function(file, f"{file}_{kernel}", torch.cuda.current_device(), shared)
+        values = [ctypes.c_void_p(address) for address in addresses]
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        status = _driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, shared, stream, pointers, None)
+    _check(status, f"{file}_{kernel}: launch of {blocks} blocks of {threads} threads")
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+@functools.cache
+def _function(file: str, kernel: str, device: int, shared: int) -> ctypes.c_void_p:
+    torch.cuda.current_stream().synchronize()  # the device's context exists from here on
+    function = ctypes.c_void_p()
+    _check(_driver().cuModuleGetFunction(ctypes.byref(function), _module(file, device), kernel.encode()), kernel)
+    if shared > DEFAULT_SHARED:
+        _check(_driver().cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, shared), f"{kernel}: {shared} shared bytes")
+    return function
+
+
+@functools.cache
+def _module(file: str, device: int) -> ctypes.c_void_p:
+    module = ctypes.c_void_p()
+    image = (FATBIN / f"{file}.fatbin").read_bytes()
+    _check(_driver().cuModuleLoadData(ctypes.byref(module), image), f"{file}.fatbin")
+    return module
+
+
+def _check(status: int, what: str) -> None:
+    if status:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(text))
+        raise RuntimeError(f"backend 'cuda', {what}: error {status} ({(text.value or b'unknown').decode()})")
