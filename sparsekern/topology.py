@@ -1,11 +1,13 @@
 """Topology: which blocks of a matrix are live, in which slot each is stored, and the index that products walk."""
 
 import numbers
+import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 try:
     from sparsekern import _C  # type: ignore[attr-defined]
@@ -18,14 +20,14 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torc
 class Layout(NamedTuple):
     """What a product needs to know of a topology: tensors whose contents change in place, and numbers that do not."""
 
-    block_rows: Tensor  # int16 or int32 [num_slots]: global block row of each slot, -1 = dead
+    block_rows: Tensor  # int16 or int32 [num_slots]: global block row of each slot, -1 = dead; [0] where full
     block_cols: Tensor  # likewise the global block column
     index: Tensor  # type: ignore[assignment]  # int32, flat; see `Layout.row_pairs` and its neighbours
     num_rows: int  # block rows, all groups together
     num_cols: int
     groups: int
     block_size: int
-    full: bool  # slots hold every block in row-major order: the dense matrix itself, without an index
+    full: bool  # slots hold every block in row-major order: the dense matrix itself, without coordinates
 
     @classmethod
     def from_flat(cls, values: Iterable) -> Self:
@@ -42,7 +44,7 @@ class Layout(NamedTuple):
 
     @property
     def num_slots(self) -> int:
-        return self.block_rows.shape[0]
+        return self.num_rows * self.num_cols // self.groups if self.full else self.block_rows.shape[0]
 
     def versions(self) -> tuple[int, int, int]:
         """How often torch has seen coordinates and index being written; numbers of the host, free to read."""
@@ -54,10 +56,49 @@ class Layout(NamedTuple):
     def positions(self) -> Tensor:
         """int64 [num_slots]: place of each block among all, (group, row, col) row-major; their number if dead."""
         group_cols = self.num_cols // self.groups
+        if self.full:
+            places, dead = torch.arange(self.num_slots, device=self.index.device), self.dead()
+            return places if dead is None else places.masked_fill_(dead, self.num_slots)
         rows, cols = self.block_rows.long(), self.block_cols.long()
         return torch.where(rows < 0, self.num_rows * group_cols, rows * group_cols + cols % group_cols)
 
-    # The index of block sizes above 1 is (row_pairs, col_pairs, row_offsets, col_offsets, row_order, col_order),
+    def coordinates(self) -> tuple[Tensor, Tensor]:
+        """Block row and column of each slot, -1 = dead: the tensors that are held; of a full store, new ones."""
+        if not self.full:
+            return self.block_rows, self.block_cols
+        places, group_cols = self.positions(), self.num_cols // self.groups
+        rows = places // group_cols
+        cols = places % group_cols + rows // (self.num_rows // self.groups) * group_cols
+        dead = places == self.num_slots
+        return tuple(line.masked_fill_(dead, -1).to(self.block_rows.dtype) for line in (rows, cols))
+
+    def dead(self) -> Tensor | None:
+        """Boolean [num_slots], True where a slot is dead; None for a full store without dead slots."""
+        if not self.full:
+            return self.block_rows < 0
+        return _unpacked(self.index, self.num_slots) if self.index.numel() else None
+
+    def live(self) -> Tensor:
+        """Boolean [num_slots], True where a slot is live."""
+        dead = self.dead()
+        return torch.ones(self.num_slots, dtype=torch.bool, device=self.index.device) if dead is None else ~dead
+
+    def clear_dead(self, blocks: Tensor) -> Tensor:
+        """Blocks [num_slots, B, B] with zeros in the dead slots, in place."""
+        dead = self.dead()
+        return blocks if dead is None else blocks.masked_fill_(dead[:, None, None], 0)
+
+    def indexed(self) -> Self:
+        """The same slots with coordinates and index, which a full store lacks and a forced kernel may want."""
+        if not self.full:
+            return self
+        rows, cols = self.coordinates()
+        walked = self._replace(block_rows=rows, block_cols=cols, full=False)
+        return walked._replace(index=build_index(walked))
+
+    # The index of a full store says which slots are dead: bit s % 32 of number s // 32 is slot s. While all are live,
+    # it is empty. Of other stores, the index of block sizes above 1 is
+    # (row_pairs, col_pairs, row_offsets, col_offsets, row_order, col_order),
     # pairs first so that each is 8-byte aligned. For block size 1 it is (row_slots, col_slots): with int16
     # coordinates that makes 12 bytes a weight, and a kernel finds the offsets while it packs the values.
 
@@ -105,7 +146,7 @@ class Layout(NamedTuple):
 def build_index(layout: Layout) -> Tensor:
     """Compute the int32 index of a layout by operations of static shape, without a host synchronisation."""
     if layout.full:
-        return torch.empty(0, dtype=torch.int32, device=layout.block_rows.device)
+        return layout.index
     on_cpu = layout.block_rows.device.type == "cpu" and type(layout.block_rows) is Tensor  # and no fake one
     if _C is not None and on_cpu:
         return _build_index_in_cpp(layout)
@@ -135,6 +176,23 @@ def _build_index_in_cpp(layout: Layout) -> Tensor:
     return index
 
 
+def _packed(dead: Tensor) -> Tensor:
+    """The bits of a boolean tensor, int32."""
+    bits = F.pad(dead, (0, -len(dead) % 32)).view(-1, 8).to(torch.uint8)
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=dead.device)
+    return (bits * weights).sum(1, dtype=torch.uint8).view(torch.int32)
+
+
+def _unpacked(bits: Tensor, count: int) -> Tensor:
+    """The first `count` bits as a boolean tensor."""
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (bits.view(torch.uint8)[:, None] & weights).flatten()[:count].bool()
+
+
+def _num_words(count: int) -> int:
+    return -(-count // 32)
+
+
 # Derived state is never stale. The index carries as `built_from` the coordinates it was built from and their versions.
 # A rewire writes coordinates, rebuilds the index and stamps it. Whoever else writes coordinates in place (a checkpoint
 # library, an average of models) leaves an older stamp behind, which the next product sees.
@@ -159,25 +217,31 @@ def catch_up(layout: Layout) -> bool:
         ValueError: the coordinates are no topology, or the layout's tensors do not fit together.
         RuntimeError: a CUDA graph is being captured, which cannot wait for the coordinates to be checked.
     """
-    if layout.index.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "Topology: block_rows or block_cols were written in place since the index was built, and a CUDA graph that "
-            "is being captured cannot check them; run the model once before the capture"
-        )
+    refuse_capture(layout.index)
     check_blocks(layout.block_rows, layout.block_cols, (layout.num_rows, layout.num_cols), layout.groups)
-    if layout.full and not in_order(layout):
-        raise ValueError("Topology: block_rows and block_cols are not in row-major order, but the layout says full")
+    if layout.full and len(layout.block_rows):
+        raise ValueError(f"Topology: a full store has no coordinates, got those of {len(layout.block_rows)} slots")
     index = build_index(layout)
-    if index.shape != layout.index.shape or layout.index.dtype != index.dtype:
+    sizes = (0, _num_words(layout.num_slots)) if layout.full else (len(index),)
+    if layout.index.dim() != 1 or len(layout.index) not in sizes or layout.index.dtype != torch.int32:
         raise ValueError(
             f"Topology: {layout.num_slots} slots of {layout.num_rows} x {layout.num_cols} blocks want an index of "
-            f"{len(index)} int32, got {tuple(layout.index.shape)} of {layout.index.dtype}"
+            f"{' or '.join(map(str, sizes))} int32, got {tuple(layout.index.shape)} of {layout.index.dtype}"
         )
     changed = not torch.equal(index, layout.index)
     if changed:
         layout.index.copy_(index)
     stamp(layout)
     return changed
+
+
+def refuse_capture(index: Tensor) -> None:
+    """Refuse to read coordinates that somebody wrote while a CUDA graph is being captured."""
+    if index.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "Topology: block_rows or block_cols were written in place since the index was built, and a CUDA graph that "
+            "is being captured cannot check them; run the model once before the capture"
+        )
 
 
 def in_order(layout: Layout) -> bool:
@@ -191,6 +255,22 @@ def in_order(layout: Layout) -> bool:
 
 def _stand_back(*_) -> None:
     """A hook that does nothing."""
+
+
+class _Shown(NamedTuple):
+    """Coordinates of a full store that somebody asked for, and may write."""
+
+    rows: Tensor
+    cols: Tensor
+    versions: tuple[int, int] | None  # when they agreed with the store; None: somebody put others in their place
+
+    def are_written(self) -> bool:
+        return self.versions is None or self.versions != (self.rows._version, self.cols._version)
+
+    def are_held(self) -> bool:
+        """Whether anybody else refers to them, or to views of them."""
+        by_python = max(sys.getrefcount(self.rows), sys.getrefcount(self.cols)) > 2  # this tuple, and the question
+        return by_python or max(self.rows._use_count(), self.cols._use_count()) > 1
 
 
 COORDINATES = ("block_rows", "block_cols")
@@ -207,6 +287,10 @@ class Topology(nn.Module):
     derived from them, not saved, and built anew before the next product if somebody has written them in place. With
     groups, the matrix is block-diagonal: group g owns block rows g*R/G ... and block columns g*C/G ... .
 
+    A full store, of every block in row-major order, holds no coordinates and no index, but a bit for each slot once
+    some are dead. Its `block_rows` and `block_cols` are made when asked for. The next product looks whether they were
+    written, follows them, and forgets them unless somebody holds them.
+
     Args:
         block_rows, block_cols: int [num_slots], no duplicates; -1 in both = dead slot.
         shape: (out_features, in_features), all groups together, in elements and unpadded.
@@ -215,6 +299,7 @@ class Topology(nn.Module):
     """
 
     _held_layout: Layout | None = None
+    _shown: _Shown | None = None
 
     def __init__(
         self, block_rows: Tensor, block_cols: Tensor, shape: tuple[int, int], block_size: int, groups: int = 1
@@ -233,8 +318,8 @@ class Topology(nn.Module):
         self.padded = self.shape != tuple(blocks * block_size for blocks in self.grid)
         check_blocks(block_rows, block_cols, self.grid, groups)
         dtype = torch.int16 if max(self.grid) < 2**15 else torch.int32
-        self.block_rows = block_rows.to(dtype, copy=True)
-        self.block_cols = block_cols.to(dtype, copy=True)
+        self._rows = block_rows.to(dtype, copy=True)
+        self._cols = block_cols.to(dtype, copy=True)
         self.index = torch.empty(0, dtype=torch.int32, device=block_rows.device)
         # How often a checkpoint brought in another topology; a rule compares it to notice stale optimiser state.
         self.adoptions = 0
@@ -275,6 +360,41 @@ class Topology(nn.Module):
         return cls(g * rows + r, g * cols + c, shape, block_size, groups)
 
     @property
+    def block_rows(self) -> Tensor:
+        """int16, or int32 on grids of more than 32767, [num_slots]: global block row of each slot, -1 = dead."""
+        return self._coordinates()[0]
+
+    @block_rows.setter
+    def block_rows(self, block_rows: Tensor) -> None:
+        self._put(block_rows, self._coordinates()[1])
+
+    @property
+    def block_cols(self) -> Tensor:
+        """Likewise the global block column."""
+        return self._coordinates()[1]
+
+    @block_cols.setter
+    def block_cols(self, block_cols: Tensor) -> None:
+        self._put(self._coordinates()[0], block_cols)
+
+    def _coordinates(self) -> tuple[Tensor, Tensor]:
+        if not self.full:
+            return self._rows, self._cols
+        if torch.compiler.is_compiling():
+            return self.layout.coordinates()
+        if self._shown is None:
+            with torch.inference_mode(False):  # whose tensors do not count how often they are written
+                rows, cols = self._layout().coordinates()
+            self._shown = _Shown(rows, cols, (rows._version, cols._version))
+        return self._shown[:2]
+
+    def _put(self, block_rows: Tensor, block_cols: Tensor) -> None:
+        if self.full:
+            self._shown = _Shown(block_rows, block_cols, None)
+        else:
+            self._rows, self._cols = block_rows, block_cols
+
+    @property
     def layout(self) -> Layout:
         """What products walk, with an index that agrees with the coordinates.
 
@@ -282,17 +402,15 @@ class Topology(nn.Module):
             ValueError: somebody wrote coordinates in place that are no topology.
         """
         if torch.compiler.is_compiling():
-            return Layout(
-                self.block_rows, self.block_cols, self.index, *self.grid, self.groups, self.block_size, self.full
-            )
+            return Layout(self._rows, self._cols, self.index, *self.grid, self.groups, self.block_size, self.full)
         layout = self._layout()
-        if not is_current(layout):
-            self._catch_up()
+        if self._shown is not None or not is_current(layout):
+            self._follow()
             return self._layout()  # which may have stopped being a full store
         return layout
 
     def _layout(self) -> Layout:
-        held, rows, cols, index = self._held_layout, self.block_rows, self.block_cols, self.index
+        held, rows, cols, index = self._held_layout, self._rows, self._cols, self.index
         # the same tuple as long as it says the same: to make one takes longer than to look
         if held is None or not (held[0] is rows and held[1] is cols and held[2] is index and held[7] is self.full):
             self._held_layout = held = Layout(rows, cols, index, *self.grid, self.groups, self.block_size, self.full)
@@ -300,7 +418,7 @@ class Topology(nn.Module):
 
     @property
     def num_slots(self) -> int:
-        return self.block_rows.shape[0]
+        return self.num_blocks if self.full else self._rows.shape[0]
 
     @property
     def num_blocks(self) -> int:
@@ -309,7 +427,7 @@ class Topology(nn.Module):
 
     @property
     def num_live(self) -> int:
-        return int((self.block_rows >= 0).sum())
+        return int(self.layout.live().sum())
 
     @property
     def density(self) -> float:
@@ -317,16 +435,16 @@ class Topology(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of coordinates and index: what the topology costs besides the weight."""
-        return sum(t.numel() * t.element_size() for t in (self.block_rows, self.block_cols, self.index))
+        """Bytes of coordinates and index that are held: what the topology costs besides the weight."""
+        return sum(t.numel() * t.element_size() for t in (self._rows, self._cols, self.index))
 
     def live_per_group(self) -> list[int]:
-        rows = self.layout.block_rows.long()
+        rows = self.layout.coordinates()[0].long()
         return torch.bincount(rows[rows >= 0] // (self.grid[0] // self.groups), minlength=self.groups).tolist()
 
     def mask(self) -> Tensor:
         """Boolean grid [groups, rows, cols] per group, True where a block is live."""
-        mask = torch.zeros(self.num_blocks + 1, dtype=torch.bool, device=self.block_rows.device)
+        mask = torch.zeros(self.num_blocks + 1, dtype=torch.bool, device=self.index.device)
         mask[self.layout.positions()] = True
         return mask[:-1].view(self.groups, self.grid[0] // self.groups, self.grid[1] // self.groups)
 
@@ -336,12 +454,39 @@ class Topology(nn.Module):
         Raises:
             ValueError: by the C++ module: a block is outside of the grid. Blocks that are live twice are not found.
         """
+        if self.full:
+            self._follow()
+            return
         layout = self._layout()
         self.index.copy_(build_index(layout))
         stamp(layout)
 
+    @torch.no_grad()
+    def mark_dead(self, dead: Tensor) -> None:
+        """Mark slots dead where the boolean [num_slots] says so, in place and without a host synchronisation."""
+        if not self.full:
+            self._rows.masked_fill_(dead, -1)
+            self._cols.masked_fill_(dead, -1)
+            self.rebuild()
+            return
+        before = self.layout.dead()
+        self.hold_bits()
+        self.index.copy_(_packed(dead if before is None else dead | before))
+        stamp(self._layout())
+        if self._shown is not None:
+            rows, cols, _ = self._shown
+            rows.masked_fill_(dead, -1), cols.masked_fill_(dead, -1)
+            self._shown = _Shown(rows, cols, (rows._version, cols._version))
+
+    @torch.no_grad()
+    def hold_bits(self) -> None:
+        """Give a full store the bits of its dead slots, before there are any: CUDA graphs want addresses that stay."""
+        if self.full and not self.index.numel():
+            self.index.set_(self.index.new_zeros(_num_words(self.num_slots)))
+            stamp(self._layout())
+
     def replace(self, block_rows: Tensor, block_cols: Tensor) -> None:
-        """Take over coordinates of any number of slots, in the same tensors: what loading needs.
+        """Take over coordinates of any number of slots, in the tensors that are held: what loading needs.
 
         Raises:
             ValueError: the coordinates are no topology of this geometry.
@@ -351,11 +496,11 @@ class Topology(nn.Module):
         self._replace(block_rows, block_cols)
 
     def _check_values(self, coordinates: Tensor) -> None:
-        if coordinates.is_meta and not self.block_rows.is_meta:
+        if coordinates.is_meta and not self.index.is_meta:
             raise ValueError("Topology: block_rows and block_cols are on meta, where they have no values")
 
     def keep_slots(self, slots: Tensor) -> None:
-        """Keep these slots, int64 [any], in this order and in the same tensors: what compaction needs.
+        """Keep these slots, int64 [any], in this order and in the tensors that are held: what compaction needs.
 
         Raises:
             ValueError: they are no slots of this topology, or a live one is among them twice.
@@ -365,43 +510,67 @@ class Topology(nn.Module):
             raise ValueError(f"keep_slots: slots must be integers [any], got {got}")
         if ((slots < 0) | (slots >= self.num_slots)).any():
             raise ValueError(f"keep_slots: slots must be from 0 to {self.num_slots - 1}, got {slots.tolist()}")
-        self.replace(self.block_rows[slots.long()], self.block_cols[slots.long()])
+        rows, cols = self.layout.coordinates()
+        self.replace(rows[slots.long()], cols[slots.long()])
 
     @torch.no_grad()
     def _replace(self, block_rows: Tensor, block_cols: Tensor) -> None:
-        for own, value in ((self.block_rows, block_rows), (self.block_cols, block_cols)):
-            own.set_(value.to(own, copy=True))
+        rows, cols = (value.to(self._rows, copy=True) for value in (block_rows, block_cols))
+        if self.full:
+            self._rows, self._cols, self._shown = rows, cols, None
+        else:
+            self._rows.set_(rows)
+            self._cols.set_(cols)
         self._reindex()
 
     @torch.no_grad()
     def leave_full_store(self) -> None:
-        """Build the index of a full store, so that products walk its live blocks from now on."""
-        self.full = False
-        self._resize_index()
+        """Hold coordinates and an index instead, so that products walk the live blocks from now on."""
+        if self.full:
+            self._rows, self._cols, index = self.layout.indexed().tensors
+            self.full, self._shown = False, None
+            self.index.set_(index)
+            stamp(self._layout())
 
     def _reindex(self) -> None:
         """Size the index for the slots there are now; a store with a slot for every block, in order, needs none."""
         self.full = False
-        self.full = in_order(self._layout())
-        self._resize_index()
-
-    def _resize_index(self) -> None:
-        self.index.set_(build_index(self._layout()))
+        layout = self._layout()
+        index = build_index(layout) if not in_order(layout) else self._as_full_store(layout.dead())
+        self.index.set_(index)
         stamp(self._layout())
 
+    def _as_full_store(self, dead: Tensor) -> Tensor:
+        """Hold no coordinates; returns the index."""
+        self.full = True
+        self._rows, self._cols = (torch.empty_like(own[:0]) for own in (self._rows, self._cols))
+        return _packed(dead) if dead.any() else self.index.new_empty(0)
+
     @torch.no_grad()
-    def _catch_up(self) -> None:
-        """Follow coordinates that somebody wrote in place, as if they had been loaded."""
+    def _follow(self) -> None:
+        """Agree with coordinates that somebody wrote, as if they had been loaded."""
+        if self._shown is not None:
+            self._follow_shown()
         layout = self._layout()
-        if layout.block_rows.is_meta:  # there is nothing to check, and no product to go wrong
-            stamp(layout)
+        if is_current(layout):
             return
-        check_blocks(self.block_rows, self.block_cols, self.grid, self.groups)
-        if self.full and not in_order(layout):
-            self.leave_full_store()
-            self.adoptions += 1
+        if self.index.is_meta:  # there is nothing to check, and no product to go wrong
+            stamp(layout)
         elif catch_up(layout):
             self.adoptions += 1
+
+    def _follow_shown(self) -> None:
+        """Likewise with those that a full store has shown; forget them when nobody holds them any more."""
+        shown = self._shown
+        if self.index.is_meta or not shown.are_written():
+            self._shown = shown if shown.are_held() else None
+            return
+        refuse_capture(self.index)
+        check_blocks(shown.rows, shown.cols, self.grid, self.groups)
+        self.adoptions += not self.is_at(shown.rows, shown.cols)
+        self._rows, self._cols = (own.to(self._rows) for own in shown[:2])
+        self._reindex()
+        self._shown = shown._replace(versions=(shown.rows._version, shown.cols._version)) if self.full else None
 
     def _apply(self, fn, recurse=True):
         """Go where `fn` takes tensors, and nothing else: coordinates stay the integers they are.
@@ -410,21 +579,22 @@ class Topology(nn.Module):
         the same number of slots is drawn.
         """
         super()._apply(fn, recurse)
-        own = self.block_rows, self.block_cols, self.index
+        own = self.layout.tensors
         device = [fn(tensor) for tensor in own][0].device  # moved to shared memory, they are the same tensors
         if device == own[0].device:
             return self
-        if self.block_rows.is_meta:
+        if self.index.is_meta:
             per_group = [len(part) for part in torch.arange(self.num_slots, device="cpu").tensor_split(self.groups)]
-            own = Topology.random(self.shape, per_group, self.block_size, self.groups)._layout().tensors
-        self.block_rows, self.block_cols, self.index = (tensor.to(device) for tensor in own)
+            drawn = Topology.random(self.shape, per_group, self.block_size, self.groups)
+            own, self.full = drawn.layout.tensors, drawn.full
+        self._rows, self._cols, self.index = (tensor.to(device) for tensor in own)
+        self._shown = None
         stamp(self._layout())
         return self
 
     def __getstate__(self) -> dict:
-        if not self.block_rows.is_meta and not is_current(self._layout()):
-            self._catch_up()  # a copy's index is as good as the original's
-        return self.__dict__
+        self._follow()  # a copy's index is as good as the original's
+        return self.__dict__ | {"_shown": None}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -435,14 +605,14 @@ class Topology(nn.Module):
         return torch.tensor([*self.shape, self.block_size, self.groups, self.full])
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        destination[prefix + "block_rows"], destination[prefix + "block_cols"] = self.block_rows, self.block_cols
+        destination[prefix + "block_rows"], destination[prefix + "block_cols"] = self._coordinates()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def is_at(self, block_rows: Tensor, block_cols: Tensor) -> bool:
         """Whether these are the coordinates, slot by slot; False on "meta", which has none."""
-        if self.block_rows.is_meta or block_rows.is_meta or block_rows.shape != self.block_rows.shape:
+        if self.index.is_meta or block_rows.is_meta or block_rows.shape != (self.num_slots,):
             return False
-        pairs = ((block_rows, self.block_rows), (block_cols, self.block_cols))
+        pairs = zip((block_rows, block_cols), self._layout().coordinates(), strict=True)
         return all(torch.equal(other.to(own), own) for other, own in pairs)
 
     def check_checkpoint(self, state_dict: dict, prefix: str) -> bool:
@@ -465,9 +635,9 @@ class Topology(nn.Module):
             missing_keys.extend(prefix + name for name in _SAVED if prefix + name not in state_dict)
             return
         rows, cols = state_dict[prefix + "block_rows"], state_dict[prefix + "block_cols"]
-        if self.block_rows.is_meta and local_metadata.get("assign_to_params_buffers"):
+        if self.index.is_meta and local_metadata.get("assign_to_params_buffers"):
             self._apply(lambda tensor: torch.empty_like(tensor, device=rows.device))
-        if self.block_rows.is_meta:
+        if self.index.is_meta:
             return  # as for parameters: what has no memory keeps nothing
         # where somebody filled the tensors of our own state_dict, they are equal and the index is old
         same = self.is_at(rows, cols) and is_current(self._layout())

@@ -31,8 +31,11 @@ template <int BLOCK, int ELEMENT_BYTES>
 void scatter(const char* weight, char* dense, const Dense& d, Range slots) {
     constexpr int BYTES = BLOCK * ELEMENT_BYTES;
     for (int64_t slot = slots.begin; slot < slots.end; slot++) {
-        int row = d.layout.row(slot), col = d.layout.col(slot);
-        if (d.layout.full) row = int(slot / d.group_cols), col = int(slot % d.group_cols);  // dead slots hold zeros
+        int row, col;
+        if (d.layout.full)
+            row = int(slot / d.group_cols), col = int(slot % d.group_cols);  // dead slots hold zeros
+        else
+            row = d.layout.row(slot), col = d.layout.col(slot);
         if (row < 0) continue;
         const char* from = weight + slot * BYTES * BLOCK;
         char* to = dense + d.place(row, col, BYTES);
@@ -40,13 +43,13 @@ void scatter(const char* weight, char* dense, const Dense& d, Range slots) {
     }
 }
 
-// A full store of block size 1 is the dense matrix, but for its dead slots, whose rows are -1. Without a branch, which
+// A full store of block size 1 is the dense matrix, but for its dead slots, whose bits are 1. Without a branch, which
 // would be mispredicted at half density: ten times as long.
-template <class Element, class Coordinate>
-void clear_dead(void* weight, const void* block_rows, Range slots) {
-    const auto rows = static_cast<const Coordinate*>(block_rows);
+template <class Element>
+void clear_dead(void* weight, const int32_t* bits, Range slots) {
     auto to = static_cast<Element*>(weight);
-    for (int64_t slot = slots.begin; slot < slots.end; slot++) to[slot] &= ~Element(int32_t(rows[slot]) >> 31);
+    for (int64_t slot = slots.begin; slot < slots.end; slot++)
+        to[slot] &= Element(bits[slot / 32] >> (slot % 32) & 1) - Element(1);
 }
 
 template <int BLOCK, int ELEMENT_BYTES>
@@ -54,17 +57,17 @@ void collect(const char* dense, char* weight, const Dense& d, Range slots) {
     constexpr int BYTES = BLOCK * ELEMENT_BYTES;
     if (BLOCK == 1 && d.layout.full) {
         using Element = std::conditional_t<ELEMENT_BYTES == 4, uint32_t, uint16_t>;
-        const auto clear = d.layout.coordinate_bytes == 2 ? clear_dead<Element, int16_t> : clear_dead<Element, int32_t>;
-        return clear(weight, d.layout.block_rows, slots);  // in place: `weight` is `dense`
+        if (d.layout.index) clear_dead<Element>(weight, d.layout.index, slots);  // in place: `weight` is `dense`
+        return;
     }
     for (int64_t slot = slots.begin; slot < slots.end; slot++) {
-        const int row = d.layout.row(slot);
+        const int row = d.layout.any_row(slot);
         char* to = weight + slot * BYTES * BLOCK;
         if (row < 0) {
             std::memset(to, 0, BYTES * BLOCK);
             continue;
         }
-        const char* from = dense + d.place(row, d.layout.col(slot), BYTES);
+        const char* from = dense + d.place(row, d.layout.any_col(slot), BYTES);
         for (int i = 0; i < BLOCK; i++, to += BYTES, from += d.row_bytes) std::memcpy(to, from, BYTES);
     }
 }

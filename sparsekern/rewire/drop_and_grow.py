@@ -111,6 +111,10 @@ class DropAndGrow(Rule):
         # every layer is scored before the first is changed, so that scores that are refused leave all as it was
         counted = {path: self._counts(path, fraction) for path in self.layers}
         counts = {path: own for path, (own, _) in counted.items()}
+        for path in counts:
+            if any(counts[path]):  # a full store has dead places, which now grow
+                for copy in self._copies(path):
+                    copy.topology.leave_full_store()
         if self._is_on_device():
             self._event_on_device(counts)
         else:
@@ -126,10 +130,14 @@ class DropAndGrow(Rule):
         return len(devices) == 1 and choose.rewires_by_cuda(devices.pop())
 
     def _event_on_device(self, counts: dict[str, list[int]]) -> None:
-        prepared = [self._prepared(path, layer, counts[path]) for path, layer in self.layers.items()]
+        self._moved = dict.fromkeys(self.layers, (0, 0))
+        layers = {path: layer for path, layer in self.layers.items() if not layer.topology.full}  # where nothing moves
+        if not layers:
+            return
+        prepared = [self._prepared(path, layer, counts[path]) for path, layer in layers.items()]
         tables = tables_for([layer for layer, _ in prepared], self._tables)
         rewire_model(tables, tables.event_table([event for _, event in prepared]))
-        for path, (moved, nan) in zip(self.layers, tables.stats, strict=True):
+        for path, (moved, nan) in zip(layers, tables.stats, strict=True):
             self._moved[path] = moved, moved
             if tables is not self._tables:
                 self._nan[path] = nan.logical_or_(self._nan[path])
@@ -158,7 +166,7 @@ class DropAndGrow(Rule):
         """Slots to rewire, int64 [sum(counts)], and their new block rows and columns, -1 where candidates ran out."""
         layout = layer.topology.layout
         if not any(counts):
-            return 3 * (layout.block_rows[:0].long(),)
+            return 3 * (torch.empty(0, dtype=torch.int64, device=layout.index.device),)
         scores = self._checked(path, "drop_scores", self.drop_scores(layer), (layout.num_slots,))
         keys = self._candidates(path, layer, max(counts))
         self._note_nan(path, scores)

@@ -66,6 +66,10 @@ class GMP(Rule):
         self.compactions = 0
         self._done = False
         self._initial = {path: layer.topology.live_per_group() for path, layer in self.layers.items()}
+        for path, layer in self.layers.items():
+            if layer.weight.is_cuda:  # a CUDA graph that is captured before the first event clears dead slots too
+                for copy in self._copies(path):
+                    copy.topology.hold_bits()
         # How many live blocks each layer has, on the way from device to host, and the event that says it arrived.
         self._counts: Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
@@ -99,7 +103,7 @@ class GMP(Rule):
         dead = self._weakest_of_all(progress) if self.scope == "global" else self._weakest_of_each(progress)
         for path, mask in dead.items():
             self._mark(path, mask)
-        counts = torch.stack([(layer.topology.block_rows >= 0).sum() for layer in self.layers.values()])
+        counts = torch.stack([layer.topology.layout.live().sum() for layer in self.layers.values()])
         self._counts = counts.to("cpu", non_blocking=True)
         if counts.is_cuda:
             self._arrived = torch.cuda.Event()
@@ -116,7 +120,7 @@ class GMP(Rule):
         for path, layer in self.layers.items():
             score = block_l1(layer, mean=True)
             self._note_nan(path, score)
-            live = layer.topology.block_rows >= 0
+            live = layer.topology.layout.live()
             size = layer.block_size**2 // unit
             scores.append(torch.where(live, score, torch.inf))
             sizes.append(live * size)
@@ -144,19 +148,17 @@ class GMP(Rule):
             ]
             slots = weakest(scores, topology.layout, live, [n - t for n, t in zip(live, targets, strict=True)])
             self._live[path] = targets
-            dead[path] = (topology.block_rows < 0).index_fill_(0, slots, True)
+            dead[path] = (~topology.layout.live()).index_fill_(0, slots, True)
         return dead
 
     def _mark(self, path: str, dead: Tensor) -> None:
         """Make these slots dead, with weight, gradient and state as in a fresh slot."""
-        self._moved[path] = ((self.layers[path].topology.block_rows >= 0) & dead).sum(), 0
+        self._moved[path] = (self.layers[path].topology.layout.live() & dead).sum(), 0
         for tensor, fresh in self._element_tensors(path):
             tensor.masked_fill_(dead[:, None, None], fresh)
         for copy in self._copies(path):
             copy.weight.masked_fill_(dead[:, None, None], 0)
-            copy.topology.block_rows.masked_fill_(dead, -1)
-            copy.topology.block_cols.masked_fill_(dead, -1)
-            copy.topology.rebuild()
+            copy.topology.mark_dead(dead)
 
     def _settle(self, wait: bool) -> None:
         """Compact the layers that have become half empty, as soon as the host knows their number of live blocks."""
@@ -179,7 +181,7 @@ class GMP(Rule):
     def _compact(self, path: str, live: int) -> None:
         """Keep the first `live` live slots, in order, in smaller storages of the same Parameters."""
         layer = self.layers[path]
-        kept = torch.sort((layer.topology.block_rows < 0).int(), stable=True).indices[:live]
+        kept = torch.sort((~layer.topology.layout.live()).int(), stable=True).indices[:live]
         for state, name, value, _ in list(element_state(self._optimizers, layer.weight)):
             state[name] = value[kept]
         for copy in self._copies(path):

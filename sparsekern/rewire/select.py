@@ -19,7 +19,7 @@ def weakest(scores: Tensor, layout: Layout, live: list[int], counts: list[int]) 
     """
     if scores.device.type == "cpu" and not cpu.unavailable():
         return cpu.weakest(scores, layout, counts)
-    group = torch.where(layout.block_rows < 0, layout.groups, layout.block_rows // (layout.num_rows // layout.groups))
+    group = layout.positions() // (layout.num_rows * layout.num_cols // layout.groups**2)  # that of dead slots is last
     slots = torch.sort(sortable(scores), stable=True).indices
     slots = slots[torch.sort(group[slots], stable=True).indices]
     starts = [sum(live[:g]) for g in range(layout.groups)]
@@ -28,7 +28,7 @@ def weakest(scores: Tensor, layout: Layout, live: list[int], counts: list[int]) 
 
 def random_candidates(layout: Layout, count: int, start: int) -> Tensor:
     """Keys [groups, count] of dead blocks, each as likely as another; `start` picks the random stream."""
-    if layout.block_rows.device.type == "cpu" and not cpu.unavailable():
+    if layout.index.device.type == "cpu" and not cpu.unavailable():
         return cpu.random_candidates(layout, count, start)
     size = layout.num_rows * layout.num_cols // layout.groups // layout.groups
 
