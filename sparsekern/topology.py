@@ -66,11 +66,14 @@ class Layout(NamedTuple):
         """Block row and column of each slot, -1 = dead: the tensors that are held; of a full store, new ones."""
         if not self.full:
             return self.block_rows, self.block_cols
-        places, group_cols = self.positions(), self.num_cols // self.groups
-        rows = places // group_cols
-        cols = places % group_cols + rows // (self.num_rows // self.groups) * group_cols
-        dead = places == self.num_slots
-        return tuple(line.masked_fill_(dead, -1).to(self.block_rows.dtype) for line in (rows, cols))
+        grid = self.groups, self.num_rows // self.groups, self.num_cols // self.groups
+        like = {"dtype": self.block_rows.dtype, "device": self.index.device}
+        rows, cols = (torch.empty(self.num_slots, **like) for _ in range(2))
+        rows.view(grid).copy_(torch.arange(self.num_rows, **like).view(*grid[:2], 1))
+        cols.view(grid).copy_(torch.arange(self.num_cols, **like).view(grid[0], 1, grid[2]))
+        if (dead := self.dead()) is not None:
+            rows, cols = rows.masked_fill_(dead, -1), cols.masked_fill_(dead, -1)
+        return rows, cols
 
     def dead(self) -> Tensor | None:
         """Boolean [num_slots], True where a slot is dead; None for a full store without dead slots."""
@@ -178,9 +181,9 @@ def _build_index_in_cpp(layout: Layout) -> Tensor:
 
 def _packed(dead: Tensor) -> Tensor:
     """The bits of a boolean tensor, int32."""
-    bits = F.pad(dead, (0, -len(dead) % 32)).view(-1, 8).to(torch.uint8)
-    weights = 1 << torch.arange(8, dtype=torch.uint8, device=dead.device)
-    return (bits * weights).sum(1, dtype=torch.uint8).view(torch.int32)
+    eight = F.pad(dead, (0, -len(dead) % 32)).view(torch.int64)
+    # the product has bit 8 i of a number, which is its byte i, at bit 56 + i
+    return (eight * 0x0102040810204080 >> 56).to(torch.uint8).view(torch.int32)
 
 
 def _unpacked(bits: Tensor, count: int) -> Tensor:

@@ -255,3 +255,11 @@ def test_a_full_layer_beside_sparse_ones_keeps_no_coordinates_under_a_rule_that_
         rule.step()
     assert rule.events == 3 and model[1].topology.full and model[1].topology.nbytes == 0
     assert bytes_of(model[1].topology) == 0
+
+
+@pytest.mark.parametrize("shape", [(4, 20), (20, 4), (4, 4)])
+def test_coordinates_of_a_full_store_of_one_row_or_column_are_written_one_by_one(shape):
+    layer = sk.SparseLinear(*shape, density=1.0, block_size=4)
+    rows, cols = layer.topology.block_rows, layer.topology.block_cols
+    rows[0] = cols[0] = -1
+    assert layer.topology.mask().view(-1).tolist() == [slot != 0 for slot in range(layer.topology.num_slots)]
