@@ -1,7 +1,6 @@
 """Topology: which blocks of a matrix are live, in which slot each is stored, and the index that products walk."""
 
 import numbers
-import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Self
 
@@ -48,10 +47,7 @@ class Layout(NamedTuple):
 
     def versions(self) -> tuple[int, int, int]:
         """How often torch has seen coordinates and index being written; numbers of the host, free to read."""
-        try:
-            return self[0]._version, self[1]._version, self[2]._version
-        except RuntimeError:  # tensors made in inference mode count nothing
-            return -1, -1, -1
+        return _versions(*self.tensors)
 
     def positions(self) -> Tensor:
         """int64 [num_slots]: place of each block among all, (group, row, col) row-major; their number if dead."""
@@ -196,9 +192,41 @@ def _num_words(count: int) -> int:
     return -(-count // 32)
 
 
+def _versions(*tensors: Tensor) -> tuple[int, ...]:
+    try:
+        return tuple([tensor._version for tensor in tensors])
+    except RuntimeError:  # tensors made in inference mode count nothing
+        return len(tensors) * (-1,)
+
+
+class Shown(NamedTuple):
+    """Coordinates that a full store has made because somebody asked for them, who may write them."""
+
+    rows: Tensor
+    cols: Tensor
+    versions: tuple[int, ...]  # when they agreed with the store; () = never
+
+    @classmethod
+    def agreeing(cls, rows: Tensor, cols: Tensor) -> Self:
+        return cls(rows, cols, _versions(rows, cols))
+
+    def are_written(self) -> bool:
+        return self.versions != _versions(self.rows, self.cols)
+
+    def are_held(self) -> bool:
+        """Whether anybody else has their memory."""
+        memories = [tensor.untyped_storage() for tensor in self[:2]]
+        return max(torch._C._storage_Use_Count(memory._cdata) for memory in memories) > 2  # the tensor's, and `memory`
+
+
+def shown_by(layout: Layout) -> Shown | None:
+    return getattr(layout.index, "shown", None)
+
+
 # Derived state is never stale. The index carries as `built_from` the coordinates it was built from and their versions.
 # A rewire writes coordinates, rebuilds the index and stamps it. Whoever else writes coordinates in place (a checkpoint
-# library, an average of models) leaves an older stamp behind, which the next product sees.
+# library, an average of models) leaves an older stamp behind, which the next product sees. The index of a full store
+# carries as `shown` what somebody asked for and may write.
 
 
 def stamp(layout: Layout) -> None:
@@ -210,6 +238,8 @@ def stamp(layout: Layout) -> None:
 def is_current(layout: Layout) -> bool:
     """Whether the index was built from these coordinates as they are now; reads no tensor."""
     rows, cols, versions = getattr(layout.index, "built_from", (None, None, None))
+    if layout.full and (shown := shown_by(layout)) is not None and shown.are_written():
+        return False
     return rows is layout.block_rows and cols is layout.block_cols and versions == layout.versions()
 
 
@@ -218,9 +248,15 @@ def catch_up(layout: Layout) -> bool:
 
     Raises:
         ValueError: the coordinates are no topology, or the layout's tensors do not fit together.
-        RuntimeError: a CUDA graph is being captured, which cannot wait for the coordinates to be checked.
+        RuntimeError: a CUDA graph is being captured, which cannot wait for the coordinates to be checked; or they are
+            those of a full store, which only its `Topology` follows.
     """
     refuse_capture(layout.index)
+    if layout.full and (shown := shown_by(layout)) is not None and shown.are_written():
+        raise RuntimeError(
+            "Topology: coordinates of a full store were written in place, which compiled code cannot follow; run the "
+            "model once without torch.compile, or load a state_dict"
+        )
     check_blocks(layout.block_rows, layout.block_cols, (layout.num_rows, layout.num_cols), layout.groups)
     if layout.full and len(layout.block_rows):
         raise ValueError(f"Topology: a full store has no coordinates, got those of {len(layout.block_rows)} slots")
@@ -260,22 +296,6 @@ def _stand_back(*_) -> None:
     """A hook that does nothing."""
 
 
-class _Shown(NamedTuple):
-    """Coordinates of a full store that somebody asked for, and may write."""
-
-    rows: Tensor
-    cols: Tensor
-    versions: tuple[int, int] | None  # when they agreed with the store; None: somebody put others in their place
-
-    def are_written(self) -> bool:
-        return self.versions is None or self.versions != (self.rows._version, self.cols._version)
-
-    def are_held(self) -> bool:
-        """Whether anybody else refers to them, or to views of them."""
-        by_python = max(sys.getrefcount(self.rows), sys.getrefcount(self.cols)) > 2  # this tuple, and the question
-        return by_python or max(self.rows._use_count(), self.cols._use_count()) > 1
-
-
 COORDINATES = ("block_rows", "block_cols")
 _SAVED = (*COORDINATES, "_extra_state")
 _GEOMETRY = "(out_features, in_features, block_size, groups)"
@@ -292,7 +312,7 @@ class Topology(nn.Module):
 
     A full store, of every block in row-major order, holds no coordinates and no index, but a bit for each slot once
     some are dead. Its `block_rows` and `block_cols` are made when asked for. The next product looks whether they were
-    written, follows them, and forgets them unless somebody holds them.
+    written, follows them, and forgets them unless somebody holds them. Compiled code cannot follow them, and says so.
 
     Args:
         block_rows, block_cols: int [num_slots], no duplicates; -1 in both = dead slot.
@@ -302,7 +322,6 @@ class Topology(nn.Module):
     """
 
     _held_layout: Layout | None = None
-    _shown: _Shown | None = None
 
     def __init__(
         self, block_rows: Tensor, block_cols: Tensor, shape: tuple[int, int], block_size: int, groups: int = 1
@@ -385,15 +404,15 @@ class Topology(nn.Module):
             return self._rows, self._cols
         if torch.compiler.is_compiling():
             return self.layout.coordinates()
-        if self._shown is None:
-            with torch.inference_mode(False):  # whose tensors do not count how often they are written
-                rows, cols = self._layout().coordinates()
-            self._shown = _Shown(rows, cols, (rows._version, cols._version))
-        return self._shown[:2]
+        layout = self._layout()
+        with torch.inference_mode(False):  # whose tensors do not count how often they are written
+            if (shown := shown_by(layout)) is None:
+                self.index.shown = shown = Shown.agreeing(*layout.coordinates())
+            return shown.rows.detach(), shown.cols.detach()  # others, which count together: see `Shown.are_held`
 
     def _put(self, block_rows: Tensor, block_cols: Tensor) -> None:
         if self.full:
-            self._shown = _Shown(block_rows, block_cols, None)
+            self.index.shown = Shown(block_rows, block_cols, ())
         else:
             self._rows, self._cols = block_rows, block_cols
 
@@ -407,7 +426,7 @@ class Topology(nn.Module):
         if torch.compiler.is_compiling():
             return Layout(self._rows, self._cols, self.index, *self.grid, self.groups, self.block_size, self.full)
         layout = self._layout()
-        if self._shown is not None or not is_current(layout):
+        if (self.full and shown_by(layout) is not None) or not is_current(layout):
             self._follow()
             return self._layout()  # which may have stopped being a full store
         return layout
@@ -476,10 +495,8 @@ class Topology(nn.Module):
         self.hold_bits()
         self.index.copy_(_packed(dead if before is None else dead | before))
         stamp(self._layout())
-        if self._shown is not None:
-            rows, cols, _ = self._shown
-            rows.masked_fill_(dead, -1), cols.masked_fill_(dead, -1)
-            self._shown = _Shown(rows, cols, (rows._version, cols._version))
+        if (shown := shown_by(self._layout())) is not None:
+            self.index.shown = Shown.agreeing(*(own.masked_fill_(dead, -1) for own in shown[:2]))
 
     @torch.no_grad()
     def hold_bits(self) -> None:
@@ -520,7 +537,8 @@ class Topology(nn.Module):
     def _replace(self, block_rows: Tensor, block_cols: Tensor) -> None:
         rows, cols = (value.to(self._rows, copy=True) for value in (block_rows, block_cols))
         if self.full:
-            self._rows, self._cols, self._shown = rows, cols, None
+            self._rows, self._cols = rows, cols
+            self.index.shown = None
         else:
             self._rows.set_(rows)
             self._cols.set_(cols)
@@ -529,9 +547,13 @@ class Topology(nn.Module):
     @torch.no_grad()
     def leave_full_store(self) -> None:
         """Hold coordinates and an index instead, so that products walk the live blocks from now on."""
-        if self.full:
-            self._rows, self._cols, index = self.layout.indexed().tensors
-            self.full, self._shown = False, None
+        layout = self.layout
+        if layout.full:
+            shown, (self._rows, self._cols, index) = shown_by(layout), layout.indexed().tensors
+            if shown is not None:  # whoever holds them may go on writing them
+                self._rows, self._cols = (own.to(self._rows) for own in shown[:2])
+            self.full = False
+            self.index.shown = None
             self.index.set_(index)
             stamp(self._layout())
 
@@ -552,28 +574,25 @@ class Topology(nn.Module):
     @torch.no_grad()
     def _follow(self) -> None:
         """Agree with coordinates that somebody wrote, as if they had been loaded."""
-        if self._shown is not None:
-            self._follow_shown()
         layout = self._layout()
-        if is_current(layout):
-            return
-        if self.index.is_meta:  # there is nothing to check, and no product to go wrong
+        shown = shown_by(layout) if self.full else None
+        if is_current(layout) or self.index.is_meta:  # where there is nothing to check, and no product to go wrong
             stamp(layout)
+            if shown is not None and not shown.are_held():
+                self.index.shown = None
+        elif shown is not None and shown.are_written():
+            self._follow_shown(shown)
         elif catch_up(layout):
             self.adoptions += 1
 
-    def _follow_shown(self) -> None:
-        """Likewise with those that a full store has shown; forget them when nobody holds them any more."""
-        shown = self._shown
-        if self.index.is_meta or not shown.are_written():
-            self._shown = shown if shown.are_held() else None
-            return
+    def _follow_shown(self, shown: Shown) -> None:
+        """Likewise with those that a full store has shown."""
         refuse_capture(self.index)
         check_blocks(shown.rows, shown.cols, self.grid, self.groups)
         self.adoptions += not self.is_at(shown.rows, shown.cols)
         self._rows, self._cols = (own.to(self._rows) for own in shown[:2])
         self._reindex()
-        self._shown = shown._replace(versions=(shown.rows._version, shown.cols._version)) if self.full else None
+        self.index.shown = Shown.agreeing(*shown[:2]) if self.full else None
 
     def _apply(self, fn, recurse=True):
         """Go where `fn` takes tensors, and nothing else: coordinates stay the integers they are.
@@ -591,16 +610,16 @@ class Topology(nn.Module):
             drawn = Topology.random(self.shape, per_group, self.block_size, self.groups)
             own, self.full = drawn.layout.tensors, drawn.full
         self._rows, self._cols, self.index = (tensor.to(device) for tensor in own)
-        self._shown = None
         stamp(self._layout())
         return self
 
     def __getstate__(self) -> dict:
         self._follow()  # a copy's index is as good as the original's
-        return self.__dict__ | {"_shown": None}
+        return self.__dict__
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
+        self.index.shown = None  # nobody holds those of a copy
         stamp(self._layout())  # the copies have versions of their own
 
     def get_extra_state(self) -> Tensor:

@@ -257,6 +257,38 @@ def test_a_full_layer_beside_sparse_ones_keeps_no_coordinates_under_a_rule_that_
     assert bytes_of(model[1].topology) == 0
 
 
+@pytest.mark.parametrize(
+    "share", [lambda rows: rows, lambda rows: rows[:5], lambda rows: rows.detach()], ids=["it", "view", "detached"]
+)
+def test_whatever_shares_the_memory_of_coordinates_that_were_shown_is_followed(share):
+    layer = full_layer(4)
+    rows, cols = share(layer.topology.block_rows), share(layer.topology.block_cols)
+    for _ in range(3):
+        layer(torch.randn(5, 64))
+    rows[3] = cols[3] = -1
+    assert layer.topology.num_live == layer.topology.num_slots - 1
+
+
+def test_coordinates_that_were_shown_are_written_after_the_store_is_full_no_longer():
+    layer = full_layer(4)
+    rows, cols = layer.topology.block_rows, layer.topology.block_cols
+    layer.topology.leave_full_store()
+    rows[3] = cols[3] = -1
+    assert layer.topology.mask().view(-1).tolist() == [slot != 3 for slot in range(192)]
+
+
+def test_compiled_code_says_that_it_cannot_follow_coordinates_of_a_full_store():
+    layer, x = full_layer(4), torch.randn(5, 64)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled(x)
+    layer.topology.block_rows[3] = layer.topology.block_cols[3] = -1
+    with pytest.raises(RuntimeError, match="coordinates of a full store were written in place"):
+        compiled(x)
+    layer(x)
+    compiled(x).sum().backward()
+    assert not layer.weight.grad[3].any() and layer.weight.grad[4].all()
+
+
 @pytest.mark.parametrize("shape", [(4, 20), (20, 4), (4, 4)])
 def test_coordinates_of_a_full_store_of_one_row_or_column_are_written_one_by_one(shape):
     layer = sk.SparseLinear(*shape, density=1.0, block_size=4)
