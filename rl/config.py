@@ -205,6 +205,9 @@ class Config:
     """Processes that step the environments of mt10, at most 10; MiniGrid's are stepped by the learner itself."""
     runs: Path = Path("runs")
     """Run folders are made here: <runs>/<suite>-<agent>-<treatment>.../<seed>-<time>/."""
+    wandb: bool = False
+    """Send what TensorBoard gets to Weights & Biases too (needs the extra `wandb`, and an account or
+    WANDB_MODE=offline)."""
     ticket: Path | None = None
     """Of treatment lottery: the folder of the finished gmp run, same seed, whose surviving weights are trained."""
     weight_decay: float = 1e-6
@@ -317,8 +320,8 @@ NAMED = ("density", "block_size", "networks", "set.initial", "gmp.update_every")
 
 
 def identity(config: Config) -> Config:
-    """The settings that decide what a run does; where, on how many threads and options of other treatments do not."""
-    same = replace(config, runs=Path(), threads=1, workers=1, ticket=config.ticket and Path())
+    """The settings that decide what a run does; where, with what machinery, and options of other treatments do not."""
+    same = replace(config, runs=Path(), threads=1, workers=1, wandb=False, ticket=config.ticket and Path())
     same = replace(same, sac=replace(same.sac, device="auto"))
     parts = config.treatment.split("+")
     unused = [name for name in ("set", "gmp", "redo", "reset") if name not in parts]
