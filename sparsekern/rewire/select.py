@@ -57,18 +57,17 @@ def all_candidates(layout: Layout, scores: Tensor) -> Tensor:
     place = torch.arange(scores.shape[1], device=scores.device)
     keys = torch.where(scores < 0, -1, pack(scores, place))
     keys = torch.cat((keys.flatten(), keys.new_full((1,), -1)))  # dead slots write to the last
-    position = layout.positions()
-    return keys.index_fill_(0, torch.where(layout.block_rows < 0, len(keys) - 1, position), -1)[:-1].view_as(scores)
+    return keys.index_fill_(0, layout.positions(), -1)[:-1].view_as(scores)
 
 
 def places_in_rows(keys: Tensor, layout: Layout, slots: Tensor) -> tuple[Tensor, Tensor]:
     """Block rows and columns, int64 like `slots`: the best candidates of each slot's own row; -1 where they ran out."""
-    row = layout.block_rows[slots].long()
+    cols = layout.num_cols // layout.groups
+    row = layout.positions()[slots] // cols
     order = torch.sort(row, stable=True).indices
     ordered = row[order]
     rank = torch.empty_like(row)
     rank[order] = torch.arange(len(row), device=row.device) - torch.searchsorted(ordered, ordered)
-    cols = layout.num_cols // layout.groups
     best = keys.view(layout.num_rows, cols).sort(1, descending=True).values[row, rank.clamp(max=cols - 1)]
     position = positions_of(torch.where(rank < cols, best, -1))
     col = row // (layout.num_rows // layout.groups) * cols + position % cols

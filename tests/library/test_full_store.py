@@ -9,6 +9,7 @@ from oracle import dense_weight
 from torch import Tensor, nn
 
 import sparsekern as sk
+from sparsekern.rewire.select import all_candidates, places_in_rows
 
 BLOCK_SIZES = pytest.mark.parametrize("block_size", [1, 4, 16])
 
@@ -244,6 +245,48 @@ def test_a_full_store_with_dead_slots_grows_where_the_rule_says(dense_is_faster,
     optimizer.step()
     weight = torch.from_numpy(dense_weight(layer.weight, layer.topology)[0]).float()
     torch.testing.assert_close(layer(x), x @ weight.t() + layer.bias)
+
+
+@pytest.mark.parametrize("kind", [sk.SET, sk.RigL])
+def test_balanced_growth_moves_nothing_in_a_full_store_without_dead_slots(kind):
+    model = nn.Sequential(full_layer(4), sk.SparseLinear(48, 64, density=0.3, block_size=4))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    rule = kind(model, optimizer, update_every=1, balance="rows")
+    before = model[1].topology.mask()
+    train(model, optimizer)
+    assert rule.step() and not torch.equal(model[1].topology.mask(), before)
+    assert model[0].topology.full and model[0].topology.nbytes == 0 and model[0].topology.num_live == 192
+
+
+@pytest.mark.parametrize("kind", [sk.SET, sk.RigL])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_balanced_growth_keeps_the_number_of_every_row_of_a_full_store_with_dead_slots(kind, groups):
+    layer = full_layer(4, groups)
+    prune(layer, 70, by_rule=False)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    rule = kind(layer, optimizer, update_every=1, balance="rows")
+    before = layer.topology.mask()
+    optimizer.zero_grad()
+    layer(torch.randn(4, 64 * groups)).square().mean().backward()
+    optimizer.step()
+    assert layer.topology.full and rule.step()
+    assert torch.equal(layer.topology.mask().sum(2), before.sum(2)) and not torch.equal(layer.topology.mask(), before)
+
+
+@BLOCK_SIZES
+@pytest.mark.parametrize("groups", [1, 2])
+def test_candidates_of_a_full_store_are_those_of_the_same_blocks_with_coordinates(block_size, groups):
+    topology = full_layer(block_size, groups).topology
+    dead = torch.rand(topology.num_slots) < 0.4
+    topology.mark_dead(dead)
+    scores = torch.randint(1000, (groups, topology.num_blocks // groups))
+    slots = (~dead).nonzero().squeeze(1)[::3]
+    found = []
+    for layout in (topology.layout, topology.layout.indexed()):
+        keys = all_candidates(layout, scores)
+        found.append((keys, *places_in_rows(keys, layout, slots)))
+    assert topology.full and (found[0][0].flatten() == -1).equal(~dead)
+    assert all(one.equal(other) for one, other in zip(*found, strict=True))
 
 
 def test_a_full_layer_beside_sparse_ones_keeps_no_coordinates_under_a_rule_that_moves_blocks():
