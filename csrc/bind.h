@@ -226,8 +226,8 @@ inline Layout read_layout(const Argument& layout) {
         layout.refuse("must have blocks of a power of two up to 128, got " + std::to_string(block));
     if (groups < 1 || found.num_rows < 1 || found.num_cols < 1 || found.num_rows % groups || found.num_cols % groups)
         layout.refuse("must have block rows and block columns that its groups share equally");
-    if (found.full && found.num_slots != int64_t(found.num_rows) * (found.num_cols / groups))
-        layout.refuse("is no full store: it has " + std::to_string(found.num_slots) + " slots");
+    if (found.full && found.num_slots)
+        layout.refuse("is no full store: it has coordinates of " + std::to_string(found.num_slots) + " slots");
     const Dtype dtype = rows.dtype();
     if (dtype != Dtype::int16 && dtype != Dtype::int32)
         rows.refuse("must be int16 or int32, got " + rows.dtype_name());
@@ -236,9 +236,12 @@ inline Layout read_layout(const Argument& layout) {
     found.coordinate_bytes = bytes_of(dtype);
     found.block_rows = rows.filled(found.num_slots);
     found.block_cols = cols.memory(found.num_slots);
-    const int64_t slots_only = 2 * found.num_slots;
+    if (found.full) found.num_slots = int64_t(found.num_rows) * (found.num_cols / groups);
+    const bool all_live = found.full && !index.numel();
+    const int64_t slots_only = 2 * found.num_slots, bits = (found.num_slots + 31) / 32;
     const int64_t with_tables = 4 * found.num_slots + 2 * (int64_t(found.num_rows) + found.num_cols + 1);
-    found.index = static_cast<const int32_t*>(index.memory(found.full ? 0 : block == 1 ? slots_only : with_tables));
+    const int64_t size = all_live ? 0 : found.full ? bits : block == 1 ? slots_only : with_tables;
+    found.index = all_live ? nullptr : static_cast<const int32_t*>(index.memory(size));
     return found;
 }
 

@@ -12,14 +12,29 @@
 namespace sparsekern {
 
 struct Layout {
-    const void* block_rows;  // [num_slots], -1 = dead
+    const void* block_rows;  // [num_slots], -1 = dead; nothing of a full store
     const void* block_cols;  // [num_slots]
     int coordinate_bytes;    // 2 or 4
-    const int32_t* index;
+    const int32_t* index;    // of a full store the bits of its dead slots; null while it has none
     int64_t num_slots;
     int num_rows, num_cols, groups, block;
     bool full;
 
+    // Of a slot that a full store holds, or another: row and column, -1 = dead.
+    SPARSEKERN_BOTH bool dead(int64_t slot) const {
+        return full ? index && index[slot / 32] >> (slot % 32) & 1 : row(slot) < 0;
+    }
+    SPARSEKERN_BOTH int any_row(int64_t slot) const {
+        return !full ? row(slot) : dead(slot) ? -1 : int(slot / (num_cols / groups));
+    }
+    SPARSEKERN_BOTH int any_col(int64_t slot) const {
+        if (!full) return col(slot);
+        if (dead(slot)) return -1;
+        const int group_cols = num_cols / groups;
+        return int(slot % group_cols) + int(slot / group_cols) / (num_rows / groups) * group_cols;
+    }
+
+    // Of a store that holds coordinates.
     SPARSEKERN_BOTH int row(int64_t slot) const { return coordinate(block_rows, slot); }
     SPARSEKERN_BOTH int col(int64_t slot) const { return coordinate(block_cols, slot); }
 

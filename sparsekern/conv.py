@@ -131,8 +131,8 @@ class SparseConv2d(SparseLayer):
                 raise ValueError(f"SparseConv2d: operands must have one dtype, got {x.dtype} and {operand.dtype}")
             if operand.device != x.device:
                 raise ValueError(f"SparseConv2d: operands must be on one device, got {x.device} and {operand.device}")
-        if topology.block_rows.device != x.device:
-            where = topology.block_rows.device
+        if topology.index.device != x.device:
+            where = topology.index.device
             raise ValueError(f"SparseConv2d: operands are on {x.device}, but the topology is on {where}")
 
     def _is_dense(self) -> bool:

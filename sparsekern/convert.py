@@ -418,7 +418,7 @@ def _copies(
 def _is_copy(layer: nn.Module, other: nn.Module) -> bool:
     same = True
     if isinstance(layer, SparseLayer):
-        same = other.topology.is_at(layer.topology.block_rows, layer.topology.block_cols)
+        same = other.topology.is_at(*layer.topology.layout.coordinates())
     return same and _equal(other.weight, layer.weight) and _equal(other.bias, layer.bias)
 
 

@@ -16,8 +16,8 @@ def densify(weight: Tensor, layout: Layout) -> Tensor:
     Its backward refuses coordinates that have changed.
     """
     if torch.compiler.is_compiling() or not is_plain(weight):
-        live = (layout.block_rows >= 0)[:, None, None]
-        return reference.densify(torch.where(live, weight, 0), layout)
+        dead = layout.dead()
+        return reference.densify(weight if dead is None else weight.masked_fill(dead[:, None, None], 0), layout)
     if torch.is_grad_enabled() and weight.requires_grad:
         return _Densify.apply(weight, layout)
     return choose.backend_for("densify", weight, layout).densify(weight, layout)

@@ -88,7 +88,7 @@ class SparseLayer(nn.Module):
         """Draw weight and bias anew by the real fan-in of each row; dead slots and padding are 0."""
         fan_in = self.fan_in()
         bound = fan_in.clamp(min=1).rsqrt().to(self.weight.dtype)
-        rows = self.topology.block_rows.long().clamp(min=0)
+        rows = self.topology.layout.coordinates()[0].long().clamp(min=0)
         self.weight.uniform_(-1, 1).mul_(bound[rows][:, None, None]).mul_(self.lanes())
         if self.bias is not None:
             # a row without live blocks has no fan-in: nn.Linear's dense bound keeps its constant output small
@@ -100,19 +100,19 @@ class SparseLayer(nn.Module):
     def fan_in(self) -> Tensor:
         """float32 [block rows]: inputs that the rows of each block row really read, padding not counted."""
         layout = self.topology.layout
-        width = self._extent(layout.block_cols, 1) * (layout.block_rows >= 0)
+        rows, cols = layout.coordinates()
+        width = self._extent(cols, 1) * (rows >= 0)
         fan_in = torch.zeros(layout.num_rows, dtype=torch.float32, device=width.device)
-        return fan_in.index_add_(0, layout.block_rows.long().clamp(min=0), width.float())
+        return fan_in.index_add_(0, rows.long().clamp(min=0), width.float())
 
     def lanes(self) -> Tensor:
         """Boolean [num_slots, B, B], or [num_slots, 1, 1] where nothing is padded: elements that stand for a weight."""
-        topology = self.topology
-        live = (topology.block_rows >= 0)[:, None, None]
+        layout = self.topology.layout
+        live = layout.live()[:, None, None]
         if not self._padded():
             return live
         lane = torch.arange(self.block_size, device=live.device)
-        rows = lane < self._extent(topology.block_rows, 0)[:, None]
-        cols = lane < self._extent(topology.block_cols, 1)[:, None]
+        rows, cols = (lane < self._extent(own, side)[:, None] for side, own in enumerate(layout.coordinates()))
         return live & rows[:, :, None] & cols[:, None, :]
 
     def _extent(self, blocks: Tensor, side: int) -> Tensor:
@@ -136,7 +136,7 @@ class SparseLayer(nn.Module):
     def take_topology(self, topology: Topology, keep: str | Tensor) -> None:
         """Take the live blocks of another topology of this geometry, in place, and the values that `keep` says."""
         matrices = self._matrices()
-        self.topology.replace(topology.block_rows, topology.block_cols)
+        self.topology.replace(*topology.layout.coordinates())
         self.topology.adoptions += 1
         self._resize(self.topology.num_slots)
         self._fill(matrices, keep)
@@ -248,7 +248,7 @@ class SparseLayer(nn.Module):
     def _compressed(self) -> tuple[Tensor, Tensor, Tensor]:
         """Row starts [block rows + 1], block columns and blocks of the live slots, sorted by (row, column)."""
         layout = self.topology.layout
-        rows, cols = layout.block_rows.long(), layout.block_cols.long()
+        rows, cols = (own.long() for own in layout.coordinates())
         live = (rows >= 0).nonzero().squeeze(1)
         slots = live[(rows * self.topology.grid[1] + cols)[live].argsort()]
         starts = F.pad(torch.bincount(rows[slots], minlength=self.topology.grid[0]).cumsum(0), (1, 0))

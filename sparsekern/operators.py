@@ -374,7 +374,7 @@ library.define(f"sdd(Tensor dy, Tensor x, Tensor? token_offsets, {LAYOUT_SCHEMA}
 def _dds_kernel(x, weight, bias, token_offsets, *flat):
     *layout, transpose = flat
     layout = checked(Layout.from_flat(layout))
-    check_devices("dds", x, weight, bias, token_offsets, layout.block_rows)
+    check_devices("dds", x, weight, bias, token_offsets, layout.index)
     check_operand("dds", "x", x, layout.num_cols if transpose else layout.num_rows, layout, token_offsets)
     if bias is not None and not transpose:
         raise ValueError("dds: bias belongs to x Wᵀ, but transpose is False")
@@ -391,7 +391,7 @@ def _dds_kernel(x, weight, bias, token_offsets, *flat):
 
 def _sdd_kernel(dy, x, token_offsets, *layout):
     layout = checked(Layout.from_flat(layout))
-    check_devices("sdd", dy, x, token_offsets, layout.block_rows)
+    check_devices("sdd", dy, x, token_offsets, layout.index)
     check_operand("sdd", "dy", dy, layout.num_rows, layout, token_offsets)
     check_operand("sdd", "x", x, layout.num_cols, layout, token_offsets)
     if dy.dtype != x.dtype or len(dy) != len(x):

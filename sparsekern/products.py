@@ -162,8 +162,8 @@ def _check(
     if name == "dds" and other.shape != (topology.num_slots, topology.block_size, topology.block_size):
         want = (topology.num_slots, topology.block_size, topology.block_size)
         raise ValueError(f"dds: topology wants a weight of shape {want}, got {tuple(other.shape)}")
-    if topology.block_rows.device != x.device:
-        raise ValueError(f"{name}: operands are on {x.device}, but the topology is on {topology.block_rows.device}")
+    if topology.index.device != x.device:
+        raise ValueError(f"{name}: operands are on {x.device}, but the topology is on {topology.index.device}")
     if bias is not None and bias.shape != topology.shape[:1]:
         raise ValueError(
             f"{name}: topology of shape {topology.shape} wants {topology.shape[0]} biases, got {tuple(bias.shape)}"

@@ -6,6 +6,7 @@ from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 try:
     from sparsekern import _C  # type: ignore[attr-defined]
@@ -18,14 +19,14 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torc
 class Layout(NamedTuple):
     """What a product needs to know of a topology: tensors whose contents change in place, and numbers that do not."""
 
-    block_rows: Tensor  # int16 or int32 [num_slots]: global block row of each slot, -1 = dead
+    block_rows: Tensor  # int16 or int32 [num_slots]: global block row of each slot, -1 = dead; [0] where full
     block_cols: Tensor  # likewise the global block column
     index: Tensor  # type: ignore[assignment]  # int32, flat; see `Layout.row_pairs` and its neighbours
     num_rows: int  # block rows, all groups together
     num_cols: int
     groups: int
     block_size: int
-    full: bool  # slots hold every block in row-major order: the dense matrix itself, without an index
+    full: bool  # slots hold every block in row-major order: the dense matrix itself, without coordinates
 
     @classmethod
     def from_flat(cls, values: Iterable) -> Self:
@@ -42,22 +43,61 @@ class Layout(NamedTuple):
 
     @property
     def num_slots(self) -> int:
-        return self.block_rows.shape[0]
+        return self.num_rows * self.num_cols // self.groups if self.full else self.block_rows.shape[0]
 
     def versions(self) -> tuple[int, int, int]:
         """How often torch has seen coordinates and index being written; numbers of the host, free to read."""
-        try:
-            return self[0]._version, self[1]._version, self[2]._version
-        except RuntimeError:  # tensors made in inference mode count nothing
-            return -1, -1, -1
+        return _versions(*self.tensors)
 
     def positions(self) -> Tensor:
         """int64 [num_slots]: place of each block among all, (group, row, col) row-major; their number if dead."""
         group_cols = self.num_cols // self.groups
+        if self.full:
+            places, dead = torch.arange(self.num_slots, device=self.index.device), self.dead()
+            return places if dead is None else places.masked_fill_(dead, self.num_slots)
         rows, cols = self.block_rows.long(), self.block_cols.long()
         return torch.where(rows < 0, self.num_rows * group_cols, rows * group_cols + cols % group_cols)
 
-    # The index of block sizes above 1 is (row_pairs, col_pairs, row_offsets, col_offsets, row_order, col_order),
+    def coordinates(self) -> tuple[Tensor, Tensor]:
+        """Block row and column of each slot, -1 = dead: the tensors that are held; of a full store, new ones."""
+        if not self.full:
+            return self.block_rows, self.block_cols
+        grid = self.groups, self.num_rows // self.groups, self.num_cols // self.groups
+        like = {"dtype": self.block_rows.dtype, "device": self.index.device}
+        rows, cols = (torch.empty(self.num_slots, **like) for _ in range(2))
+        rows.view(grid).copy_(torch.arange(self.num_rows, **like).view(*grid[:2], 1))
+        cols.view(grid).copy_(torch.arange(self.num_cols, **like).view(grid[0], 1, grid[2]))
+        if (dead := self.dead()) is not None:
+            rows, cols = rows.masked_fill_(dead, -1), cols.masked_fill_(dead, -1)
+        return rows, cols
+
+    def dead(self) -> Tensor | None:
+        """Boolean [num_slots], True where a slot is dead; None for a full store without dead slots."""
+        if not self.full:
+            return self.block_rows < 0
+        return _unpacked(self.index, self.num_slots) if self.index.numel() else None
+
+    def live(self) -> Tensor:
+        """Boolean [num_slots], True where a slot is live."""
+        dead = self.dead()
+        return torch.ones(self.num_slots, dtype=torch.bool, device=self.index.device) if dead is None else ~dead
+
+    def clear_dead(self, blocks: Tensor) -> Tensor:
+        """Blocks [num_slots, B, B] with zeros in the dead slots, in place."""
+        dead = self.dead()
+        return blocks if dead is None else blocks.masked_fill_(dead[:, None, None], 0)
+
+    def indexed(self) -> Self:
+        """The same slots with coordinates and index, which a full store lacks and a forced kernel may want."""
+        if not self.full:
+            return self
+        rows, cols = self.coordinates()
+        walked = self._replace(block_rows=rows, block_cols=cols, full=False)
+        return walked._replace(index=build_index(walked))
+
+    # The index of a full store says which slots are dead: bit s % 32 of number s // 32 is slot s. While all are live,
+    # it is empty. Of other stores, the index of block sizes above 1 is
+    # (row_pairs, col_pairs, row_offsets, col_offsets, row_order, col_order),
     # pairs first so that each is 8-byte aligned. For block size 1 it is (row_slots, col_slots): with int16
     # coordinates that makes 12 bytes a weight, and a kernel finds the offsets while it packs the values.
 
@@ -105,7 +145,7 @@ class Layout(NamedTuple):
 def build_index(layout: Layout) -> Tensor:
     """Compute the int32 index of a layout by operations of static shape, without a host synchronisation."""
     if layout.full:
-        return torch.empty(0, dtype=torch.int32, device=layout.block_rows.device)
+        return layout.index
     on_cpu = layout.block_rows.device.type == "cpu" and type(layout.block_rows) is Tensor  # and no fake one
     if _C is not None and on_cpu:
         return _build_index_in_cpp(layout)
@@ -135,9 +175,58 @@ def _build_index_in_cpp(layout: Layout) -> Tensor:
     return index
 
 
+def _packed(dead: Tensor) -> Tensor:
+    """The bits of a boolean tensor, int32."""
+    eight = F.pad(dead, (0, -len(dead) % 32)).view(torch.int64)
+    # the product has bit 8 i of a number, which is its byte i, at bit 56 + i
+    return (eight * 0x0102040810204080 >> 56).to(torch.uint8).view(torch.int32)
+
+
+def _unpacked(bits: Tensor, count: int) -> Tensor:
+    """The first `count` bits as a boolean tensor."""
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (bits.view(torch.uint8)[:, None] & weights).flatten()[:count].bool()
+
+
+def _num_words(count: int) -> int:
+    return -(-count // 32)
+
+
+def _versions(*tensors: Tensor) -> tuple[int, ...]:
+    try:
+        return tuple([tensor._version for tensor in tensors])
+    except RuntimeError:  # tensors made in inference mode count nothing
+        return len(tensors) * (-1,)
+
+
+class Shown(NamedTuple):
+    """Coordinates that a full store has made because somebody asked for them, who may write them."""
+
+    rows: Tensor
+    cols: Tensor
+    versions: tuple[int, ...]  # when they agreed with the store; () = never
+
+    @classmethod
+    def agreeing(cls, rows: Tensor, cols: Tensor) -> Self:
+        return cls(rows, cols, _versions(rows, cols))
+
+    def are_written(self) -> bool:
+        return self.versions != _versions(self.rows, self.cols)
+
+    def are_held(self) -> bool:
+        """Whether anybody else has their memory."""
+        memories = [tensor.untyped_storage() for tensor in self[:2]]
+        return max(torch._C._storage_Use_Count(memory._cdata) for memory in memories) > 2  # the tensor's, and `memory`
+
+
+def shown_by(layout: Layout) -> Shown | None:
+    return getattr(layout.index, "shown", None)
+
+
 # Derived state is never stale. The index carries as `built_from` the coordinates it was built from and their versions.
 # A rewire writes coordinates, rebuilds the index and stamps it. Whoever else writes coordinates in place (a checkpoint
-# library, an average of models) leaves an older stamp behind, which the next product sees.
+# library, an average of models) leaves an older stamp behind, which the next product sees. The index of a full store
+# carries as `shown` what somebody asked for and may write.
 
 
 def stamp(layout: Layout) -> None:
@@ -149,6 +238,8 @@ def stamp(layout: Layout) -> None:
 def is_current(layout: Layout) -> bool:
     """Whether the index was built from these coordinates as they are now; reads no tensor."""
     rows, cols, versions = getattr(layout.index, "built_from", (None, None, None))
+    if layout.full and (shown := shown_by(layout)) is not None and shown.are_written():
+        return False
     return rows is layout.block_rows and cols is layout.block_cols and versions == layout.versions()
 
 
@@ -157,27 +248,39 @@ def catch_up(layout: Layout) -> bool:
 
     Raises:
         ValueError: the coordinates are no topology, or the layout's tensors do not fit together.
-        RuntimeError: a CUDA graph is being captured, which cannot wait for the coordinates to be checked.
+        RuntimeError: a CUDA graph is being captured, which cannot wait for the coordinates to be checked; or they are
+            those of a full store, which only its `Topology` follows.
     """
-    if layout.index.is_cuda and torch.cuda.is_current_stream_capturing():
+    refuse_capture(layout.index)
+    if layout.full and (shown := shown_by(layout)) is not None and shown.are_written():
         raise RuntimeError(
-            "Topology: block_rows or block_cols were written in place since the index was built, and a CUDA graph that "
-            "is being captured cannot check them; run the model once before the capture"
+            "Topology: coordinates of a full store were written in place, which compiled code cannot follow; run the "
+            "model once without torch.compile, or load a state_dict"
         )
     check_blocks(layout.block_rows, layout.block_cols, (layout.num_rows, layout.num_cols), layout.groups)
-    if layout.full and not in_order(layout):
-        raise ValueError("Topology: block_rows and block_cols are not in row-major order, but the layout says full")
+    if layout.full and len(layout.block_rows):
+        raise ValueError(f"Topology: a full store has no coordinates, got those of {len(layout.block_rows)} slots")
     index = build_index(layout)
-    if index.shape != layout.index.shape or layout.index.dtype != index.dtype:
+    sizes = (0, _num_words(layout.num_slots)) if layout.full else (len(index),)
+    if layout.index.dim() != 1 or len(layout.index) not in sizes or layout.index.dtype != torch.int32:
         raise ValueError(
             f"Topology: {layout.num_slots} slots of {layout.num_rows} x {layout.num_cols} blocks want an index of "
-            f"{len(index)} int32, got {tuple(layout.index.shape)} of {layout.index.dtype}"
+            f"{' or '.join(map(str, sizes))} int32, got {tuple(layout.index.shape)} of {layout.index.dtype}"
         )
     changed = not torch.equal(index, layout.index)
     if changed:
         layout.index.copy_(index)
     stamp(layout)
     return changed
+
+
+def refuse_capture(index: Tensor) -> None:
+    """Refuse to read coordinates that somebody wrote while a CUDA graph is being captured."""
+    if index.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "Topology: block_rows or block_cols were written in place since the index was built, and a CUDA graph that "
+            "is being captured cannot check them; run the model once before the capture"
+        )
 
 
 def in_order(layout: Layout) -> bool:
@@ -207,6 +310,10 @@ class Topology(nn.Module):
     derived from them, not saved, and built anew before the next product if somebody has written them in place. With
     groups, the matrix is block-diagonal: group g owns block rows g*R/G ... and block columns g*C/G ... .
 
+    A full store, of every block in row-major order, holds no coordinates and no index, but a bit for each slot once
+    some are dead. Its `block_rows` and `block_cols` are made when asked for. The next product looks whether they were
+    written, follows them, and forgets them unless somebody holds them. Compiled code cannot follow them, and says so.
+
     Args:
         block_rows, block_cols: int [num_slots], no duplicates; -1 in both = dead slot.
         shape: (out_features, in_features), all groups together, in elements and unpadded.
@@ -233,8 +340,8 @@ class Topology(nn.Module):
         self.padded = self.shape != tuple(blocks * block_size for blocks in self.grid)
         check_blocks(block_rows, block_cols, self.grid, groups)
         dtype = torch.int16 if max(self.grid) < 2**15 else torch.int32
-        self.block_rows = block_rows.to(dtype, copy=True)
-        self.block_cols = block_cols.to(dtype, copy=True)
+        self._rows = block_rows.to(dtype, copy=True)
+        self._cols = block_cols.to(dtype, copy=True)
         self.index = torch.empty(0, dtype=torch.int32, device=block_rows.device)
         # How often a checkpoint brought in another topology; a rule compares it to notice stale optimiser state.
         self.adoptions = 0
@@ -285,6 +392,41 @@ class Topology(nn.Module):
         return cls(g * rows + r, g * cols + c, shape, block_size, groups)
 
     @property
+    def block_rows(self) -> Tensor:
+        """int16, or int32 on grids of more than 32767, [num_slots]: global block row of each slot, -1 = dead."""
+        return self._coordinates()[0]
+
+    @block_rows.setter
+    def block_rows(self, block_rows: Tensor) -> None:
+        self._put(block_rows, self._coordinates()[1])
+
+    @property
+    def block_cols(self) -> Tensor:
+        """Likewise the global block column."""
+        return self._coordinates()[1]
+
+    @block_cols.setter
+    def block_cols(self, block_cols: Tensor) -> None:
+        self._put(self._coordinates()[0], block_cols)
+
+    def _coordinates(self) -> tuple[Tensor, Tensor]:
+        if not self.full:
+            return self._rows, self._cols
+        if torch.compiler.is_compiling():
+            return self.layout.coordinates()
+        layout = self._layout()
+        with torch.inference_mode(False):  # whose tensors do not count how often they are written
+            if (shown := shown_by(layout)) is None:
+                self.index.shown = shown = Shown.agreeing(*layout.coordinates())
+            return shown.rows.detach(), shown.cols.detach()  # others, which count together: see `Shown.are_held`
+
+    def _put(self, block_rows: Tensor, block_cols: Tensor) -> None:
+        if self.full:
+            self.index.shown = Shown(block_rows, block_cols, ())
+        else:
+            self._rows, self._cols = block_rows, block_cols
+
+    @property
     def layout(self) -> Layout:
         """What products walk, with an index that agrees with the coordinates.
 
@@ -292,21 +434,19 @@ class Topology(nn.Module):
             ValueError: somebody wrote coordinates in place that are no topology.
         """
         if torch.compiler.is_compiling():
-            return Layout(
-                self.block_rows, self.block_cols, self.index, *self.grid, self.groups, self.block_size, self.full
-            )
+            return Layout(self._rows, self._cols, self.index, *self.grid, self.groups, self.block_size, self.full)
         return self.eager_layout()
 
     def eager_layout(self) -> Layout:
         """`layout` for whoever knows that nothing is being compiled."""
         layout = self._layout()
-        if not is_current(layout):
-            self._catch_up()
+        if (self.full and shown_by(layout) is not None) or not is_current(layout):
+            self._follow()
             return self._layout()  # which may have stopped being a full store
         return layout
 
     def _layout(self) -> Layout:
-        held, rows, cols, index = self._held_layout, self.block_rows, self.block_cols, self.index
+        held, rows, cols, index = self._held_layout, self._rows, self._cols, self.index
         # the same tuple as long as it says the same: to make one takes longer than to look
         if held is None or not (held[0] is rows and held[1] is cols and held[2] is index and held[7] is self.full):
             self._held_layout = held = Layout(rows, cols, index, *self.grid, self.groups, self.block_size, self.full)
@@ -314,7 +454,7 @@ class Topology(nn.Module):
 
     @property
     def num_slots(self) -> int:
-        return self.block_rows.shape[0]
+        return self.num_blocks if self.full else self._rows.shape[0]
 
     @property
     def num_blocks(self) -> int:
@@ -323,7 +463,7 @@ class Topology(nn.Module):
 
     @property
     def num_live(self) -> int:
-        return int((self.block_rows >= 0).sum())
+        return int(self.layout.live().sum())
 
     @property
     def density(self) -> float:
@@ -331,16 +471,16 @@ class Topology(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of coordinates and index: what the topology costs besides the weight."""
-        return sum(t.numel() * t.element_size() for t in (self.block_rows, self.block_cols, self.index))
+        """Bytes of coordinates and index that are held: what the topology costs besides the weight."""
+        return sum(t.numel() * t.element_size() for t in (self._rows, self._cols, self.index))
 
     def live_per_group(self) -> list[int]:
-        rows = self.layout.block_rows.long()
+        rows = self.layout.coordinates()[0].long()
         return torch.bincount(rows[rows >= 0] // (self.grid[0] // self.groups), minlength=self.groups).tolist()
 
     def mask(self) -> Tensor:
         """Boolean grid [groups, rows, cols] per group, True where a block is live."""
-        mask = torch.zeros(self.num_blocks + 1, dtype=torch.bool, device=self.block_rows.device)
+        mask = torch.zeros(self.num_blocks + 1, dtype=torch.bool, device=self.index.device)
         mask[self.layout.positions()] = True
         return mask[:-1].view(self.groups, self.grid[0] // self.groups, self.grid[1] // self.groups)
 
@@ -350,12 +490,37 @@ class Topology(nn.Module):
         Raises:
             ValueError: by the C++ module: a block is outside of the grid. Blocks that are live twice are not found.
         """
+        if self.full:
+            self._follow()
+            return
         layout = self._layout()
         self.index.copy_(build_index(layout))
         stamp(layout)
 
+    @torch.no_grad()
+    def mark_dead(self, dead: Tensor) -> None:
+        """Mark slots dead where the boolean [num_slots] says so, in place and without a host synchronisation."""
+        if not self.full:
+            self._rows.masked_fill_(dead, -1)
+            self._cols.masked_fill_(dead, -1)
+            self.rebuild()
+            return
+        before = self.layout.dead()
+        self.hold_bits()
+        self.index.copy_(_packed(dead if before is None else dead | before))
+        stamp(self._layout())
+        if (shown := shown_by(self._layout())) is not None:
+            self.index.shown = Shown.agreeing(*(own.masked_fill_(dead, -1) for own in shown[:2]))
+
+    @torch.no_grad()
+    def hold_bits(self) -> None:
+        """Give a full store the bits of its dead slots, before there are any: CUDA graphs want addresses that stay."""
+        if self.full and not self.index.numel():
+            self.index.set_(self.index.new_zeros(_num_words(self.num_slots)))
+            stamp(self._layout())
+
     def replace(self, block_rows: Tensor, block_cols: Tensor) -> None:
-        """Take over coordinates of any number of slots, in the same tensors: what loading needs.
+        """Take over coordinates of any number of slots, in the tensors that are held: what loading needs.
 
         Raises:
             ValueError: the coordinates are no topology of this geometry.
@@ -365,11 +530,11 @@ class Topology(nn.Module):
         self._replace(block_rows, block_cols)
 
     def _check_values(self, coordinates: Tensor) -> None:
-        if coordinates.is_meta and not self.block_rows.is_meta:
+        if coordinates.is_meta and not self.index.is_meta:
             raise ValueError("Topology: block_rows and block_cols are on meta, where they have no values")
 
     def keep_slots(self, slots: Tensor) -> None:
-        """Keep these slots, int64 [any], in this order and in the same tensors: what compaction needs.
+        """Keep these slots, int64 [any], in this order and in the tensors that are held: what compaction needs.
 
         Raises:
             ValueError: they are no slots of this topology, or a live one is among them twice.
@@ -379,43 +544,69 @@ class Topology(nn.Module):
             raise ValueError(f"keep_slots: slots must be integers [any], got {got}")
         if ((slots < 0) | (slots >= self.num_slots)).any():
             raise ValueError(f"keep_slots: slots must be from 0 to {self.num_slots - 1}, got {slots.tolist()}")
-        self.replace(self.block_rows[slots.long()], self.block_cols[slots.long()])
+        rows, cols = self.layout.coordinates()
+        self.replace(rows[slots.long()], cols[slots.long()])
 
     @torch.no_grad()
     def _replace(self, block_rows: Tensor, block_cols: Tensor) -> None:
-        for own, value in ((self.block_rows, block_rows), (self.block_cols, block_cols)):
-            own.set_(value.to(own, copy=True))
+        rows, cols = (value.to(self._rows, copy=True) for value in (block_rows, block_cols))
+        if self.full:
+            self._rows, self._cols = rows, cols
+            self.index.shown = None
+        else:
+            self._rows.set_(rows)
+            self._cols.set_(cols)
         self._reindex()
 
     @torch.no_grad()
     def leave_full_store(self) -> None:
-        """Build the index of a full store, so that products walk its live blocks from now on."""
-        self.full = False
-        self._resize_index()
+        """Hold coordinates and an index instead, so that products walk the live blocks from now on."""
+        layout = self.layout
+        if layout.full:
+            shown, (self._rows, self._cols, index) = shown_by(layout), layout.indexed().tensors
+            if shown is not None:  # whoever holds them may go on writing them
+                self._rows, self._cols = (own.to(self._rows) for own in shown[:2])
+            self.full = False
+            self.index.shown = None
+            self.index.set_(index)
+            stamp(self._layout())
 
     def _reindex(self) -> None:
         """Size the index for the slots there are now; a store with a slot for every block, in order, needs none."""
         self.full = False
-        self.full = in_order(self._layout())
-        self._resize_index()
-
-    def _resize_index(self) -> None:
-        self.index.set_(build_index(self._layout()))
+        layout = self._layout()
+        index = build_index(layout) if not in_order(layout) else self._as_full_store(layout.dead())
+        self.index.set_(index)
         stamp(self._layout())
 
+    def _as_full_store(self, dead: Tensor) -> Tensor:
+        """Hold no coordinates; returns the index."""
+        self.full = True
+        self._rows, self._cols = (torch.empty_like(own[:0]) for own in (self._rows, self._cols))
+        return _packed(dead) if dead.any() else self.index.new_empty(0)
+
     @torch.no_grad()
-    def _catch_up(self) -> None:
-        """Follow coordinates that somebody wrote in place, as if they had been loaded."""
+    def _follow(self) -> None:
+        """Agree with coordinates that somebody wrote, as if they had been loaded."""
         layout = self._layout()
-        if layout.block_rows.is_meta:  # there is nothing to check, and no product to go wrong
+        shown = shown_by(layout) if self.full else None
+        if is_current(layout) or self.index.is_meta:  # where there is nothing to check, and no product to go wrong
             stamp(layout)
-            return
-        check_blocks(self.block_rows, self.block_cols, self.grid, self.groups)
-        if self.full and not in_order(layout):
-            self.leave_full_store()
-            self.adoptions += 1
+            if shown is not None and not shown.are_held():
+                self.index.shown = None
+        elif shown is not None and shown.are_written():
+            self._follow_shown(shown)
         elif catch_up(layout):
             self.adoptions += 1
+
+    def _follow_shown(self, shown: Shown) -> None:
+        """Likewise with those that a full store has shown."""
+        refuse_capture(self.index)
+        check_blocks(shown.rows, shown.cols, self.grid, self.groups)
+        self.adoptions += not self.is_at(shown.rows, shown.cols)
+        self._rows, self._cols = (own.to(self._rows) for own in shown[:2])
+        self._reindex()
+        self.index.shown = Shown.agreeing(*shown[:2]) if self.full else None
 
     def _apply(self, fn, recurse=True):
         """Go where `fn` takes tensors, and nothing else: coordinates stay the integers they are.
@@ -424,24 +615,25 @@ class Topology(nn.Module):
         the same number of slots is drawn.
         """
         super()._apply(fn, recurse)
-        own = self.block_rows, self.block_cols, self.index
+        own = self.layout.tensors
         device = [fn(tensor) for tensor in own][0].device  # moved to shared memory, they are the same tensors
         if device == own[0].device:
             return self
-        if self.block_rows.is_meta:
+        if self.index.is_meta:
             per_group = [len(part) for part in torch.arange(self.num_slots, device="cpu").tensor_split(self.groups)]
-            own = Topology.random(self.shape, per_group, self.block_size, self.groups)._layout().tensors
-        self.block_rows, self.block_cols, self.index = (tensor.to(device) for tensor in own)
+            drawn = Topology.random(self.shape, per_group, self.block_size, self.groups)
+            own, self.full = drawn.layout.tensors, drawn.full
+        self._rows, self._cols, self.index = (tensor.to(device) for tensor in own)
         stamp(self._layout())
         return self
 
     def __getstate__(self) -> dict:
-        if not self.block_rows.is_meta and not is_current(self._layout()):
-            self._catch_up()  # a copy's index is as good as the original's
+        self._follow()  # a copy's index is as good as the original's
         return self.__dict__
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
+        self.index.shown = None  # nobody holds those of a copy
         stamp(self._layout())  # the copies have versions of their own
 
     def get_extra_state(self) -> Tensor:
@@ -449,14 +641,14 @@ class Topology(nn.Module):
         return torch.tensor([*self.shape, self.block_size, self.groups, self.full])
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        destination[prefix + "block_rows"], destination[prefix + "block_cols"] = self.block_rows, self.block_cols
+        destination[prefix + "block_rows"], destination[prefix + "block_cols"] = self._coordinates()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def is_at(self, block_rows: Tensor, block_cols: Tensor) -> bool:
         """Whether these are the coordinates, slot by slot; False on "meta", which has none."""
-        if self.block_rows.is_meta or block_rows.is_meta or block_rows.shape != self.block_rows.shape:
+        if self.index.is_meta or block_rows.is_meta or block_rows.shape != (self.num_slots,):
             return False
-        pairs = ((block_rows, self.block_rows), (block_cols, self.block_cols))
+        pairs = zip((block_rows, block_cols), self._layout().coordinates(), strict=True)
         return all(torch.equal(other.to(own), own) for other, own in pairs)
 
     def check_checkpoint(self, state_dict: dict, prefix: str) -> bool:
@@ -479,9 +671,9 @@ class Topology(nn.Module):
             missing_keys.extend(prefix + name for name in _SAVED if prefix + name not in state_dict)
             return
         rows, cols = state_dict[prefix + "block_rows"], state_dict[prefix + "block_cols"]
-        if self.block_rows.is_meta and local_metadata.get("assign_to_params_buffers"):
+        if self.index.is_meta and local_metadata.get("assign_to_params_buffers"):
             self._apply(lambda tensor: torch.empty_like(tensor, device=rows.device))
-        if self.block_rows.is_meta:
+        if self.index.is_meta:
             return  # as for parameters: what has no memory keeps nothing
         # where somebody filled the tensors of our own state_dict, they are equal and the index is old
         same = self.is_at(rows, cols) and is_current(self._layout())

@@ -1,6 +1,5 @@
 // densify and gather: live blocks to dense matrices [groups, out_per_group, in_per_group] and back, at memcpy's speed.
 #include <cstring>
-#include <type_traits>
 
 #include "kernels.h"
 #include "parallel.h"
@@ -31,8 +30,11 @@ template <int BLOCK, int ELEMENT_BYTES>
 void scatter(const char* weight, char* dense, const Dense& d, Range slots) {
     constexpr int BYTES = BLOCK * ELEMENT_BYTES;
     for (int64_t slot = slots.begin; slot < slots.end; slot++) {
-        int row = d.layout.row(slot), col = d.layout.col(slot);
-        if (d.layout.full) row = int(slot / d.group_cols), col = int(slot % d.group_cols);  // dead slots hold zeros
+        int row, col;
+        if (d.layout.full)
+            row = int(slot / d.group_cols), col = int(slot % d.group_cols);  // dead slots hold zeros
+        else
+            row = d.layout.row(slot), col = d.layout.col(slot);
         if (row < 0) continue;
         const char* from = weight + slot * BYTES * BLOCK;
         char* to = dense + d.place(row, col, BYTES);
@@ -40,31 +42,35 @@ void scatter(const char* weight, char* dense, const Dense& d, Range slots) {
     }
 }
 
-// A full store of block size 1 is the dense matrix, but for its dead slots, whose rows are -1. Without a branch, which
+// A full store of block size 1 is the dense matrix, but for its dead slots, whose bits are 1. Without a branch, which
 // would be mispredicted at half density: ten times as long.
-template <class Element, class Coordinate>
-void clear_dead(void* weight, const void* block_rows, Range slots) {
-    const auto rows = static_cast<const Coordinate*>(block_rows);
-    auto to = static_cast<Element*>(weight);
-    for (int64_t slot = slots.begin; slot < slots.end; slot++) to[slot] &= ~Element(int32_t(rows[slot]) >> 31);
+template <class Element>
+void clear_dead(void* weight, const int32_t* bits, int64_t num_slots) {
+    constexpr int BITS = 8 * sizeof(Element);  // as many as an element has, so that masks and weights are equally wide
+    Element masks[BITS];
+    for (int i = 0; i < BITS; i++) masks[i] = Element(Element(1) << i);
+    const auto clear = [&](int64_t slot, int count) {
+        Element dead;
+        std::memcpy(&dead, reinterpret_cast<const char*>(bits) + slot / 8, sizeof dead);
+        Element* to = static_cast<Element*>(weight) + slot;
+        for (int i = 0; i < count; i++) to[i] &= dead & masks[i] ? Element(0) : Element(-1);
+    };
+    const int64_t rest = num_slots % BITS;
+    for (int64_t slot = 0; slot < num_slots - rest; slot += BITS) clear(slot, BITS);
+    if (rest) clear(num_slots - rest, int(rest));
 }
 
 template <int BLOCK, int ELEMENT_BYTES>
 void collect(const char* dense, char* weight, const Dense& d, Range slots) {
     constexpr int BYTES = BLOCK * ELEMENT_BYTES;
-    if (BLOCK == 1 && d.layout.full) {
-        using Element = std::conditional_t<ELEMENT_BYTES == 4, uint32_t, uint16_t>;
-        const auto clear = d.layout.coordinate_bytes == 2 ? clear_dead<Element, int16_t> : clear_dead<Element, int32_t>;
-        return clear(weight, d.layout.block_rows, slots);  // in place: `weight` is `dense`
-    }
     for (int64_t slot = slots.begin; slot < slots.end; slot++) {
-        const int row = d.layout.row(slot);
+        const int row = d.layout.any_row(slot);
         char* to = weight + slot * BYTES * BLOCK;
         if (row < 0) {
             std::memset(to, 0, BYTES * BLOCK);
             continue;
         }
-        const char* from = dense + d.place(row, d.layout.col(slot), BYTES);
+        const char* from = dense + d.place(row, d.layout.any_col(slot), BYTES);
         for (int i = 0; i < BLOCK; i++, to += BYTES, from += d.row_bytes) std::memcpy(to, from, BYTES);
     }
 }
@@ -99,9 +105,14 @@ void densify(const void* weight, void* dense, const Layout& layout, int element_
 }
 
 void gather(const void* dense, void* weight, const Layout& layout, int element_bytes, int threads) {
+    if (layout.full && layout.block == 1) {  // in place: `weight` is `dense`
+        // one thread: 0.1 ns a weight are less than a team of threads costs to start
+        const auto clear = element_bytes == 4 ? clear_dead<uint32_t> : clear_dead<uint16_t>;
+        if (layout.index) clear(weight, layout.index, layout.num_slots);
+        return;
+    }
     const Dense d(layout, element_bytes);
     const auto function = BY_SIZE(collect, layout.block, element_bytes);
-    if (layout.full && layout.block == 1) threads = 1;  // 0.1 ns a weight: less than a team of threads costs to start
 #pragma omp parallel num_threads(threads) if (threads > 1)
     function(static_cast<const char*>(dense), static_cast<char*>(weight), d, my_share(layout.num_slots));
 }

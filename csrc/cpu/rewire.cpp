@@ -45,7 +45,7 @@ void weakest(const float* scores, const Layout& layout, const std::vector<int64_
     std::vector<std::vector<uint64_t>> items(layout.groups);
     for (auto& group : items) group.reserve(layout.num_slots / layout.groups);
     for (int64_t slot = 0; slot < layout.num_slots; slot++) {
-        const int row = layout.row(slot);
+        const int row = layout.any_row(slot);
         if (row < 0) continue;
         auto& own = layout.groups == 1 ? items[0] : items[row / group_rows];
         own.push_back(uint64_t(drop_key(scores[slot])) << 32 | uint64_t(slot));
@@ -73,10 +73,10 @@ void random_candidates(const Layout& layout, int64_t count, uint64_t start, int6
     std::vector<bool> live(places * layout.groups);  // by place over all groups
     std::vector<int64_t> dead(layout.groups, places);
     for (int64_t slot = 0; slot < layout.num_slots; slot++) {
-        const int64_t row = layout.row(slot);
+        const int64_t row = layout.any_row(slot);
         if (row < 0) continue;
         const int64_t g = layout.groups == 1 ? 0 : row / group_rows;  // a division takes as long as a hash
-        live[row * group_cols + layout.col(slot) - g * group_cols] = true;
+        live[row * group_cols + layout.any_col(slot) - g * group_cols] = true;
         dead[g]--;
     }
     std::vector<uint64_t> items;

@@ -99,8 +99,8 @@ struct Call {
         for (int64_t p = share.begin; p < share.end; p++) {
             const Place& place = places[p];
             const int group = place.row / group_rows;
-            const bool dead = layout.row(place.slot) < 0;
-            if (dead || (token_offsets.ragged() ? token_offsets[group] == token_offsets[group + 1] : s.tokens == 0))
+            const bool empty = token_offsets.ragged() ? token_offsets[group] == token_offsets[group + 1] : s.tokens == 0;
+            if (empty || layout.dead(place.slot))
                 std::memset(static_cast<char*>(s.grad) + place.slot * bytes, 0, bytes);
         }
     }

@@ -72,7 +72,7 @@ def dds(
 
 def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = None) -> Tensor:
     """The live blocks of dyᵀx, [num_slots, B, B]. See `sparsekern.products.sdd`; here both are 2-D and padded."""
-    grad = x.new_empty(layout.block_rows.shape[0], layout.block_size, layout.block_size)
+    grad = x.new_empty(layout.num_slots, layout.block_size, layout.block_size)
     _C.sdd(layout=layout, dy=dy, x=x, grad=grad, token_offsets=token_offsets, threads=torch.get_num_threads())
     return grad
 
@@ -95,9 +95,11 @@ def gather(dense: Tensor, layout: Layout) -> Tensor:
     """
     if layout.full and layout.block_size == 1:
         weight = dense = dense.reshape(-1, 1, 1)
+        if not layout.index.numel():
+            return weight
     else:
         dense = dense.contiguous()
-        weight = dense.new_empty(layout.block_rows.shape[0], layout.block_size, layout.block_size)
+        weight = dense.new_empty(layout.num_slots, layout.block_size, layout.block_size)
     _C.gather(layout=layout, dense=dense, weight=weight, threads=torch.get_num_threads())
     return weight
 

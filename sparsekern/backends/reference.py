@@ -39,7 +39,7 @@ def gather(dense: Tensor, layout: Layout) -> Tensor:
     blocks = dense.view(g, r, b, c, b).transpose(2, 3).reshape(g * r * c, b, b)
     if not layout.full:
         blocks = blocks[layout.positions().clamp(max=g * r * c - 1)]
-    return blocks.masked_fill_((layout.block_rows < 0)[:, None, None], 0)
+    return layout.clear_dead(blocks)
 
 
 def dds(

@@ -99,12 +99,12 @@ def sparse_is_faster(layout: Layout, dtype: torch.dtype) -> bool:
 
     On a GPU, where slots count and not live blocks, a full store is left by a compaction only.
     """
-    return _has_kernels(layout.block_rows.device, dtype) and _is_sparser(layout, break_even(layout.block_size, dtype))
+    return _has_kernels(layout.index.device, dtype) and _is_sparser(layout, break_even(layout.block_size, dtype))
 
 
 def full_store_is_faster(layout: Layout, dtype: torch.dtype) -> bool:
     """Whether a full store, which the vendor's GEMM takes without a copy, is still faster than what is sparse."""
-    return layout.full and _has_kernels(layout.block_rows.device, dtype) and not sparse_is_faster(layout, dtype)
+    return layout.full and _has_kernels(layout.index.device, dtype) and not sparse_is_faster(layout, dtype)
 
 
 def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
@@ -128,6 +128,8 @@ def _is_sparser(layout: Layout, density: float) -> bool:
     limit = density * layout.num_rows * layout.num_cols / layout.groups
     if layout.num_slots <= limit:
         return True
+    if layout.full:
+        return bool(layout.live().sum() <= limit)
     dead = -layout.block_rows.clamp(max=0).sum(dtype=torch.int32)  # rows of dead slots are -1; faster than (rows < 0)
     return bool(layout.num_slots - dead <= limit)
 

@@ -27,12 +27,12 @@ class DeviceRule(Rule):
         layouts = [copy.topology.layout for copy in copies]
         return LayerTensors(layouts, layer.topology.shape, layer.weight, tensors, growth)
 
-    def _by_kernels(self, layers: Sequence[LayerTensors], events: Sequence[LayerEvent]) -> Tensor:
-        """Do an event of all layers, in the order of `self.layers`; returns `ModelTables.stats`."""
+    def _by_kernels(self, paths: list[str], layers: Sequence[LayerTensors], events: Sequence[LayerEvent]) -> Tensor:
+        """Do an event of these layers; returns `ModelTables.stats`."""
         tables = tables_for(layers, self._tables)
         rewire_model(tables, tables.event_table(events))
         if tables is not self._tables:
-            for path, nan in zip(self.layers, tables.stats[:, 1], strict=True):
+            for path, nan in zip(paths, tables.stats[:, 1], strict=True):
                 self._nan[path] = nan.logical_or_(self._nan[path])
             self._tables = tables
         return tables.stats

@@ -114,6 +114,10 @@ class DropAndGrow(DeviceRule):
         # every layer is scored before the first is changed, so that scores that are refused leave all as it was
         counted = {path: self._counts(path, fraction) for path in self.layers}
         counts = {path: own for path, (own, _) in counted.items()}
+        for path in counts:
+            if any(counts[path]):  # a full store has dead places, which now grow
+                for copy in self._copies(path):
+                    copy.topology.leave_full_store()
         if self._is_on_device():
             self._event_on_device(counts)
         else:
@@ -127,9 +131,13 @@ class DropAndGrow(DeviceRule):
         return self.balance is None and super()._is_on_device()  # the kernels grow anywhere in a group
 
     def _event_on_device(self, counts: dict[str, list[int]]) -> None:
-        prepared = [self._prepared(path, layer, counts[path]) for path, layer in self.layers.items()]
-        stats = self._by_kernels(*zip(*prepared, strict=True))
-        for path, moved in zip(self.layers, stats[:, 0], strict=True):
+        self._moved = dict.fromkeys(self.layers, (0, 0))
+        layers = {path: layer for path, layer in self.layers.items() if not layer.topology.full}  # where nothing moves
+        if not layers:
+            return
+        prepared = [self._prepared(path, layer, counts[path]) for path, layer in layers.items()]
+        stats = self._by_kernels(list(layers), *zip(*prepared, strict=True))
+        for path, moved in zip(layers, stats[:, 0], strict=True):
             self._moved[path] = moved, moved
             self._cover(path)
 
@@ -152,7 +160,7 @@ class DropAndGrow(DeviceRule):
         """Slots to rewire, int64 [sum(counts)], and their new block rows and columns, -1 where candidates ran out."""
         layout = layer.topology.layout
         if not any(counts):
-            return 3 * (layout.block_rows[:0].long(),)
+            return 3 * (torch.empty(0, dtype=torch.int64, device=layout.index.device),)
         scores = self._checked(path, "drop_scores", self.drop_scores(layer), (layout.num_slots,))
         self._note_nan(path, scores)
         slots = weakest(scores, layout, self._live[path], counts)

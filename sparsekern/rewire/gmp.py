@@ -70,6 +70,10 @@ class GMP(DeviceRule):
         self.compactions = 0
         self._done = False
         self._initial = {path: layer.topology.live_per_group() for path, layer in self.layers.items()}
+        for path, layer in self.layers.items():
+            if layer.weight.is_cuda:  # a CUDA graph that is captured before the first event clears dead slots too
+                for copy in self._copies(path):
+                    copy.topology.hold_bits()
         # How many live blocks each layer has, on the way from device to host, and the event that says it arrived.
         self._counts: Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
@@ -106,8 +110,11 @@ class GMP(DeviceRule):
         dead = self._weakest_of_all(progress) if self.scope == "global" else self._weakest_of_each(progress)
         for path, mask in dead.items():
             self._mark(path, mask)
-        self._send(torch.stack([(layer.topology.block_rows >= 0).sum() for layer in self.layers.values()]))
+        self._send(torch.stack([layer.topology.layout.live().sum() for layer in self.layers.values()]))
         return True
+
+    def _is_on_device(self) -> bool:
+        return super()._is_on_device() and not any(layer.topology.full for layer in self.layers.values())
 
     def _event_on_device(self, progress: float) -> None:
         growth = Growth.MARK_DEAD_OF_ALL if self.scope == "global" else Growth.MARK_DEAD
@@ -118,7 +125,7 @@ class GMP(DeviceRule):
             live = self._live[path]
             counts = [0] * len(live) if self.scope == "global" else self._counts_of(path, progress)
             events.append(LayerEvent(counts, live, gradient=layer.weight.grad, target=target))
-        stats = self._by_kernels(layers, events)
+        stats = self._by_kernels(list(self.layers), layers, events)
         for (path, moved), event in zip(zip(self.layers, stats[:, 0], strict=True), events, strict=True):
             self._moved[path] = moved, 0
             self._live[path] = [live - count for live, count in zip(event.live, event.counts, strict=True)]
@@ -165,7 +172,7 @@ class GMP(DeviceRule):
             live, counts = self._live[path], self._counts_of(path, progress)
             slots = weakest(scores, topology.layout, live, counts)
             self._live[path] = [n - count for n, count in zip(live, counts, strict=True)]
-            dead[path] = (topology.block_rows < 0).index_fill_(0, slots, True)
+            dead[path] = (~topology.layout.live()).index_fill_(0, slots, True)
         return dead
 
     def _counts_of(self, path: str, progress: float) -> list[int]:
@@ -180,14 +187,12 @@ class GMP(DeviceRule):
 
     def _mark(self, path: str, dead: Tensor) -> None:
         """Make these slots dead, with weight, gradient and state as in a fresh slot."""
-        self._moved[path] = ((self.layers[path].topology.block_rows >= 0) & dead).sum(), 0
+        self._moved[path] = (self.layers[path].topology.layout.live() & dead).sum(), 0
         for tensor, fresh in self._element_tensors(path):
             tensor.masked_fill_(dead[:, None, None], fresh)
         for copy in self._copies(path):
             copy.weight.masked_fill_(dead[:, None, None], 0)
-            copy.topology.block_rows.masked_fill_(dead, -1)
-            copy.topology.block_cols.masked_fill_(dead, -1)
-            copy.topology.rebuild()
+            copy.topology.mark_dead(dead)
 
     def _settle(self, wait: bool) -> None:
         """Compact the layers that have become half empty, as soon as the host knows their number of live blocks."""
@@ -210,7 +215,7 @@ class GMP(DeviceRule):
     def _compact(self, path: str, live: int) -> None:
         """Keep the first `live` live slots, in order, in smaller storages of the same Parameters."""
         layer = self.layers[path]
-        kept = torch.sort((layer.topology.block_rows < 0).int(), stable=True).indices[:live]
+        kept = torch.sort((~layer.topology.layout.live()).int(), stable=True).indices[:live]
         for state, name, value, _ in list(element_state(self._optimizers, layer.weight)):
             state[name] = value[kept]
         for copy in self._copies(path):

@@ -86,7 +86,7 @@ class GrowthScores:
     """
 
     def __init__(self, topology: Topology):
-        device = topology.block_rows.device
+        device = topology.index.device
         # plain tensors: as buffers, DistributedDataParallel would overwrite every rank's scores with those of rank 0
         self.armed = torch.zeros((), dtype=torch.bool, device=device)
         if topology.block_size > 1:
@@ -171,7 +171,7 @@ def _keep_best(dy, x, token_offsets, layout, armed, keys):
 def _check_scores(dy, x, token_offsets, layout: Layout, armed, scores) -> None:
     """Refuse what does not fit the layout: the backends would follow it."""
     checked(layout)
-    check_devices("score_growth", x, dy, token_offsets, layout.block_rows, armed, scores)
+    check_devices("score_growth", x, dy, token_offsets, layout.index, armed, scores)
     check_operand("score_growth", "dy", dy, layout.num_rows, layout, token_offsets)
     check_operand("score_growth", "x", x, layout.num_cols, layout, token_offsets)
     if dy.dtype != x.dtype or len(dy) != len(x):

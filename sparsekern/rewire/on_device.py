@@ -198,6 +198,8 @@ def _note_writes(layers: Sequence[LayerTensors]) -> None:
 def _problem(layer: LayerTensors) -> str | None:
     """What the kernels cannot take of a layer, as the end of a sentence."""
     own, tensors = layer.layouts[0], [layer.weight, *(tensor for tensor, _ in layer.tensors)]
+    if any(layout.full for layout in layer.layouts):
+        return "has no coordinates, as it is a full store; the kernels write coordinates"
     if wrong := [t.dtype for t in tensors if t.dtype not in TYPES]:
         return f"has tensors of {wrong[0]}; the kernels take float32, float16 and bfloat16"
     if not all(map(_is_whole, tensors)):

@@ -39,7 +39,7 @@ def _share_topology(wrapper: nn.Module, name: str, model: nn.Module) -> None:
     topologies = [m.topology for m in model.modules() if isinstance(m, SparseLayer)]
     if not topologies:
         return
-    group, device = wrapper.process_group, topologies[0].block_rows.device
+    group, device = wrapper.process_group, topologies[0].index.device
     for what, own in (
         ("sparse layers", [len(topologies)]),
         ("slots per sparse layer", [t.num_slots for t in topologies]),
@@ -52,7 +52,7 @@ def _share_topology(wrapper: nn.Module, name: str, model: nn.Module) -> None:
     sums = gathered(torch.stack([checksum(topology) for topology in topologies]), group)
     for topology, differs in zip(topologies, (sums != sums[0]).any(0).tolist(), strict=True):
         if differs:
-            coordinates = torch.stack((topology.block_rows, topology.block_cols)).int()  # no backend knows int16
+            coordinates = torch.stack(topology.layout.coordinates()).int()  # no backend knows int16
             torch.distributed.broadcast(coordinates, group=group, group_src=0)
             topology.replace(*coordinates)
             topology.adoptions += 1

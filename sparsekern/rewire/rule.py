@@ -250,11 +250,7 @@ class Rule:
                     f"{type(self).__name__}: a follower needs a sparse layer {path!r} of shape {layer.topology.shape}, "
                     f"but has {found} there"
                 )
-            same = (
-                torch.equal(getattr(other.topology, b), getattr(layer.topology, b))
-                for b in ("block_rows", "block_cols")
-            )
-            if not all(same):
+            if not other.topology.is_at(*layer.topology.layout.coordinates()):
                 raise ValueError(
                     f"{type(self).__name__}: layer {path!r} of a follower has another topology than the model; "
                     "copy the model (copy.deepcopy, or load_state_dict) before making the rule"
@@ -279,9 +275,10 @@ class Rule:
             versions = self._versions(path)
             if versions != self._compared[path]:  # somebody wrote coordinates; otherwise none are read
                 own = layer.topology
+                coordinates = own.layout.coordinates()
                 for follower in self.followers:
                     other = follower[path].topology
-                    if not other.is_at(own.block_rows, own.block_cols):
+                    if not other.is_at(*coordinates):
                         raise RuntimeError(
                             f"{where}: layer {path!r} of a follower no longer has the topology of the model, with "
                             f"{other.num_slots} and {own.num_slots} slots; load the model's state_dict into it"

@@ -21,7 +21,7 @@ def weakest(scores: Tensor, layout: Layout, live: list[int], counts: list[int]) 
     """
     if scores.device.type == "cpu" and not cpu.unavailable():
         return cpu.weakest(scores, layout, counts)
-    group = torch.where(layout.block_rows < 0, layout.groups, layout.block_rows // (layout.num_rows // layout.groups))
+    group = layout.positions() // (layout.num_rows * layout.num_cols // layout.groups**2)  # that of dead slots is last
     slots = torch.sort(sortable(scores), stable=True).indices
     slots = slots[torch.sort(group[slots], stable=True).indices]
     starts = [sum(live[:g]) for g in range(layout.groups)]
@@ -38,7 +38,7 @@ def weakest_of_all(scores: Sequence[Tensor], layouts: Sequence[Layout], target: 
         scores: float32 [num_slots] of each layer; NaN ranks below every number.
         target: in elements of the smallest block of all layers, as block sizes may differ.
     """
-    live = [layout.block_rows >= 0 for layout in layouts]
+    live = [layout.live() for layout in layouts]
     sizes = torch.cat([alive * size for alive, size in zip(live, relative_sizes(layouts), strict=True)])
     ranked = torch.cat([torch.where(alive, own, torch.inf) for alive, own in zip(live, scores, strict=True)])
     order = torch.sort(sortable(ranked), stable=True).indices
@@ -55,7 +55,7 @@ def relative_sizes(layouts: Sequence[Layout]) -> list[int]:
 
 def random_candidates(layout: Layout, count: int, start: int) -> Tensor:
     """Keys [groups, count] of dead blocks, each as likely as another; `start` picks the random stream."""
-    if layout.block_rows.device.type == "cpu" and not cpu.unavailable():
+    if layout.index.device.type == "cpu" and not cpu.unavailable():
         return cpu.random_candidates(layout, count, start)
     size = layout.num_rows * layout.num_cols // layout.groups // layout.groups
 
@@ -84,18 +84,17 @@ def all_candidates(layout: Layout, scores: Tensor) -> Tensor:
     place = torch.arange(scores.shape[1], device=scores.device)
     keys = torch.where(scores < 0, -1, pack(scores, place))
     keys = torch.cat((keys.flatten(), keys.new_full((1,), -1)))  # dead slots write to the last
-    position = layout.positions()
-    return keys.index_fill_(0, torch.where(layout.block_rows < 0, len(keys) - 1, position), -1)[:-1].view_as(scores)
+    return keys.index_fill_(0, layout.positions(), -1)[:-1].view_as(scores)
 
 
 def places_in_rows(keys: Tensor, layout: Layout, slots: Tensor) -> tuple[Tensor, Tensor]:
     """Block rows and columns, int64 like `slots`: the best candidates of each slot's own row; -1 where they ran out."""
-    row = layout.block_rows[slots].long()
+    cols = layout.num_cols // layout.groups
+    row = layout.positions()[slots] // cols
     order = torch.sort(row, stable=True).indices
     ordered = row[order]
     rank = torch.empty_like(row)
     rank[order] = torch.arange(len(row), device=row.device) - torch.searchsorted(ordered, ordered)
-    cols = layout.num_cols // layout.groups
     best = keys.view(layout.num_rows, cols).sort(1, descending=True).values[row, rank.clamp(max=cols - 1)]
     position = positions_of(torch.where(rank < cols, best, -1))
     col = row // (layout.num_rows // layout.groups) * cols + position % cols

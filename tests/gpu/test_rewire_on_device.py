@@ -21,7 +21,7 @@ from sparsekern.rewire.growth import best_candidates, float_bits
 from sparsekern.rewire.hash import stream
 from sparsekern.rewire.on_device import Growth, LayerEvent, LayerTensors, ModelTables, rewire_model
 from sparsekern.rewire.select import places, random_candidates, relative_sizes, weakest, weakest_of_all
-from sparsekern.topology import Layout, build_index
+from sparsekern.topology import Layout, Topology, build_index
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 RANDOM_CASES = 240
@@ -151,7 +151,7 @@ def make(
     kind="norm",
     growth=Growth.BY_HASH,
     counts=None,
-    full=False,
+    in_order=False,
     copies=1,
 ) -> Case:
     """A layer on a grid (block rows, block columns, of one group); `dead` slots more than live ones, anywhere."""
@@ -161,7 +161,7 @@ def make(
     chosen = [torch.randperm(rows * cols, generator=random_numbers)[:n] for n in live]
     block_rows = torch.cat([p // cols + g * rows for g, p in enumerate(chosen)] + [torch.full((dead,), -1)])
     block_cols = torch.cat([p % cols + g * cols for g, p in enumerate(chosen)] + [torch.full((dead,), -1)])
-    if full:  # every place has its slot, in row-major order; the missing ones are dead
+    if in_order:  # every place has its slot, in row-major order; the missing ones are dead
         place = torch.arange(groups * rows * cols)
         alive = torch.zeros(len(place), dtype=torch.bool)
         alive[torch.cat([p + g * rows * cols for g, p in enumerate(chosen)])] = True
@@ -172,7 +172,7 @@ def make(
         block_rows, block_cols = block_rows[order], block_cols[order]
     coordinates = draw.choice([torch.int16, torch.int32])
     block_rows, block_cols = block_rows.to(coordinates), block_cols.to(coordinates)
-    layout = Layout(block_rows, block_cols, torch.empty(0), rows * groups, cols * groups, groups, block, full)
+    layout = Layout(block_rows, block_cols, torch.empty(0), rows * groups, cols * groups, groups, block, False)
     layout = layout._replace(index=build_index(layout))
     slots = len(block_rows)
 
@@ -288,7 +288,7 @@ def random_model(number: int, growth: Growth | None = None) -> tuple[list[Case],
         most = grid[0] * grid[1]
         live = [draw.randint(0, most) for _ in range(groups)]
         live[0] = max(live[0], 1)
-        full = growth.marks and draw.random() < 0.3
+        in_order = growth.marks and draw.random() < 0.3
         cases.append(
             make(
                 draw,
@@ -300,7 +300,7 @@ def random_model(number: int, growth: Growth | None = None) -> tuple[list[Case],
                 draw.randint(0, 3),
                 draw.choice(["norm", "zeros", "nan", "given", "smooth", "equal"]),
                 growth,
-                full=full,
+                in_order=in_order,
                 copies=draw.choice([1, 1, 2]),
             )
         )
@@ -415,6 +415,7 @@ def test_the_tables_have_the_layout_of_the_kernels():
         ({"weight": torch.zeros(3, 2, 4)[:, :, ::2]}, "not contiguous"),
         ({"tensors": 13 * [(torch.zeros(3, 2, 2), 0.0)]}, "13 tensors"),
         ({"tensors": [(torch.zeros(2, 2, 2), 0.0)]}, "another shape"),
+        ({"layouts": [Topology.random((6, 6), 1.0, 2).layout]}, "no coordinates.*full store"),
     ],
 )
 def test_a_layer_that_the_kernels_do_not_take_is_refused_by_a_sentence(change, message):

@@ -60,6 +60,20 @@ class Ragged(nn.Module):
         return self.heads(self.trunk(x).relu())
 
 
+class BesideFull(nn.Sequential):
+    """A layer that ERK leaves dense, and another whose pruned blocks may grow again, beside a sparse one."""
+
+    in_features = 28
+
+    def __init__(self):
+        dense, pruned = (sk.SparseLinear(32, 32, density=1.0, block_size=size) for size in (1, 4))
+        super().__init__(sk.SparseLinear(28, 32, density=0.3, block_size=4), dense, pruned)
+        dead = torch.arange(64) % 3 == 0
+        pruned.topology.mark_dead(dead)
+        with torch.no_grad():
+            pruned.weight[dead] = 0
+
+
 def layer_of(grid, block_size, groups=1, live=0.4, dead=0) -> nn.Module:
     topology = random_topology(grid, block_size, groups, live, dead)
     return sk.SparseLinear(*topology.shape[::-1], topology=topology)
@@ -102,6 +116,8 @@ CASES = {
     "SET, few blocks": Case(partial(layer_of, (3, 3), 8, live=0.4), partial(sk.SET, drop_fraction=0.2)),
     "SET, groups and dead slots": Case(partial(layer_of, (6, 7), 4, groups=3, dead=5), sk.SET),
     "SET, followers": Case(Ragged, sk.SET, followers=2),
+    "SET, full stores": Case(BesideFull, sk.SET, followers=1),
+    "RigL, full stores": Case(BesideFull, sk.RigL),
     "SET, Adagrad": Case(Ragged, sk.SET, partial(torch.optim.Adagrad, initial_accumulator_value=0.25)),
     "RigL, block 16": Case(partial(layer_of, (6, 7), 16), sk.RigL),
     "RigL, block 1": Case(partial(layer_of, (20, 30), 1, live=0.2), sk.RigL),

@@ -281,6 +281,20 @@ def test_copies_between_blocks_and_dense_matrices_are_exact(small, groups):
         assert torch.equal(copies.gather(interpreter.guarded(dense), topology.layout), weight)
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("small", [1, 2, 16, 128])
+def test_copies_of_a_full_store_need_no_coordinates_and_clear_its_dead_slots(small, groups):
+    topology = sk.Topology.random((groups * 7 * small, groups * 6 * small), 1.0, small, groups)
+    for dead in (0, 5):
+        topology.mark_dead(torch.arange(topology.num_slots) < dead)
+        layout = topology.layout._replace(index=interpreter.guarded(topology.index))
+        assert layout.full and not len(layout.block_rows)
+        noise = torch.randn(groups, 7 * small, 6 * small)
+        blocks = copies.gather(interpreter.guarded(noise), layout)
+        assert torch.equal(blocks, reference.gather(noise.clone(), topology.layout)) and not blocks[:dead].any()
+        assert torch.equal(triton.densify(interpreter.guarded(blocks), layout), reference.densify(blocks, layout))
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_a_dense_matrix_of_many_tiles_is_exact(dtype):
     for small, grid in ((2, (3, 1100)), (4, (2, 300)), (16, (3, 37)), (64, (2, 5)), (128, (2, 3))):

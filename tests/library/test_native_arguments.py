@@ -76,7 +76,7 @@ def test_token_offsets_that_cannot_be_read_are_refused(function, offsets, messag
         ("block_size", lambda n: 3, "layout must have blocks of a power of two up to 128, got 3"),
         ("groups", lambda n: 0, "layout must have block rows and block columns that its groups share equally"),
         ("groups", lambda n: 3, "layout must have block rows and block columns that its groups share equally"),
-        ("full", lambda full: True, "layout is no full store: it has 6 slots"),
+        ("full", lambda full: True, "layout is no full store: it has coordinates of 6 slots"),
     ],
 )
 def test_layouts_that_cannot_be_read_are_refused(function, field, change, message):

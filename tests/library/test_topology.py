@@ -15,7 +15,10 @@ def assert_index_matches_coordinates(topology):
     if topology.full:
         places = [(g, r, c) for g, r, c in np.ndindex(*topology.mask().shape)]
         rows, cols = topology.mask().shape[1:]
-        assert topology.index.numel() == 0
+        assert topology.index.numel() == (-(-topology.num_slots // 32) if dead else 0)
+        bits = np.unpackbits(topology.index.numpy().view(np.uint8), bitorder="little")
+        live = {s for *_, s in blocks}
+        assert set(np.flatnonzero(bits)) == {s for s in range(topology.num_slots) if dead and s not in live}
         assert {s: (g * rows + r, g * cols + c) for s, (g, r, c) in enumerate(places)}.items() >= {
             (s, (r, c)) for r, c, s in blocks
         }

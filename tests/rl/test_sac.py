@@ -15,6 +15,7 @@ from rl import checkpoint, run
 from rl.agents.mtsac import MTSACActor, MTSACCritics
 from rl.algorithms import train_sac
 from rl.algorithms.gaussian import log_probs_of_draws
+from rl.algorithms.learner import sizes
 from rl.algorithms.replay import Recent, Replay
 from rl.algorithms.sac import SAC, STATS, squashed
 from rl.config import Config, ReDoConfig, ResetConfig, SACConfig, SETConfig
@@ -483,3 +484,12 @@ def test_a_worker_that_dies_ends_the_run_with_its_tasks_and_leaves_no_process(ru
     with pytest.raises(RuntimeError, match="died with exit code -9"):
         run.train(SHORT, run_folder("run", SHORT), quiet=True)
     assert not any(worker.process.is_alive() for worker in made[0]._workers)
+
+
+@pytest.mark.parametrize("treatment", ["dense", "gmp", "redo"])
+def test_a_network_of_full_density_takes_the_bytes_of_a_dense_one(treatment):
+    trained = agent(config(treatment, timesteps=20_000))
+    trained.update(torch.Generator().manual_seed(0))
+    reported = sizes(trained.actor, trained.critic)
+    assert reported["sparse/density"] == 1
+    assert reported["sparse/bytes"] <= 1.01 * reported["sparse/dense_bytes"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.backends import cuda
-from sparsekern.topology import Layout, build_index
+from sparsekern.topology import Layout
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 """Of dtypes, in the names of kernels."""
@@ -96,7 +96,7 @@ def dds(
     token_offsets: Tensor | None = None,
 ) -> Tensor:
     """y = x Wᵀ + bias if `transpose`, else y = x W. See `sparsekern.products.dds`; here x is 2-D and padded."""
-    layout, x = _indexed(layout), _aligned(x)
+    layout, x = layout.indexed(), _aligned(x)
     b, groups, ragged = layout.block_size, layout.groups, token_offsets is not None
     outputs, inputs = (layout.num_rows, layout.num_cols) if transpose else (layout.num_cols, layout.num_rows)
     y = x.new_empty(len(x), outputs * b // (groups if ragged else 1))
@@ -193,7 +193,7 @@ PARTS_PER_OPERANDS = 0.5  # bytes of all float32 parts, which are written and re
 
 def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = None) -> Tensor:
     """The live blocks of dyᵀx, [num_slots, B, B]. See `sparsekern.products.sdd`; here both are 2-D and padded."""
-    layout, dy, x = _indexed(layout), _aligned(dy), _aligned(x)
+    layout, dy, x = layout.indexed(), _aligned(dy), _aligned(x)
     b, num_slots, name = layout.block_size, layout.num_slots, NAMES[x.dtype]
     grad = x.new_empty(num_slots, b, b)
     if not num_slots:
@@ -235,14 +235,6 @@ def sdd_splits(tiles: int, num_tokens: int, token_bytes: int, num_weights: int, 
     most = max(1, int(min(affordable, num_tokens / SPLIT_TOKENS, max(num_sms // tiles, 4))))
     # all programs of one turn of the multiprocessors take as long as one
     return min(range(1, most + 1), key=lambda splits: (-(-tiles * splits // num_sms) / splits, splits))
-
-
-def _indexed(layout: Layout) -> Layout:
-    """A full store has no index, as the chooser sends it to the vendor's GEMM; who forces this backend gets one."""
-    if not layout.full:
-        return layout
-    layout = layout._replace(full=False)
-    return layout._replace(index=build_index(layout))
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -16,15 +16,23 @@ BLOCK = 2048  # elements of a program
 
 @triton.jit(do_not_specialize=["num_elements", "group_cols"])
 def copy_kernel(
-    blocks_ptr, dense_ptr, rows_ptr, cols_ptr,  # [num_slots, B, B], [groups, rows, cols], int [num_slots] twice
+    blocks_ptr, dense_ptr,  # [num_slots, B, B], [groups, rows, cols]
+    rows_ptr, cols_ptr, dead_ptr,  # int [num_slots] twice; None of a full store, which has the bits of its dead slots
     num_elements, group_cols,  # of all blocks; block columns of one group
     B: tl.constexpr, TO_BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Copy all live blocks into the dense matrices, or out of them; what goes into dead slots is zero."""
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = e < num_elements
-    row = tl.load(rows_ptr + e // (B * B), mask=inside, other=-1).to(tl.int64)
-    col = tl.load(cols_ptr + e // (B * B), mask=inside, other=0).to(tl.int64) % group_cols
+    slot = e // (B * B)
+    if rows_ptr is None:
+        row, col = tl.where(inside, slot // group_cols, -1), slot % group_cols
+        if dead_ptr is not None:
+            bits = tl.load(dead_ptr + slot // 32, mask=inside, other=0)
+            row = tl.where((bits >> (slot % 32).to(tl.int32)) & 1 == 0, row, -1)
+    else:
+        row = tl.load(rows_ptr + slot, mask=inside, other=-1).to(tl.int64)
+        col = tl.load(cols_ptr + slot, mask=inside, other=0).to(tl.int64) % group_cols
     # groups stand below each other, and block rows are counted through them
     place = (row * B + e // B % B) * (group_cols * B) + col * B + e % B
     if TO_BLOCKS:
@@ -43,15 +51,16 @@ def scatter(weight: Tensor, shape: tuple[int, int, int], layout: Layout) -> Tens
 def gather(dense: Tensor, layout: Layout) -> Tensor:
     """As `reference.gather`."""
     if layout.full and layout.block_size == 1:
-        return dense.reshape(-1, 1, 1).masked_fill_((layout.block_rows < 0)[:, None, None], 0)
+        return layout.clear_dead(dense.reshape(-1, 1, 1))
     weight = dense.new_empty(layout.num_slots, layout.block_size, layout.block_size)
     _copy(weight, dense.contiguous(), layout, to_blocks=True)
     return weight
 
 
 def _copy(weight: Tensor, dense: Tensor, layout: Layout, to_blocks: bool) -> None:
+    rows, cols, index = (tensor if tensor.numel() else None for tensor in layout.tensors)
     with torch.cuda.device_of(weight):
         copy_kernel[(triton.cdiv(weight.numel(), BLOCK),)](
-            weight, dense, layout.block_rows, layout.block_cols, weight.numel(), layout.num_cols // layout.groups,
+            weight, dense, rows, cols, index if layout.full else None, weight.numel(), layout.num_cols // layout.groups,
             B=layout.block_size, TO_BLOCKS=to_blocks, BLOCK=BLOCK,
         )  # fmt: skip

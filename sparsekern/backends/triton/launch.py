@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from sparsekern.backends.triton import kernels, tiles
 from sparsekern.backends.triton.prepare import current_device, current_stream, prepare
 from sparsekern.backends.triton.tiles import Tile
-from sparsekern.topology import Layout, build_index
+from sparsekern.topology import Layout
 
 PROGRAMS_PER_SM = 2
 # An sdd with fewer than this many programs per multiprocessor is split over tokens, while every part has SPLIT_TOKENS.
@@ -45,7 +45,7 @@ def dds(
     token_offsets: Tensor | None = None,
 ) -> Tensor:
     """y = x Wᵀ + bias if `transpose`, else y = x W. See `sparsekern.products.dds`; here x is 2-D and padded."""
-    layout = _indexed(layout)
+    layout = layout.indexed()  # the chooser sends a full store to the vendor's GEMM; who forces this backend gets one
     arithmetic, b = _arithmetic(x), layout.block_size
     groups = 1 if token_offsets is None else layout.groups
     out_blocks, in_blocks = layout.num_rows // groups, layout.num_cols // groups
@@ -83,7 +83,7 @@ def dds(
 
 def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = None) -> Tensor:
     """The live blocks of dyᵀx, [num_slots, B, B]. See `sparsekern.products.sdd`; here both are 2-D and padded."""
-    layout = _indexed(layout)
+    layout = layout.indexed()  # the chooser sends a full store to the vendor's GEMM; who forces this backend gets one
     arithmetic, b, num_slots = _arithmetic(x), layout.block_size, layout.num_slots
     tile, *_ = _tiles("sdd", b, arithmetic, token_offsets, x, dy)
     blocks = max(1, tile.m // b)
@@ -295,14 +295,6 @@ def _walk(layout: Layout, by_rows: bool) -> tuple[int, int, int]:
     if by_rows:
         return 0, offsets, order
     return layout.num_slots, offsets + layout.num_rows + 1, order + layout.num_rows
-
-
-def _indexed(layout: Layout) -> Layout:
-    """A full store has no index, as the chooser sends it to the vendor's GEMM; who forces this backend gets one."""
-    if not layout.full:
-        return layout
-    layout = layout._replace(full=False)
-    return layout._replace(index=build_index(layout))
 
 
 def _splits(layout: Layout, blocks: int, num_tokens: int, x: Tensor, ragged: bool) -> int:
