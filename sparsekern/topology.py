@@ -223,6 +223,12 @@ def shown_by(layout: Layout) -> Shown | None:
     return getattr(layout.index, "shown", None)
 
 
+def tell_shown(layout: Layout) -> None:
+    """Bring the coordinates that a full store has shown, if it has, up to date with its dead slots."""
+    if (shown := shown_by(layout)) is not None and (dead := layout.dead()) is not None:
+        layout.index.shown = Shown.agreeing(*(own.masked_fill_(dead, -1) for own in shown[:2]))
+
+
 # Derived state is never stale. The index carries as `built_from` the coordinates it was built from and their versions.
 # A rewire writes coordinates, rebuilds the index and stamps it. Whoever else writes coordinates in place (a checkpoint
 # library, an average of models) leaves an older stamp behind, which the next product sees. The index of a full store
@@ -509,8 +515,7 @@ class Topology(nn.Module):
         self.hold_bits()
         self.index.copy_(_packed(dead if before is None else dead | before))
         stamp(self._layout())
-        if (shown := shown_by(self._layout())) is not None:
-            self.index.shown = Shown.agreeing(*(own.masked_fill_(dead, -1) for own in shown[:2]))
+        tell_shown(self._layout())
 
     @torch.no_grad()
     def hold_bits(self) -> None:

@@ -408,6 +408,10 @@ DEVICE void set_block(const Layer& layer, int g, int slot, int row, int col) {
         atomicAdd(&layer.dead_counts[slot / THREADS], 1);
     mark(layer, g, row_of(layer, slot), col_of(layer, slot), false);
     for (int copy = 0; copy < layer.num_copies; copy++) {
+        if (is_full(layer.copies[copy])) {  // where blocks die and never move
+            atomicOr(reinterpret_cast<uint32_t*>(layer.copies[copy].index) + (slot >> 5), 1u << (slot & 31));
+            continue;
+        }
         set_coordinate(layer.copies[copy].rows, slot, layer.short_coordinates, row);
         set_coordinate(layer.copies[copy].cols, slot, layer.short_coordinates, col);
     }

@@ -48,15 +48,23 @@ DEVICE void set_coordinate(void* array, int slot, int is_short, int value) {
         static_cast<int32_t*>(array)[slot] = value;
 }
 
-DEVICE int row_of(const Layer& layer, int slot) {
-    return slot < layer.slots ? coordinate(layer.copies[0].rows, slot, layer.short_coordinates) : -1;
-}
-
-DEVICE int col_of(const Layer& layer, int slot) {
-    return coordinate(layer.copies[0].cols, slot, layer.short_coordinates);
-}
-
 DEVICE int group_of_row(const Layer& layer, int row) { return layer.groups == 1 ? 0 : row / layer.group_rows; }
+
+// A full store has its blocks in row-major order, no coordinates, and in the place of an index a bit for each dead slot.
+DEVICE bool is_full(const Coordinates& copy) { return !copy.rows; }
+
+// The block row of a slot; -1 where it is dead, or beyond the last.
+DEVICE int row_of(const Layer& layer, int slot) {
+    if (slot >= layer.slots) return -1;
+    if (!is_full(layer.copies[0])) return coordinate(layer.copies[0].rows, slot, layer.short_coordinates);
+    return uint32_t(layer.copies[0].index[slot >> 5]) >> (slot & 31) & 1 ? -1 : slot / layer.group_cols;
+}
+
+// The block column of a live slot.
+DEVICE int col_of(const Layer& layer, int slot) {
+    if (!is_full(layer.copies[0])) return coordinate(layer.copies[0].cols, slot, layer.short_coordinates);
+    return slot % layer.group_cols + group_of_row(layer, slot / layer.group_cols) * layer.group_cols;
+}
 
 DEVICE int num_bits(uint32_t value) { return 32 - __clz(int(value)); }
 

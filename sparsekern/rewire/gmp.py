@@ -113,11 +113,11 @@ class GMP(DeviceRule):
         self._send(torch.stack([layer.topology.layout.live().sum() for layer in self.layers.values()]))
         return True
 
-    def _is_on_device(self) -> bool:
-        return super()._is_on_device() and not any(layer.topology.full for layer in self.layers.values())
-
     def _event_on_device(self, progress: float) -> None:
         growth = Growth.MARK_DEAD_OF_ALL if self.scope == "global" else Growth.MARK_DEAD
+        for path in self.layers:
+            for copy in self._copies(path):
+                copy.topology.hold_bits()  # into which the kernels write
         layers = [self._layer_tensors(path, growth) for path in self.layers]
         events = []
         target = self._target_of_all(progress) if self.scope == "global" else 0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.backends import cuda
-from sparsekern.topology import Layout, stamp
+from sparsekern.topology import Layout, stamp, tell_shown
 
 THREADS, ITEMS, TILE_PLACES = 512, 64, 1024  # as in csrc/cuda/rewire.h
 MAX_TENSORS, MAX_COPIES = 12, 4
@@ -193,13 +193,15 @@ def _note_writes(layers: Sequence[LayerTensors]) -> None:
     torch.autograd.graph.increment_version([*written, *(tensor for layout in layouts for tensor in layout.tensors)])
     for layout in layouts:
         stamp(layout)
+        if layout.full:
+            tell_shown(layout)
 
 
 def _problem(layer: LayerTensors) -> str | None:
     """What the kernels cannot take of a layer, as the end of a sentence."""
     own, tensors = layer.layouts[0], [layer.weight, *(tensor for tensor, _ in layer.tensors)]
-    if any(layout.full for layout in layer.layouts):
-        return "has no coordinates, as it is a full store; the kernels write coordinates"
+    if own.full and not (layer.growth.marks and all(layout.index.numel() for layout in layer.layouts)):
+        return "is a full store, whose blocks cannot move; the kernels mark them dead, in bits that it must hold"
     if wrong := [t.dtype for t in tensors if t.dtype not in TYPES]:
         return f"has tensors of {wrong[0]}; the kernels take float32, float16 and bfloat16"
     if not all(map(_is_whole, tensors)):
@@ -213,7 +215,8 @@ def _problem(layer: LayerTensors) -> str | None:
         )
     if own.num_rows * own.num_cols // own.groups >= 2**31:
         return f"has {own.num_rows * own.num_cols // own.groups} places for blocks; the kernels take less than 2**31"
-    if any(l.block_rows.dtype != own.block_rows.dtype or l.num_slots != own.num_slots for l in layer.layouts):
+    kinds = {(layout.full, layout.num_slots, layout.block_rows.dtype) for layout in layer.layouts}
+    if len(kinds) > 1:
         return "has a follower with another number of slots, or other coordinates"
     return None
 
@@ -353,7 +356,7 @@ def _tiles(records: np.ndarray, layers: Sequence[LayerTensors], kernel: str) -> 
             add(i, _OF_SLOTS, slots.get(kernel, int(record["slot_tiles"])))
         elif kernel == "assign":
             add(i, _MOVE, int(record["move_tiles"]))
-        else:
+        elif not layers[i].layouts[0].full:
             add(i, _PAIRS, int(record["slot_tiles"]))
     for i, (record, layer) in enumerate(zip(records, layers, strict=True)):
         if kernel in ("count", "scatter") or kernel == "score" and record["growth"] == Growth.BY_SCORES:
@@ -363,7 +366,7 @@ def _tiles(records: np.ndarray, layers: Sequence[LayerTensors], kernel: str) -> 
         if kernel == ("index" if layer.growth.marks else "assign"):
             enough = _bytes(layer) // (4 * 16 * THREADS)
             add(i, _FILL, max(1, min(enough, 792 * _bytes(layer) // max(1, all_bytes))))
-        if kernel == "index" and record["block"] > 1:
+        if kernel == "index" and record["block"] > 1 and not layer.layouts[0].full:
             add(i, _ROW_ORDER, int(record["num_rows"]) // ITEMS + 1)
             add(i, _COL_ORDER, int(record["num_cols"]) // ITEMS + 1)
     return np.concatenate(tiles) if tiles else np.zeros(0, _TILE)
