@@ -36,8 +36,12 @@ static void keep_smallest(std::vector<uint64_t>& items, int64_t count) {
     for (uint64_t item : items) sizes[item >> SHIFT]++;
     uint64_t last = 0;
     for (int64_t sum = sizes[0]; sum < count; sum += sizes[last]) last++;
-    items.erase(std::remove_if(items.begin(), items.end(), [&](uint64_t item) { return item >> SHIFT > last; }),
-                items.end());
+    size_t kept = 0;
+    for (uint64_t item : items) {  // without a branch, which would often be guessed wrong
+        items[kept] = item;
+        kept += item >> SHIFT <= last;
+    }
+    items.resize(kept);
 }
 
 void weakest(const float* scores, const Layout& layout, const std::vector<int64_t>& counts, int64_t* slots) {

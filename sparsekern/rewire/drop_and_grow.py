@@ -187,12 +187,12 @@ class DropAndGrow(DeviceRule):
         self._cover(path)
 
     def _candidates(self, path: str, layer: SparseLayer, count: int) -> Tensor:
-        """Keys [groups, count or more] of the dead places that may grow."""
+        """Keys [groups, count] of the dead places that may grow, best first."""
         layout, growth = layer.topology.layout, self._growth(path, layer, count)
         if growth is None:
             return random_candidates(layout, count, stream(self.seed, self._index[path], self.events))
         if growth.dtype == torch.int64:
-            return growth
+            return growth.topk(count, dim=1).values
         table = growth + 0.0  # -0.0 becomes 0.0, which may grow
         return best_candidates(layout, count, lambda strip, _: float_bits(table[:, strip].flatten(1)))
 
@@ -216,9 +216,10 @@ class DropAndGrow(DeviceRule):
 
     def _growth(self, path: str, layer: SparseLayer, count: int) -> Tensor | None:
         """What grow_scores gave: a float32 table of all places, keys of `count` or more, or None."""
-        layout, scores = layer.topology.layout, self.grow_scores(layer)
+        scores = self.grow_scores(layer)
         if scores is None:
             return None
+        layout = layer.topology.layout
         if isinstance(scores, Tensor) and scores.dtype == torch.int64:
             return self._checked_keys(path, scores, count)
         grid = (layout.groups, layout.num_rows // layout.groups, layout.num_cols // layout.groups)

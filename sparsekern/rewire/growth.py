@@ -49,7 +49,7 @@ def float_bits(scores: Tensor) -> Tensor:
 
 
 def best_candidates(layout: Layout, count: int, score: Callable[[slice, Tensor], Tensor], elements: int = 1) -> Tensor:
-    """Keys [groups, count] of the best dead blocks of every group, found strip by strip with a running top-k.
+    """Keys [groups, count] of the best dead blocks of every group, best first, by a running top-k over strips.
 
     Args:
         count: how many to keep; fewer may exist.

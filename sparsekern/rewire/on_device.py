@@ -5,6 +5,7 @@ says what one event does; `rewire_model` does it. Nothing synchronises, and all 
 tables, so a CUDA graph may hold `rewire_model`: write another event into the same tensor with `copy_` before a replay.
 """
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -95,10 +96,8 @@ _LAYER = np.dtype(
     [("drop", _LIST), ("grow", _LIST), *((name, "u8") for name in _WORK), ("weight", "u8"), ("stats", "u8")]
     + [("tensors", _TENSOR, MAX_TENSORS), ("copies", _COORDINATES, MAX_COPIES), *((name, "i4") for name in _NUMBERS)]
 )
-_EVENT = np.dtype(
-    [("start", "u8"), ("gradient", "u8"), ("scores", "u8"), ("growth", "u8"), ("key_stride", "i8"), ("target", "i8")]
-)
-_SEGMENT = np.dtype([("count", "i4"), ("first", "i4"), ("range", "u4"), ("shift", "i4")])
+_EVENT = struct.Struct("=QQQQqq")  # start, addresses of gradient, scores and growth, key_stride, target
+_SEGMENT = struct.Struct("=iiIi")  # count, first, range, shift
 _TILE = np.dtype([("layer", "i4"), ("part", "i4"), ("number", "i4"), ("of", "i4")])
 _SELECTION_BYTES, _THRESHOLD_BYTES = 16, 16
 
@@ -137,6 +136,10 @@ class ModelTables:
             _describe_all(self._records)
         self._cleared_bytes, self._workspace_bytes = _lay_out(self._records)
         tiles = {kernel: _tiles(self._records, self.layers, kernel) for kernel in cuda.KERNELS["rewire"]}
+        names = ("growth", "group_rows", "group_cols")
+        kinds, rows, cols = (self._records[name].tolist() for name in names)
+        places = [r * c for r, c in zip(rows, cols, strict=True)]
+        self._of_events = list(zip(kinds, places, self._records["grow"]["log_buckets"].tolist(), strict=True))
         self._layer_table = _upload(self._records.tobytes(), device)
         self._tiles = {kernel: _upload(own.tobytes(), device) for kernel, own in tiles.items() if len(own)}
 
@@ -146,22 +149,19 @@ class ModelTables:
         Raises:
             ValueError: a gradient is not what the kernels take.
         """
-        table = np.zeros(len(events), _EVENT)
-        segments = []
-        for i, (row, record, event) in enumerate(zip(table, self._records, events, strict=True)):
+        # packed number by number: to write them into an array of records takes four times as long
+        rows, segments = [], []
+        for i, ((growth, places, log_buckets), event) in enumerate(zip(self._of_events, events, strict=True)):
             if problem := _gradient_problem(event.gradient, self.layers[i].weight):
                 raise ValueError(f"rewire_model: layer {i} {problem}")
-            row["start"], row["target"] = event.start, event.target
-            for name in ("gradient", "scores", "growth"):
-                tensor = getattr(event, name)
-                row[name] = 0 if tensor is None else tensor.data_ptr()
-            if record["growth"] == Growth.BY_KEYS:
-                row["key_stride"] = event.growth.shape[1]
-            first, places = 0, int(record["group_rows"]) * int(record["group_cols"])
+            key_stride = event.growth.shape[1] if growth == Growth.BY_KEYS else 0
+            tensors = (0 if t is None else t.data_ptr() for t in (event.gradient, event.scores, event.growth))
+            rows.append(_EVENT.pack(event.start, *tensors, key_stride, event.target))
+            first = 0
             for count, live in zip(event.counts, event.live, strict=True):
-                segments.append((count, first, *_range(count, places - live, int(record["grow"]["log_buckets"]))))
+                segments.append(_SEGMENT.pack(count, first, *_range(count, places - live, log_buckets)))
                 first += count
-        return _upload(table.tobytes() + np.array(segments, _SEGMENT).tobytes(), self.stats.device)
+        return _upload(b"".join(rows + segments), self.stats.device)
 
     def describe(self, layers: Sequence[LayerTensors]) -> bool:
         """Whether these are the layers, and nothing of them has moved in memory."""
@@ -178,7 +178,7 @@ def rewire_model(tables: ModelTables, event: Tensor) -> None:
     device = tables.stats.device
     workspace = torch.empty(tables._workspace_bytes, dtype=torch.uint8, device=device)
     workspace[: tables._cleared_bytes].zero_()
-    segments = event.data_ptr() + len(tables.layers) * _EVENT.itemsize
+    segments = event.data_ptr() + len(tables.layers) * _EVENT.size
     for kernel, tiles in tables._tiles.items():
         blocks = len(tiles) // _TILE.itemsize
         addresses = (tables._layer_table.data_ptr(), tiles.data_ptr(), workspace.data_ptr(), event.data_ptr(), segments)

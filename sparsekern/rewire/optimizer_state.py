@@ -81,6 +81,7 @@ def element_state(optimizers: list[Optimizer], param: nn.Parameter) -> Iterator[
         ValueError: the state is factored or quantised: a tensor of another shape, or of a tensor subclass, or tensors
             inside of lists and objects, as Kronecker-factored optimisers keep them.
     """
+    shape, device = param.shape, param.device
     for optimizer in optimizers:
         kind, state = type(optimizer).__name__, optimizer.state.get(param, {})
         for name, value in state.items():
@@ -88,16 +89,17 @@ def element_state(optimizers: list[Optimizer], param: nn.Parameter) -> Iterator[
                 if _hides_tensors(value):
                     raise _refusal(kind, name, f"{type(value).__name__} with tensors in it", param)
                 continue
-            if value.numel() <= 1 and value.shape != param.shape:
+            has_shape = value.shape == shape
+            if not has_shape and value.numel() <= 1:
                 continue
-            if value.dim() == 3 and value.shape[1:] == param.shape[1:] and len(value) != len(param):
+            if not has_shape and value.dim() == 3 and value.shape[1:] == shape[1:]:
                 raise ValueError(
                     f"rewire: {kind} keeps {name!r} of {len(value)} slots, but the weight has {len(param)}: it took "
                     "over another topology since; build the optimiser anew, or load its state too"
                 )
-            if value.shape != param.shape or type(value) not in (Tensor, nn.Parameter) or not value.is_floating_point():
+            if not has_shape or type(value) not in (Tensor, nn.Parameter) or not value.is_floating_point():
                 raise _refusal(kind, name, f"{type(value).__name__} {tuple(value.shape)} ({value.dtype})", param)
-            if value.device != param.device:
+            if value.device != device:
                 raise ValueError(
                     f"rewire: {kind} keeps {name!r} on {value.device}, but the weight is on {param.device}; "
                     "state that is kept elsewhere cannot follow a rewire"

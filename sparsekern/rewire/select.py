@@ -54,7 +54,7 @@ def relative_sizes(layouts: Sequence[Layout]) -> list[int]:
 
 
 def random_candidates(layout: Layout, count: int, start: int) -> Tensor:
-    """Keys [groups, count] of dead blocks, each as likely as another; `start` picks the random stream."""
+    """Keys [groups, count] of dead blocks, best first, each as likely as another; `start` picks the random stream."""
     if layout.index.device.type == "cpu" and not cpu.unavailable():
         return cpu.random_candidates(layout, count, start)
     size = layout.num_rows * layout.num_cols // layout.groups // layout.groups
@@ -67,9 +67,12 @@ def random_candidates(layout: Layout, count: int, start: int) -> Tensor:
 
 
 def places(keys: Tensor, layout: Layout, counts: list[int]) -> tuple[Tensor, Tensor]:
-    """Global block rows and columns, int64 [sum(counts)], of each group's best keys; -1 where candidates ran out."""
-    best = keys.topk(max(counts), dim=1).values
-    position = torch.cat([positions_of(best[g, :count]) for g, count in enumerate(counts)])
+    """Global block rows and columns, int64 [sum(counts)], of each group's first keys; -1 where candidates ran out.
+
+    Args:
+        keys: int64 [groups, max(counts) or more], best first.
+    """
+    position = torch.cat([positions_of(keys[g, :count]) for g, count in enumerate(counts)])
     group = torch.cat([torch.full((count,), g, device=keys.device) for g, count in enumerate(counts)])
     rows, cols = layout.num_rows // layout.groups, layout.num_cols // layout.groups
     none = position < 0

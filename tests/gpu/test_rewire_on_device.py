@@ -402,8 +402,8 @@ def test_an_event_says_when_it_dropped_a_nan(launches):
 def test_the_tables_have_the_layout_of_the_kernels():
     bytes_of = library("rewire.cpp").bytes_of
     bytes_of.restype = ctypes.c_int64
-    dtypes = ("_LAYER", "_LIST", "_TENSOR", "_COORDINATES", "_EVENT", "_SEGMENT", "_TILE")
-    sizes = [np.dtype(getattr(on_device, name)).itemsize for name in dtypes] + [on_device._SELECTION_BYTES]
+    sizes = [np.dtype(getattr(on_device, name)).itemsize for name in ("_LAYER", "_LIST", "_TENSOR", "_COORDINATES")]
+    sizes += [on_device._EVENT.size, on_device._SEGMENT.size, on_device._TILE.itemsize, on_device._SELECTION_BYTES]
     offsets = [on_device._LAYER.fields[name][1] for name in ("weight", "num_tensors", "first_segment")]
     assert [bytes_of(i) for i in range(len(sizes) + 3)] == sizes + offsets
 
