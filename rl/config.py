@@ -115,6 +115,9 @@ class SACConfig:
     """Of actor and of both critics together; the temperatures' is not bounded."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where networks and replay buffer live; auto: a GPU if there is one."""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """Of float32 products, as torch.set_float32_matmul_precision has it. A GPU takes TensorFloat32 for high and medium,
+    and a CPU may take bfloat16 for medium."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ longer: stepping overlaps learning, and a seed repeats its run.
 """
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from rl.algorithms.gaussian import log_probs_of_draws
 from rl.algorithms.learner import sizes
 from rl.algorithms.replay import Replay
-from rl.algorithms.sac import SAC, STATS
+from rl.algorithms.sac import SAC, STATS, best
 from rl.algorithms.trainer import Metrics, Trainer
 from rl.config import Config
 from rl.envs.metaworld import ACTIONS, MT10, OBSERVATIONS, STEPS, make_mt10
@@ -50,11 +51,12 @@ class SACTrainer(Trainer):
 
     def play(self) -> tuple[np.ndarray, np.ndarray]:
         self.observations = None
-        return evaluate_mt10(self.envs, self.agent.best, self.config.episodes, self.config.seed, self.clock)
+        act = partial(best, self.agent.actor.network)
+        return evaluate_mt10(self.envs, act, self.config.episodes, self.config.seed, self.clock)
 
     def act(self, observation: np.ndarray, task: int, generator: np.random.Generator) -> np.ndarray:
         rows = np.tile(observation, (len(MT10), 1))  # of which one is of its task
-        return self.agent.best(rows)[task]
+        return best(self.agent.actor.network, rows)[task]
 
     def evaluate(self) -> Metrics:
         return mt10_metrics([task.name for task in MT10], *self.play())

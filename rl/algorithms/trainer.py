@@ -33,6 +33,8 @@ class Trainer:
 
     def __init__(self, config: Config, folder: Path, quiet: bool = False):
         torch.set_num_threads(config.threads)
+        precision = config.sac.matmul_precision if config.algorithm == "sac" else "highest"
+        torch.set_float32_matmul_precision(precision)  # also to what it was: a process may run one after the other
         self.config, self.folder, self.quiet = config, folder, quiet
         self.clock = 0
         """Timesteps that have passed."""

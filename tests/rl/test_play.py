@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from rl import evaluate, play, run
-from rl.algorithms import buffer
+from rl.algorithms import buffer, sac, train_ppo_mt10
 from rl.config import Config, PPOConfig, SACConfig
 from rl.envs.metaworld import MT10
 from rl.run import trained
@@ -123,12 +123,8 @@ def test_on_mt10_an_action_for_one_task_is_that_of_an_evaluation(tmp_path, agent
         trainer.envs.close()
         for task in (0, 7):
             actions.append(trainer.act(observations[task], task, np.random.default_rng(0)))
-        if agent == "mtsac":
-            expected = trainer.agent.best(observations)
-        else:
-            from rl.algorithms.train_ppo_mt10 import best
-
-            expected = best(trainer.actor.network, observations)
+        best = sac.best if agent == "mtsac" else train_ppo_mt10.best
+        expected = best(trainer.learners["actor"].network, observations)
     finally:
         trainer.close()
     np.testing.assert_allclose(actions, expected[[0, 7]], rtol=1e-5, atol=1e-6)
