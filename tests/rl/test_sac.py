@@ -3,13 +3,16 @@
 import copy
 import math
 import os
+import shutil
 import signal
+import threading
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from brief import brief_mt10
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsekern as sk
@@ -20,6 +23,7 @@ from rl.algorithms.gaussian import Squash, log_probs_of_draws
 from rl.algorithms.replay import Batch, Recent, Replay
 from rl.algorithms.sac import SAC, STATS
 from rl.config import Config, ReDoConfig, ResetConfig, SACConfig, SETConfig
+from rl.evaluators import Evaluators
 from rl.metrics import fisher_trace, network_metrics
 
 TASKS, FEATURES, ACTIONS, BATCH = 3, 7, 2, 5
@@ -529,6 +533,7 @@ SHORT = config(
     evaluate_every=40,
     episodes=1,
     workers=2,
+    evaluators=0,
     density=0.2,
     set=SETConfig(update_every=40),
 )
@@ -557,6 +562,78 @@ def test_a_resumed_run_equals_a_straight_one_on_any_number_of_workers(run_folder
     run.train(replace(SHORT, workers=1), killed, quiet=True)
     assert measured(killed) == measured(straight)
     assert any("success/mean" in line for line in measured(straight)) and len(measured(straight)) > 60
+
+
+@pytest.fixture
+def brief(monkeypatch, tmp_path):
+    """Runs on environments of brief episodes; gives what trains one of them in a folder of this name."""
+    for room in ("rl.envs.metaworld", "rl.evaluators"):
+        monkeypatch.setattr(f"{room}.makers", lambda seed: brief_mt10())
+    monkeypatch.setattr("rl.envs.metaworld.require_metaworld", lambda: None)
+    monkeypatch.setattr(train_sac, "STEPS", 10)
+
+    def train(name, **changes):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        run.train(replace(BRIEF, **changes), folder, quiet=True)
+        return measured(folder)
+
+    return train
+
+
+BRIEF = replace(SHORT, timesteps=90, evaluate_every=30, episodes=3, workers=1, set=SETConfig(update_every=30))
+
+
+def test_a_run_evaluated_in_other_processes_equals_one_that_waits_also_after_an_interrupted_evaluation(
+    brief, tmp_path, monkeypatch
+):
+    serial, play, episode, clocks = brief("serial", evaluators=0), Evaluators.play, train_sac.episode, []
+    assert sum(",success/mean," in line for line in serial) == 3
+    overlapping = threading.Event()
+
+    def wait_for_the_learner(self, policy, seed, clock):
+        if clock == 30:
+            assert overlapping.wait(timeout=60)
+        return play(self, policy, seed, clock)
+
+    def count(*arguments):
+        clocks.append(arguments[5])
+        if clocks[-1] == 50:  # the row of 30 waits for its evaluation, and later ones wait for it
+            assert measured(tmp_path / "overlapped")[-1].startswith("20,")
+            overlapping.set()
+        return episode(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluators, "play", wait_for_the_learner)
+        patch.setattr(train_sac, "episode", count)
+        assert brief("overlapped", evaluators=2) == serial
+    assert clocks == list(range(0, 90, 10))
+
+    interrupted, close = threading.Event(), Evaluators.close
+
+    def play_until_closed(self, policy, seed, clock):
+        return play(self, policy, seed, clock) if clock < 60 else interrupted.wait(timeout=60)
+
+    def close_and_tell(self):
+        interrupted.set()
+        close(self)
+
+    def die_at_80(*arguments):
+        if arguments[5] == 80:
+            raise KeyboardInterrupt
+        return episode(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Evaluators, "play", play_until_closed)
+        patch.setattr(Evaluators, "close", close_and_tell)
+        patch.setattr(train_sac, "episode", die_at_80)
+        brief("interrupted", evaluators=1)
+    assert checkpoint.load(tmp_path / "interrupted")["clock"] == 60
+    written = measured(tmp_path / "interrupted")
+    assert written == serial[: len(written)] and written[-1].startswith("50,")
+    shutil.copytree(tmp_path / "interrupted", tmp_path / "interrupted too")
+    assert brief("interrupted", evaluators=1) == serial
+    assert brief("interrupted too", evaluators=0) == serial
 
 
 def test_a_run_has_products_of_its_own_precision_whatever_ran_before_it(monkeypatch, tmp_path):
