@@ -212,6 +212,9 @@ class Config:
     time, and have no processes."""
     runs: Path = Path("runs")
     """Run folders are made here: <runs>/<suite>-<agent>-<treatment>.../<seed>-<time>/."""
+    wandb: bool = False
+    """Send what TensorBoard gets to Weights & Biases too (needs the extra `wandb`, and an account or
+    WANDB_MODE=offline)."""
     ticket: Path | None = None
     """Of treatment lottery: the folder of the finished gmp run, same seed, whose surviving weights are trained."""
     weight_decay: float = 1e-6
@@ -330,8 +333,9 @@ NAMED = ("density", "block_size", "networks", "set.initial", "gmp.update_every")
 
 
 def identity(config: Config) -> Config:
-    """The settings that decide what a run does; where, on how many threads and options of other treatments do not."""
-    same = replace(config, runs=Path(), threads=1, workers=1, evaluators=0, ticket=config.ticket and Path())
+    """The settings that decide what a run does; where, with what machinery, and options of other treatments do not."""
+    machinery = {"threads": 1, "workers": 1, "evaluators": 0, "wandb": False}
+    same = replace(config, runs=Path(), **machinery, ticket=config.ticket and Path())
     same = replace(same, sac=replace(same.sac, device="auto"))
     parts = config.treatment.split("+")
     unused = [name for name in ("set", "gmp", "redo", "reset") if name not in parts]

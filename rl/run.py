@@ -5,6 +5,7 @@ Imports of torch and the environments wait inside the functions, so that --help 
 
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import platform
 import runpy
@@ -54,7 +55,9 @@ def main() -> None:
 
 def train(config: Config, folder: Path, quiet: bool = False) -> None:
     """Train in this run folder, from its last checkpoint where it has one; quiet: without a progress bar."""
-    with contextlib.closing(trainer_of(config)(config, folder, quiet)) as trainer:
+    from rl.reporting.mirror import mirrored
+
+    with mirrored(config, folder), contextlib.closing(trainer_of(config)(config, folder, quiet)) as trainer:
         trainer.train()
 
 
@@ -96,6 +99,8 @@ def chosen_run() -> tuple[Path, Config]:
 
 def require(config: Config) -> None:
     """Raise RuntimeError if this machine lacks what the run needs."""
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise RuntimeError("--wandb needs the package wandb: pip install wandb")
     if config.suite == "mt10":
         from rl.envs.metaworld import require_metaworld
 

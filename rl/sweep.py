@@ -1,7 +1,8 @@
 """Run a grid of experiments: python rl/sweep.py --suites mt5 --agents mtppo --treatments dense gmp set --seeds 0 1.
 
 A run is one process on one core. What is finished, in the run folders or among the committed results, is not run again;
-what was interrupted goes on from its checkpoint: give the same command again, once the first has ended. With --address,
+what was interrupted goes on from its checkpoint: give the same command again, once the first has ended. --show prints
+what has become of every run, also while another process runs the sweep. With --address,
 the runs go to a Ray cluster instead, whose machines must share a disk that holds this checkout and the run folders.
 
 Any option of rl/run.py can be varied too: --vary set.drop-fraction=0.1,0.3 sac.warmup=500.
@@ -11,11 +12,13 @@ import itertools
 import multiprocessing
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import tyro
@@ -24,14 +27,17 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # started as a script: the checkout is where `rl` is
 
 from rl import checkpoint
-from rl.config import Agent, BlockSize, Config, Networks, Suite, Treatment, identity
+from rl.config import CONFIG, Agent, BlockSize, Config, Networks, Suite, Treatment, identity
+from rl.reporting.logger import CSV
 from rl.reporting.runs import Run, find
 from rl.run import CHECKOUT, new_folder
 from rl.run import train as train_one
 
 OWN_OPTIONS = (
-    "suite", "agent", "treatment", "networks", "density", "block_size", "seed", "timesteps", "runs", "workers", "ticket"
+    "suite", "agent", "treatment", "networks", "density", "block_size", "seed", "timesteps", "runs", "workers", "wandb",
+    "ticket",
 )  # fmt: skip
+FAILURE = "failure.txt"  # in the folder of a run that failed: why
 POLL = 10  # seconds between two looks at how far the runs are
 
 
@@ -62,6 +68,10 @@ class Sweep:
     """Runs at a time on this machine; a cluster runs as many as it has cores."""
     workers: int = 1
     """Of each run, as in rl/run.py: processes that step the environments of mt10."""
+    wandb: bool = False
+    """Of each run, as in rl/run.py."""
+    show: bool = False
+    """Run nothing; print a table of all runs: done, failed and why, begun, or still to do."""
     address: str | None = None
     """Of a Ray cluster (needs the extra `cluster`); "auto" is the one on this machine."""
 
@@ -81,7 +91,11 @@ class Sweep:
             settings = dict(zip(names, values, strict=True))
             settings["ticket"] = Path() if settings["treatment"] == "lottery" else None  # with_ticket finds it
             # absolute: a process on a cluster starts in another folder
-            settings |= {"runs": self.runs.absolute(), "workers": self.workers if settings["suite"] == "mt10" else 1}
+            settings |= {
+                "wandb": self.wandb,
+                "runs": self.runs.absolute(),
+                "workers": self.workers if settings["suite"] == "mt10" else 1,
+            }
             cell = Config(**settings)
             cell = replace(cell, timesteps=cell.papers_timesteps if self.timesteps is None else self.timesteps)
             if options:
@@ -110,11 +124,16 @@ def main() -> None:
         cells = sweep.cells()
     except ValueError as error:  # about what was typed: the sentence is enough
         sys.exit(f"rl/sweep.py: {error}")
+    if sweep.show:
+        show(cells, sweep)
+        return
     try:
         failures = run_all([c for c in cells if c.treatment != "lottery"], sweep)
         failures += run_all([c for c in cells if c.treatment == "lottery"], sweep)
     except KeyboardInterrupt:
+        show(cells, sweep)
         sys.exit("stopped; the same command goes on from the runs' last evaluations")
+    show(cells, sweep)
     sys.exit(f"{failures} runs failed; the same command tries them again" if failures else 0)
 
 
@@ -122,24 +141,20 @@ def run_all(cells: list[Config], sweep: Sweep) -> int:
     """Bring these runs to their end, as many at a time as there are workers; returns how many failed."""
     from tqdm import tqdm
 
-    todo = {identity(cell): cell for cell in cells}
-    for run in find([sweep.results]):
-        if run.finished:
-            todo.pop(identity(run.config), None)
-    started = {}
-    for run in sorted(find([sweep.runs]), key=lambda run: run.clock):
-        key = identity(run.config)
-        if key in todo and run.finished:
-            run.publish(sweep.results)
-            del todo[key]
-        elif key in todo:
-            started[key] = run.folder
     if not cells:
         return 0
+    found = furthest(sweep)
+    todo = {}
+    for cell in cells:
+        run = found.get(identity(cell))
+        if run is None or not run.finished:
+            todo[identity(cell)] = cell
+        elif sweep.results not in run.folder.parents:
+            run.publish(sweep.results)
     print(f"{len(cells)} runs: {len(cells) - len(todo)} finished, {len(todo)} to do", flush=True)
     if not todo:
         return 0
-    jobs = [((with_ticket(cell), started.get(key)), cell) for key, cell in todo.items()]
+    jobs = [((with_ticket(cell), found[key].folder if key in found else None), cell) for key, cell in todo.items()]
     failures = 0
     total = sum(cell.timesteps for cell in todo.values())
     with launching(sweep.address, sweep.parallel) as launch, tqdm(total=total, unit="timestep") as progress:
@@ -151,6 +166,8 @@ def run_all(cells: list[Config], sweep: Sweep) -> int:
                     folder, error = ended.result()
                 except Exception as death:  # of the process: of memory, say
                     folder, error = f"{cell.experiment}, seed {cell.seed}", str(death)
+                    if identity(cell) in (left := furthest(sweep)):
+                        (left[identity(cell)].folder / FAILURE).write_text(f"{error}\n")
                 if error:
                     failures += 1
                     progress.write(f"{folder} failed:\n{error}", file=sys.stderr)
@@ -163,13 +180,51 @@ def run_all(cells: list[Config], sweep: Sweep) -> int:
     return failures
 
 
+def furthest(sweep: Sweep) -> dict[Config, Run]:
+    """By identity, the run that came furthest; a finished one among the results before one in the run folders."""
+    runs = find([sweep.runs]) + [run for run in find([sweep.results]) if run.finished]
+    return {identity(run.config): run for run in sorted(runs, key=lambda run: (run.finished, run.clock))}
+
+
+def show(cells: list[Config], sweep: Sweep) -> None:
+    """Print what has become of every run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    found = furthest(sweep)
+    table = Table("experiment", "seed", "state", "timesteps", "score", "last sign of life")
+    for cell in sorted(cells, key=lambda cell: (cell.experiment, cell.seed)):
+        table.add_row(cell.experiment, str(cell.seed), *state(found.get(identity(cell))))
+    for column in ("seed", "timesteps", "score"):
+        next(c for c in table.columns if c.header == column).justify = "right"
+    console = Console()
+    console.width = console.width if console.is_terminal else 140  # a file's lines may be long
+    console.print(table)
+
+
+def state(run: Run | None) -> tuple[str, ...]:
+    """A run's state, how far it came, its last score, and when it last wrote or why it failed."""
+    if run is None:
+        return "to do", "", "", ""
+    scores = run.evaluated["score/mean"] if run.clock else ()
+    reached = f"{run.clock:,}", f"{scores.iloc[-1]:.3f}" if len(scores) else ""
+    if run.finished:
+        return "done", *reached, ""
+    if (run.folder / FAILURE).exists():
+        return "failed", *reached, (run.folder / FAILURE).read_text().strip().splitlines()[-1]
+    written = max(path.stat().st_mtime for path in (run.folder / CSV, run.folder / CONFIG) if path.exists())
+    return "begun", *reached, f"{timedelta(seconds=round(time.time() - written))} ago"
+
+
 def train(job: tuple[Config, Path | None]) -> tuple[Path, str]:
     """Train one run, in a new folder if it has none; returns the folder and, if the run failed, why."""
     config, folder = job
     folder = folder or new_folder(config)
+    (folder / FAILURE).unlink(missing_ok=True)
     try:
         train_one(config, folder, quiet=True)
     except Exception:  # one run's error must not end the others
+        (folder / FAILURE).write_text(traceback.format_exc())
         return folder, traceback.format_exc()
     return folder, ""
 

@@ -241,15 +241,25 @@ class Topology(nn.Module):
         self._reindex()
 
     @classmethod
-    def random(cls, shape, live: int | list[int] | float, block_size: int, groups: int = 1) -> "Topology":
+    def random(
+        cls,
+        shape,
+        live: int | list[int] | float,
+        block_size: int,
+        groups: int = 1,
+        balance: str | None = None,
+    ) -> "Topology":
         """Draw a uniform topology from torch's generator; a block in every row and column while there are enough.
 
-        `live` is a density in (0, 1] or the number of live blocks, of each group or one for all.
+        `live` is a density in (0, 1] or the number of live blocks, of each group or one for all. With balance="rows"
+        all rows of a group have the same number of blocks, up to one; `SET(..., balance="rows")` keeps them so.
         """
         check_geometry(shape, block_size, groups)
+        check_balance("Topology.random", balance)
         rows, cols = (-(-size // groups // block_size) for size in shape)
         live = live_counts([live] * groups if _is_count(live) else live, rows * cols, groups)
-        chosen = [_random_positions(rows, cols, count) for count in live]
+        draw = _balanced_positions if balance else _random_positions
+        chosen = [draw(rows, cols, count) for count in live]
         block_rows = torch.cat([p // cols + g * rows for g, p in enumerate(chosen)])
         block_cols = torch.cat([p % cols + g * cols for g, p in enumerate(chosen)])
         return cls(block_rows, block_cols, shape, block_size, groups)
@@ -570,12 +580,33 @@ def check_blocks(block_rows: Tensor, block_cols: Tensor, grid: tuple[int, int], 
         raise ValueError(f"Topology: block {divmod(int(twice[0]), grid[1])} is live in two slots")
 
 
+def check_balance(where: str, balance: object) -> None:
+    if balance is not None and balance != "rows":
+        raise ValueError(f"{where}: balance must be 'rows' or None, got {balance!r}")
+
+
 def _random_positions(rows: int, cols: int, count: int) -> Tensor:
     """`count` distinct places of a grid, sorted: some to cover rows and columns, the rest uniform."""
     with torch.device("cpu"):  # whatever the default device: the same draws everywhere, and some on "meta" too
-        longest = max(rows, cols)
-        diagonal = torch.arange(min(count, longest))
-        cover = torch.randperm(rows)[diagonal % rows] * cols + torch.randperm(cols)[diagonal % cols]
+        cover, _ = _cover(rows, cols, count)
         rest = torch.randperm(rows * cols)
         rest = rest[~torch.isin(rest, cover)][: count - len(cover)]
         return torch.cat((cover, rest)).sort().values
+
+
+def _balanced_positions(rows: int, cols: int, count: int) -> Tensor:
+    """As `_random_positions`, with count // rows places in every row, and one more in some."""
+    with torch.device("cpu"):
+        cover, row_order = _cover(rows, cols, count)
+        rank = torch.rand(rows * cols).index_fill_(0, cover, -1.0).view(rows, cols).argsort(1).argsort(1)
+        wanted = torch.full((rows,), count // rows).index_add_(
+            0, row_order[: count % rows], torch.tensor(1).expand(count % rows)
+        )
+        return (rank < wanted[:, None]).flatten().nonzero().flatten()
+
+
+def _cover(rows: int, cols: int, count: int) -> tuple[Tensor, Tensor]:
+    """Places on a shuffled diagonal that goes round, no more than `count`; and the order in which it meets the rows."""
+    diagonal = torch.arange(min(count, max(rows, cols)))
+    row_order = torch.randperm(rows)
+    return row_order[diagonal % rows] * cols + torch.randperm(cols)[diagonal % cols], row_order

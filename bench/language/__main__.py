@@ -18,16 +18,18 @@ class Command:
     arms: tuple[str, ...] = ("dense", "set-d0.1-b16-erk")
     """dense, dense-narrow, or rule-dDENSITY-bBLOCK-DISTRIBUTION."""
     seeds: tuple[int, ...] = (0,)
-    steps: int = 300
-    sequences: int = 8
+    steps: int = 600
+    """Of the equal-steps run. The equal-time run has as many as fit into the time of so many dense steps."""
+    sequences: int = 2
     learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     """Of several, an arm takes the one that is best on held-out text after a short run with its first seed."""
-    trial_steps: int = 60
+    trial_steps: int = 150
     """Length of that short run, a whole schedule of its own."""
     threads: int = 1
     device: str = "cpu"
     runs: Path = Path("runs/language")
     results: Path = Path("bench/results/language")
+    """Curves are written to its folders equal-steps and equal-time."""
 
 
 def main(command: Command) -> None:
@@ -41,7 +43,16 @@ def main(command: Command) -> None:
         settings = Settings(command.steps, command.sequences, device=command.device)
         settings = replace(settings, learning_rate=chosen_rate(name, text, shape, settings, command))
         for seed in command.seeds:
-            train(name, seed, text, shape, settings, command.runs, command.results)
+            curve = trained("equal-steps", name, seed, text, shape, settings, command)
+            if name != "dense":
+                steps = round(settings.steps * settings.steps / pandas.read_csv(curve).dense_steps.iloc[-1])
+                trained("equal-time", name, seed, text, shape, replace(settings, steps=steps), command)
+
+
+def trained(
+    kind: str, name: str, seed: int, text: data.Text, shape: Shape, settings: Settings, command: Command
+) -> Path:
+    return train(name, seed, text, shape, settings, command.runs / kind, command.results / kind)
 
 
 def chosen_rate(name: str, text: data.Text, shape: Shape, settings: Settings, command: Command) -> float:

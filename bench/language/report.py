@@ -1,9 +1,11 @@
-"""python -m bench.language.report: the curves as a figure, and equal steps beside equal seconds as a table."""
+"""python -m bench.language.report: what blocks cost as a figure, the curves as another, and a table.
+
+Equal steps are read from one run. Equal time has a run of its own, whose schedule ends when the time of dense is over.
+"""
 
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import pandas
 import tyro
 from pandas import DataFrame
@@ -13,49 +15,113 @@ from bench.language.train import parse
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
-COLOURS = {1: "tab:blue", 4: "tab:green", 16: "tab:orange", 32: "tab:red"}
-STYLES = {"dense": "-", "dense-narrow": "--", "set": "-", "rigl": "--", "gmp": "-.", "static": ":"}
+KINDS = {"equal-steps": "equal steps", "equal-time": "equal time"}
+COLOURS = {"set": "tab:blue", "rigl": "tab:orange", "gmp": "tab:green", "static": "tab:red"}
+BLOCK_COLOURS = {1: "tab:blue", 4: "tab:green", 16: "tab:orange", 32: "tab:red"}
 
 
 def read(folder: Path) -> DataFrame:
+    """All curves; those of dense, which has both by one run, once for each kind."""
     curves = []
-    for path in sorted(folder.glob("*-seed*.csv")):
+    for path in sorted(folder.glob("equal-*/*-seed*.csv")):
         arm, seed = path.stem.rsplit("-seed", 1)
-        curves.append(pandas.read_csv(path).assign(arm=arm, seed=int(seed)))
+        curve = pandas.read_csv(path).assign(arm=arm, seed=int(seed), kind=path.parent.name)
+        curves += [curve.assign(kind=kind) for kind in KINDS] if arm == "dense" else [curve]
     if not curves:
-        raise FileNotFoundError(f"bench.language.report: no curve of an arm (ARM-seedN.csv) in {folder}")
+        raise FileNotFoundError(f"bench.language.report: no curve of an arm (equal-*/ARM-seedN.csv) in {folder}")
     return pandas.concat(curves, ignore_index=True)
 
 
+def ends(rows: DataFrame) -> DataFrame:
+    """The last row of every run, with the arm taken apart."""
+    last = rows.sort_values("step").groupby(["kind", "arm", "seed"]).tail(1)
+    arms = DataFrame([vars(parse(arm)) for arm in last.arm], index=last.index)
+    return last.drop(columns="density").join(arms)
+
+
 def table(rows: DataFrame) -> str:
-    """At the steps and at the seconds that every run reached, interpolated on its curve; mean ± deviation of seeds."""
-    runs = rows.groupby(["arm", "seed"])
-    steps, seconds = (runs[column].max().min() for column in ("step", "seconds"))
-    lines = [f"| arm | seeds | bits per byte at {steps} steps | at {seconds:.0f} s | MB |", "|---|---|---|---|---|"]
-    for arm, curves in rows.groupby("arm"):
-        by_seed = [curve for _, curve in curves.groupby("seed")]
-        at_steps, at_seconds = (
-            _spread([np.interp(limit, curve[column], curve.bits_per_byte) for curve in by_seed])
-            for column, limit in (("step", steps), ("seconds", seconds))
+    """Mean of the seeds, and their standard deviation where there are several."""
+    last = ends(rows).set_index("kind")
+    steps, time = (last.loc[[kind]] for kind in KINDS)
+    lines = [
+        f"| arm | seeds | learning rate | bits per byte at {steps.step.max()} steps | at the time of dense | its steps "
+        "| its time / dense | time of a step / dense | FLOPs / dense | MB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    dense = steps[steps.arm == "dense"].mean(numeric_only=True)
+    for arm, runs in steps.groupby("arm"):
+        other = time[time.arm == arm]
+        time_share = other.dense_steps.mean() / dense.dense_steps
+        lines.append(
+            f"| {arm} | {len(runs)} | {runs.learning_rate.iloc[0]:g} | {spread(runs.bits_per_byte)} "
+            f"| {spread(other.bits_per_byte)} | {other.step.mean():.0f} | {time_share:.2f} "
+            f"| {(runs.dense_steps / runs.step).mean():.2f} | {runs.flops.mean() / dense.flops:.2f} "
+            f"| {runs.bytes.max() / 1e6:.1f} |"
         )
-        size = max(curve.bytes.iloc[-1] for curve in by_seed) / 1e6
-        lines.append(f"| {arm} | {len(by_seed)} | {at_steps} | {at_seconds} | {size:.1f} |")
     return "\n".join(lines) + "\n"
 
 
-def _spread(values: list[float]) -> str:
-    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+def spread(values: pandas.Series) -> str:
+    return f"{values.mean():.3f}" + (f" ± {values.std():.3f}" if len(values) > 1 else "")
 
 
-def draw(rows: DataFrame, path: Path) -> None:
+def draw_blocks(rows: DataFrame, path: Path) -> None:
+    """Bits per byte at the end against the block size: a line a rule, horizontal ones for the dense models."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.8), sharey=True, layout="constrained")
+    last = ends(rows)
+    for axis, (kind, title) in zip(axes, KINDS.items(), strict=True):
+        runs = last[last.kind == kind]
+        for name, style in (("dense", "-"), ("dense-narrow", "--")):
+            values = runs[runs.arm == name].bits_per_byte
+            if len(values):
+                label = name if name == "dense" else "dense, narrower: FLOPs of density 0.1"
+                axis.axhline(values.mean(), color="black", linestyle=style, label=label)
+        sparse = runs[~runs.rule.str.startswith("dense")]
+        for (rule, density, distribution, balanced), arms in sparse.groupby(
+            ["rule", "density", "distribution", "balanced"]
+        ):
+            by_block = arms.groupby("block_size").bits_per_byte
+            axis.errorbar(
+                by_block.mean().index,
+                by_block.mean(),
+                by_block.std().fillna(0),
+                color=COLOURS[rule],
+                linestyle="-" if density == 0.1 else ":",
+                marker="D" if balanced else "o" if distribution == "erk" else "s",
+                markersize=5,
+                capsize=3,
+                label=f"{rule}, density {density:g}, {distribution}{', balanced rows' if balanced else ''}",
+            )
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([1, 4, 16, 32], ["1", "4", "16", "32"])
+        axis.set_xlabel("block size")
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("held-out bits per byte")
+    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def draw_curves(rows: DataFrame, path: Path) -> None:
+    """Of the dense models and of SET at density 0.1: against steps, time and FLOPs, the first seed."""
     figure, axes = pyplot.subplots(1, 3, figsize=(14, 4.5), sharey=True, layout="constrained")
-    columns = {"step": "steps", "seconds": "seconds of training", "flops": "FLOPs"}
-    for axis, (column, label) in zip(axes, columns.items(), strict=True):
-        for (name, _), curve in rows.groupby(["arm", "seed"]):
+    columns = {
+        "step": ("equal-steps", "steps"),
+        "dense_steps": ("equal-time", "time, in steps of dense"),
+        "flops": ("equal-time", "FLOPs"),
+    }
+    for axis, (column, (kind, label)) in zip(axes, columns.items(), strict=True):
+        for (name, seed), curve in rows[rows.kind == kind].groupby(["arm", "seed"]):
             arm = parse(name)
-            colour = "black" if arm.rule.startswith("dense") else COLOURS[arm.block_size]
-            first = curve.seed.iloc[0] == rows[rows.arm == name].seed.min()
-            axis.plot(curve[column], curve.bits_per_byte, STYLES[arm.rule], color=colour, label=name if first else None)
+            if seed != rows[rows.arm == name].seed.min() or not (
+                arm.rule.startswith("dense") or name == f"set-d0.1-b{arm.block_size}-erk"
+            ):
+                continue
+            colour = "black" if arm.rule.startswith("dense") else BLOCK_COLOURS[arm.block_size]
+            style = "--" if arm.rule == "dense-narrow" else "-"
+            axis.plot(curve[column], curve.bits_per_byte, style, color=colour, label=name)
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("held-out bits per byte")
@@ -66,7 +132,8 @@ def draw(rows: DataFrame, path: Path) -> None:
 
 def main(results: Path = Path("bench/results/language")) -> None:
     rows = read(results)
-    draw(rows, results / "language.png")
+    draw_blocks(rows, results / "blocks.png")
+    draw_curves(rows, results / "curves.png")
     (results / "language.md").write_text(table(rows))
 
 

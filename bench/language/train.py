@@ -20,7 +20,7 @@ from bench.language.model import GPT, Shape, density, flops, live_weights, narro
 
 NARROW_DENSITY = 0.1  # whose FLOPs dense-narrow has
 HELD_OUT_SEED = 1 << 40
-PATTERN = re.compile(r"(set|rigl|gmp|static)-d(0\.\d+)-b(\d+)-(erk|uniform)")
+PATTERN = re.compile(r"(set|rigl|gmp(?!.*-balanced)|static)-d(0\.\d+)-b(\d+)-(erk|uniform)(-balanced)?")
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,16 @@ class Arm:
     density: float = 1.0
     block_size: int = 1
     distribution: str = "erk"
+    balanced: bool = False
+    """Rows with equal numbers of blocks."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    steps: int = 300
-    sequences: int = 8
+    steps: int = 600
+    sequences: int = 2
     learning_rate: float = 1e-3
-    evaluate_every: int = 25
+    evaluate_every: int = 100
     held_out_sequences: int = 64
     device: str = "cpu"
 
@@ -47,9 +49,9 @@ def parse(name: str) -> Arm:
     if (match := PATTERN.fullmatch(name)) is None:
         raise ValueError(
             "bench.language: an arm is 'dense', 'dense-narrow' or like 'set-d0.1-b16-erk' (set, rigl, gmp or static; "
-            f"density; block size; erk or uniform), got {name!r}"
+            f"density; block size; erk or uniform), and all but gmp may end in '-balanced', got {name!r}"
         )
-    return Arm(match[1], float(match[2]), int(match[3]), match[4])
+    return Arm(match[1], float(match[2]), int(match[3]), match[4], match[5] is not None)
 
 
 def build(arm: Arm, shape: Shape, seed: int) -> GPT:
@@ -58,7 +60,14 @@ def build(arm: Arm, shape: Shape, seed: int) -> GPT:
     if arm.rule.startswith("dense"):
         return model
     initial = 1.0 if arm.rule == "gmp" else arm.density
-    return sk.sparsify(model, initial, arm.block_size, arm.distribution, exclude=["head"], keep="fresh")
+    model = sk.sparsify(model, initial, arm.block_size, arm.distribution, exclude=["head"], keep="fresh")
+    for layer in model.modules() if arm.balanced else ():
+        if isinstance(layer, sk.SparseLinear):
+            old = layer.topology
+            new = sk.Topology.random(old.shape, old.num_live, old.block_size, balance="rows")
+            old.replace(new.block_rows, new.block_cols)
+            layer.reset_parameters()
+    return model
 
 
 def rule_for(arm: Arm, model: GPT, optimizer: torch.optim.Optimizer, steps: int, seed: int):
@@ -69,7 +78,8 @@ def rule_for(arm: Arm, model: GPT, optimizer: torch.optim.Optimizer, steps: int,
         return sk.GMP(model, optimizer, arm.density, end_step=end, update_every=every, scope=scope)
     if arm.rule in ("set", "rigl"):
         kind = sk.SET if arm.rule == "set" else sk.RigL
-        return kind(model, optimizer, drop_fraction=sk.cosine(0.3), update_every=every, end_step=end, seed=seed)
+        balance = "rows" if arm.balanced else None
+        return kind(model, optimizer, sk.cosine(0.3), every, end_step=end, seed=seed, balance=balance)
     return None
 
 
@@ -87,6 +97,46 @@ def loss_of(model: nn.Module, tokens: torch.Tensor, settings: Settings) -> torch
     return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 
 
+def adamw(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), settings.learning_rate, (0.9, 0.95), weight_decay=0.1, fused=True)
+
+
+def learn(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: torch.Tensor, settings: Settings) -> torch.Tensor:
+    loss = loss_of(model, tokens, settings)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss
+
+
+def now(settings: Settings) -> float:
+    """Seconds: of the wall on a GPU; on a CPU of this process, by thread, since others use the machine as well."""
+    if settings.device == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time() / torch.get_num_threads()
+
+
+class Yardstick:
+    """Times a step of the dense model in the same process, so that a busy hour of the machine weighs on both."""
+
+    def __init__(self, shape: Shape, text: Text, settings: Settings):
+        with torch.random.fork_rng():
+            self.model = build(Arm("dense"), shape, 0).to(settings.device)
+        self.optimizer, self.settings = adamw(self.model, settings), settings
+        self.tokens = batch(text.train, settings.sequences, shape.context, 0).to(settings.device)
+
+    def seconds(self) -> float:
+        """Of the faster of two steps."""
+        times = []
+        for _ in range(2):
+            began = now(self.settings)
+            learn(self.model, self.optimizer, self.tokens, self.settings)
+            times.append(now(self.settings) - began)
+            self.optimizer.zero_grad()
+        return min(times)
+
+
 def rate(step: int, settings: Settings) -> float:
     """A twentieth of the run warms up; a cosine falls to a tenth."""
     warm = max(1, settings.steps // 20)
@@ -98,7 +148,7 @@ def rate(step: int, settings: Settings) -> float:
 
 def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Of weights, gradients, optimiser state, coordinates and index, as they are now."""
-    tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    tensors = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
     tensors += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
     topologies = sum(module.nbytes for module in model.modules() if isinstance(module, sk.Topology))
     return topologies + sum(t.numel() * t.element_size() for t in tensors)
@@ -115,12 +165,13 @@ def train(
     stop: int | None = None,
 ) -> Path:
     """Continue from the checkpoint, if there is one, to the end or to step `stop`; the curve's CSV is returned."""
-    arm, cuda = parse(name), settings.device == "cuda"
+    arm = parse(name)
     model = build(arm, shape, seed).to(settings.device)
-    optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, (0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = adamw(model, settings)
     rule = rule_for(arm, model, optimizer, settings.steps, seed)
+    yardstick = Yardstick(shape, text, settings)
     checkpoint, csv = runs / f"{name}-seed{seed}.pt", results / f"{name}-seed{seed}.csv"
-    step, seconds, total, rows = 0, 0.0, 0.0, []
+    step, seconds, dense_steps, total, rows = 0, 0.0, 0.0, 0.0, []
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=False)
         if saved["settings"] != (settings, shape, text.digest):
@@ -132,30 +183,30 @@ def train(
         optimizer.load_state_dict(saved["optimizer"])
         if rule is not None:
             rule.load_state_dict(saved["rule"])
-        step, seconds, total, rows = saved["step"], saved["seconds"], saved["flops"], saved["rows"]
+        step, rows = saved["step"], saved["rows"]
+        seconds, dense_steps, total = saved["seconds"], saved["dense_steps"], saved["flops"]
+    since = 0.0  # seconds since the yardstick was last laid to them
     end = settings.steps if stop is None else stop
     bar = tqdm(total=settings.steps, initial=step, desc=f"{name} seed {seed}")
     while step < end:
-        began = time.perf_counter()
+        began = now(settings)
         for group in optimizer.param_groups:
             group["lr"] = rate(step, settings)
         tokens = batch(text.train, settings.sequences, shape.context, (seed << 20) + step).to(settings.device)
-        loss = loss_of(model, tokens, settings)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        loss = learn(model, optimizer, tokens, settings)
         if rule is not None:
             rule.step()
-        if cuda:
-            torch.cuda.synchronize()
-        seconds += time.perf_counter() - began
+        since += now(settings) - began
         total += flops(model.shape, live_weights(model)) * settings.sequences * shape.context
         step += 1
+        if step % settings.evaluate_every == 0 or step == end:
+            seconds, dense_steps, since = seconds + since, dense_steps + since / yardstick.seconds(), 0.0
         if step % settings.evaluate_every == 0 or step == settings.steps:
             rows.append(
                 {
                     "step": step,
                     "seconds": seconds,
+                    "dense_steps": dense_steps,
                     "flops": total,
                     "train_loss": loss.item(),
                     "bits_per_byte": held_out_bits(model, text, settings, shape.context),
@@ -170,7 +221,12 @@ def train(
         optimizer.zero_grad()
         if step % settings.evaluate_every == 0 or step == end:
             saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "rows": rows}
-            saved |= {"seconds": seconds, "flops": total, "settings": (settings, shape, text.digest)}
+            saved |= {
+                "seconds": seconds,
+                "dense_steps": dense_steps,
+                "flops": total,
+                "settings": (settings, shape, text.digest),
+            }
             saved |= {"rule": None if rule is None else rule.state_dict()}
             replace(checkpoint, partial(torch.save, saved))
         bar.update()

@@ -69,7 +69,7 @@ class Run:
         steps = {str(step) for step in self.evaluated.index}
         header, *rows = (self.folder / CSV).read_text().splitlines(keepends=True)
         (folder / CSV).write_text(header + "".join(row for row in rows if row.partition(",")[0] in steps))
-        replace(self.config, runs=Config.runs, ticket=self.config.ticket and Path()).save(folder)
+        replace(self.config, runs=Config.runs, wandb=False, ticket=self.config.ticket and Path()).save(folder)
 
     @property
     def evaluated(self) -> pandas.DataFrame:

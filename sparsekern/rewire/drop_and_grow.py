@@ -11,14 +11,15 @@ from sparsekern import choose
 from sparsekern.layer import SparseLayer
 from sparsekern.rewire.arguments import check_by_group, check_flag
 from sparsekern.rewire.growth import GrowthScores, best_candidates, float_bits, pack, positions_of, scores_of
-from sparsekern.rewire.hash import stream
+from sparsekern.rewire.hash import stream, uniform_hash
 from sparsekern.rewire.on_device import Growth, LayerEvent, LayerTensors, ModelTables, rewire_model, tables_for
 from sparsekern.rewire.optimizer_state import element_state
 from sparsekern.rewire.ranks import distributed, gathered
 from sparsekern.rewire.rule import Rule
 from sparsekern.rewire.schedule import Constant, check_fraction
 from sparsekern.rewire.scores import block_l1
-from sparsekern.rewire.select import places, random_candidates, weakest
+from sparsekern.rewire.select import all_candidates, places, places_in_rows, random_candidates, weakest
+from sparsekern.topology import check_balance
 
 
 class DropAndGrow(Rule):
@@ -37,6 +38,8 @@ class DropAndGrow(Rule):
             that lives on beside the model (target network, EMA, AveragedModel) must be given here: a copy that is not
             keeps the old topology, and averaging or copying weights into it mixes blocks of different places.
         coverage: keep a boolean per place for `stats()["coverage"]`, the share of places that were ever live.
+        balance: "rows" grows as many blocks in a row of the grid as were dropped there, so that every row keeps its
+            number (see `Topology.random`); such an event holds a table of all places. None: anywhere in the group.
 
     A block dropped at an event is no candidate for growth at that event; where dead places run out, fewer are replaced.
     New blocks start at zero.
@@ -67,7 +70,10 @@ class DropAndGrow(Rule):
         seed: int = 0,
         followers: Iterable[nn.Module] = (),
         coverage: bool = False,
+        balance: str | None = None,
     ):
+        check_balance(type(self).__name__, balance)
+        self.balance = balance
         self.drop_fraction = drop_fraction if callable(drop_fraction) else Constant(drop_fraction)
         if getattr(self.drop_fraction, "needs_end", False) and end_step is None:
             raise ValueError(f"{type(self).__name__}: {self.drop_fraction} needs an end_step, got None")
@@ -123,6 +129,8 @@ class DropAndGrow(Rule):
     def _is_on_device(self) -> bool:
         """Whether kernels rewire all layers at once: they must be on one device, and the chooser must want it."""
         devices = {layer.weight.device for layer in self.layers.values()}
+        if self.balance:  # which they do not know
+            return False
         return len(devices) == 1 and choose.rewires_by_cuda(devices.pop())
 
     def _event_on_device(self, counts: dict[str, list[int]]) -> None:
@@ -160,10 +168,11 @@ class DropAndGrow(Rule):
         if not any(counts):
             return 3 * (layout.block_rows[:0].long(),)
         scores = self._checked(path, "drop_scores", self.drop_scores(layer), (layout.num_slots,))
-        keys = self._candidates(path, layer, max(counts))
         self._note_nan(path, scores)
         slots = weakest(scores, layout, self._live[path], counts)
-        return slots, *places(keys, layout, counts)
+        if self.balance:
+            return slots, *places_in_rows(self._all_candidates(path, layer), layout, slots)
+        return slots, *places(self._candidates(path, layer, max(counts)), layout, counts)
 
     def _move(self, path: str, slots: Tensor, rows: Tensor, cols: Tensor) -> None:
         layer = self.layers[path]
@@ -192,6 +201,24 @@ class DropAndGrow(Rule):
             return growth
         table = growth + 0.0  # -0.0 becomes 0.0, which may grow
         return best_candidates(layout, count, lambda strip, _: float_bits(table[:, strip].flatten(1)))
+
+    def _all_candidates(self, path: str, layer: SparseLayer) -> Tensor:
+        """Keys [groups, rows * cols] of all places, in their order; -1 where none may grow."""
+        layout = layer.topology.layout
+        size = layer.topology.num_blocks // layout.groups
+        growth = self._growth(path, layer, 0)
+        if growth is None:
+            group = torch.arange(layout.groups, device=layer.weight.device)[:, None]
+            place = torch.arange(size, device=layer.weight.device)
+            scores = uniform_hash(stream(self.seed, self._index[path], self.events), group * size + place)
+        elif growth.dtype == torch.int64:
+            raise ValueError(
+                f"{type(self).__name__}: balance='rows' needs scores of all places, and the rule gave keys of some for "
+                f"layer {path!r}, as RigL does at block size 1"
+            )
+        else:
+            scores = float_bits((growth + 0.0).flatten(1))
+        return all_candidates(layout, scores)
 
     def _growth(self, path: str, layer: SparseLayer, count: int) -> Tensor | None:
         """What grow_scores gave: a float32 table of all places, keys of `count` or more, or None."""

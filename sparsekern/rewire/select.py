@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.backends import cpu
-from sparsekern.rewire.growth import best_candidates, positions_of
+from sparsekern.rewire.growth import best_candidates, pack, positions_of
 from sparsekern.rewire.hash import uniform_hash
 from sparsekern.rewire.scores import sortable
 from sparsekern.topology import Layout
@@ -50,3 +50,26 @@ def places(keys: Tensor, layout: Layout, counts: list[int]) -> tuple[Tensor, Ten
         torch.where(none, -1, group * rows + position // cols),
         torch.where(none, -1, group * cols + position % cols),
     )
+
+
+def all_candidates(layout: Layout, scores: Tensor) -> Tensor:
+    """Keys [groups, rows * cols] of int64 scores of all places in order; -1 where a block lives or the score is < 0."""
+    place = torch.arange(scores.shape[1], device=scores.device)
+    keys = torch.where(scores < 0, -1, pack(scores, place))
+    keys = torch.cat((keys.flatten(), keys.new_full((1,), -1)))  # dead slots write to the last
+    position = layout.positions()
+    return keys.index_fill_(0, torch.where(layout.block_rows < 0, len(keys) - 1, position), -1)[:-1].view_as(scores)
+
+
+def places_in_rows(keys: Tensor, layout: Layout, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Block rows and columns, int64 like `slots`: the best candidates of each slot's own row; -1 where they ran out."""
+    row = layout.block_rows[slots].long()
+    order = torch.sort(row, stable=True).indices
+    ordered = row[order]
+    rank = torch.empty_like(row)
+    rank[order] = torch.arange(len(row), device=row.device) - torch.searchsorted(ordered, ordered)
+    cols = layout.num_cols // layout.groups
+    best = keys.view(layout.num_rows, cols).sort(1, descending=True).values[row, rank.clamp(max=cols - 1)]
+    position = positions_of(torch.where(rank < cols, best, -1))
+    col = row // (layout.num_rows // layout.groups) * cols + position % cols
+    return torch.where(position < 0, -1, row), torch.where(position < 0, -1, col)

@@ -2,10 +2,11 @@ import pandas
 import pytest
 import torch
 
+import sparsekern as sk
 from bench.language import __main__ as command
 from bench.language import data, report
 from bench.language.model import Shape, density, flops, live_weights
-from bench.language.train import Settings, build, parse, train
+from bench.language.train import Settings, Yardstick, build, parse, train
 
 SHAPE = Shape(layers=1, width=64, context=16, heads=2)
 SETTINGS = Settings(steps=6, sequences=2, evaluate_every=2, held_out_sequences=2)
@@ -33,13 +34,17 @@ def test_a_sparse_arm_has_its_density_and_the_narrow_one_no_more_flops():
     assert 0.8 * ours < theirs <= 1.001 * ours
 
 
-@pytest.mark.parametrize("name", ["dense", "set-d0.2-b16-erk", "rigl-d0.2-b4-uniform", "gmp-d0.2-b16-erk"])
+@pytest.mark.parametrize(
+    "name", ["dense", "set-d0.2-b16-erk", "rigl-d0.2-b4-uniform", "gmp-d0.2-b16-erk", "set-d0.2-b4-erk-balanced"]
+)
 def test_a_resumed_run_equals_a_straight_one(name, text, tmp_path):
     straight, cut = tmp_path / "straight", tmp_path / "cut"
     expected = pandas.read_csv(train(name, 0, text, SHAPE, SETTINGS, straight, straight))
     train(name, 0, text, SHAPE, SETTINGS, cut, cut, stop=3)
     resumed = pandas.read_csv(train(name, 0, text, SHAPE, SETTINGS, cut, cut))
-    pandas.testing.assert_frame_equal(resumed.drop(columns="seconds"), expected.drop(columns="seconds"), rtol=0, atol=0)
+    clocks = ["seconds", "dense_steps"]
+    pandas.testing.assert_frame_equal(resumed.drop(columns=clocks), expected.drop(columns=clocks), rtol=0, atol=0)
+    assert (resumed[clocks].diff().dropna() > 0).all(axis=None)
     ours, theirs = (torch.load(f / f"{name}-seed0.pt", weights_only=False)["model"] for f in (cut, straight))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
@@ -50,7 +55,7 @@ def test_the_rate_of_an_arm_is_the_best_of_its_short_runs(text, tmp_path, monkey
     runs, results, rates = tmp_path / "runs", tmp_path / "results", (1e3, 1e-3, 1e-2)  # the first diverges
     command.main(command.Command(("dense",), steps=6, learning_rates=rates, trial_steps=4, runs=runs, results=results))
     tried = {r: pandas.read_csv(runs / f"rate{r:g}" / "dense-seed0.csv").bits_per_byte.iloc[-1] for r in rates[1:]}
-    taken = pandas.read_csv(results / "dense-seed0.csv")
+    taken = pandas.read_csv(results / "equal-steps" / "dense-seed0.csv")
     assert taken.learning_rate.unique().tolist() == [min(tried, key=tried.get)]
     assert taken.step.iloc[-1] == 6 and "by learning rate" in capsys.readouterr().out
 
@@ -65,16 +70,50 @@ def test_bytes_are_those_of_weights_gradients_moments_and_topology(text, tmp_pat
 
 
 def test_a_wrong_arm_is_an_error_that_says_what_an_arm_is():
-    with pytest.raises(ValueError, match="like 'set-d0.1-b16-erk'.*got 'sett-d0.1'"):
-        parse("sett-d0.1")
+    for name in ("sett-d0.1", "gmp-d0.1-b4-erk-balanced"):
+        with pytest.raises(ValueError, match=f"like 'set-d0.1-b16-erk'.*got '{name}'"):
+            parse(name)
 
 
-def test_a_report_compares_at_the_steps_and_seconds_that_all_reached(tmp_path):
-    for name, pace in (("dense", 2.0), ("set-d0.1-b16-erk", 1.0)):
-        curve = {"step": [1, 2, 4], "bits_per_byte": [6.0, 5.0, 3.0], "bytes": 1e6}
-        rows = pandas.DataFrame(curve).assign(seconds=lambda c, p=pace: c.step * p, flops=lambda c: c.step * 1e9)
-        rows.to_csv(tmp_path / f"{name}-seed0.csv", index=False)
+def test_a_balanced_arm_has_as_many_blocks_in_every_row():
+    model = build(parse("set-d0.2-b4-uniform-balanced"), SHAPE, 0)
+    layers = [module for module in model.modules() if isinstance(module, sk.SparseLinear)]
+    counts = [layer.topology.mask().sum(-1) for layer in layers]
+    assert len(counts) == 4 and all(count.amax() - count.amin() <= 1 for count in counts)
+
+
+def test_the_equal_time_run_has_as_many_steps_as_fit_into_the_time_of_dense(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "read", lambda: text)
+    monkeypatch.setattr(command, "Shape", lambda: SHAPE)
+    monkeypatch.setattr(Yardstick, "seconds", lambda self: 2.0)
+    ticks = iter(range(10**6))
+    monkeypatch.setattr("bench.language.train.now", lambda settings: float(next(ticks)))  # a step takes one second
+    names = ("dense", "set-d0.2-b4-erk")
+    command.main(command.Command(names, steps=6, learning_rates=(1e-3,), runs=tmp_path / "runs", results=tmp_path))
+    last = pandas.read_csv(tmp_path / "equal-time" / "set-d0.2-b4-erk-seed0.csv").iloc[-1]
+    assert last.step == 12 and last.dense_steps == 6 and last.seconds == 12
+    assert not (tmp_path / "equal-time" / "dense-seed0.csv").exists()
+
+
+def test_a_report_compares_at_equal_steps_and_at_equal_time_with_the_spread_of_seeds(tmp_path):
+    for kind, name, seed, bits in (
+        ("equal-steps", "dense", 0, 3.0),
+        ("equal-steps", "set-d0.1-b16-erk", 0, 3.2),
+        ("equal-steps", "set-d0.1-b16-erk", 1, 3.4),
+        ("equal-time", "set-d0.1-b16-erk", 0, 2.8),
+        ("equal-time", "set-d0.1-b16-erk", 1, 2.8),
+    ):
+        steps = 8 if kind == "equal-time" else 4
+        curve = {"step": [1, steps], "bits_per_byte": [6.0, bits], "bytes": 1e6, "density": 1.0, "learning_rate": 1e-3}
+        share = 1.0 if name == "dense" else 0.5
+        rows = pandas.DataFrame(curve).assign(
+            dense_steps=lambda c, s=share: c.step * s, flops=lambda c, s=share: c.step * s
+        )
+        (tmp_path / kind).mkdir(exist_ok=True)
+        rows.to_csv(tmp_path / kind / f"{name}-seed{seed}.csv", index=False)
     report.main(tmp_path)
-    lines = (tmp_path / "language.md").read_text().splitlines()
-    assert lines[2:] == ["| dense | 1 | 3.000 | 5.000 | 1.0 |", "| set-d0.1-b16-erk | 1 | 3.000 | 3.000 | 1.0 |"]
-    assert (tmp_path / "language.png").stat().st_size > 1000
+    assert (tmp_path / "language.md").read_text().splitlines()[2:] == [
+        "| dense | 1 | 0.001 | 3.000 | 3.000 | 4 | 1.00 | 1.00 | 1.00 | 1.0 |",
+        "| set-d0.1-b16-erk | 2 | 0.001 | 3.300 ± 0.141 | 2.800 ± 0.000 | 8 | 1.00 | 0.50 | 0.50 | 1.0 |",
+    ]
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("blocks.png", "curves.png"))

@@ -4,8 +4,10 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas
 import pytest
@@ -14,7 +16,7 @@ import torch
 from rl import checkpoint, envs, run
 from rl.agents import AGENTS
 from rl.algorithms import buffer, train_ppo
-from rl.config import Config, PPOConfig, ReDoConfig, ResetConfig
+from rl.config import Config, PPOConfig, ReDoConfig, ResetConfig, identity
 from rl.envs.minigrid import Task
 from rl.reporting.runs import find
 from rl.run import new_folder
@@ -154,6 +156,32 @@ def test_command_line_prints_the_folder_first_and_the_tables_last(tmp_path):
     assert re.fullmatch(line, done.stdout.splitlines()[1])  # no terminal, no bar: a line an evaluation
     for words in ("RedBlueDoors-6x6", "normalised", "live parameters", "bytes: weights", "steps per second"):
         assert words in done.stdout
+
+
+def test_a_run_is_mirrored_to_wandb_from_before_its_first_event_and_goes_on_there(tmp_path, monkeypatch):
+    told = []
+
+    @contextmanager
+    def init(**options):
+        told.append((options["id"], options["resume"], options["sync_tensorboard"], options["config"]["seed"]))
+        assert not (options["dir"] / "tb").exists() or len(told) > 1  # wandb watches the writers that are made later
+        yield
+        told.append("finished")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    settings = short(tmp_path, timesteps=100, wandb=True, seed=7)
+    folder = new_folder(settings)
+    run.train(settings, folder, quiet=True)
+    run.train(settings, folder, quiet=True)  # resumed, with nothing left to do
+    assert told == [told[0], "finished", told[0], "finished"]
+    assert told[0][1:] == ("allow", True, 7)
+    assert identity(settings) == identity(replace(settings, wandb=False))
+
+
+def test_wandb_that_is_not_there_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="--wandb needs the package wandb: pip install wandb"):
+        run.require(short(tmp_path, wandb=True))
 
 
 def test_mt10_without_metaworld_is_a_sentence_and_no_run(tmp_path):

@@ -1,7 +1,9 @@
 """rl/sweep.py: which runs a grid has, and that finished and interrupted ones are recognised."""
 
+import os
 import subprocess
 import sys
+import time
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +14,7 @@ import pytest
 
 from rl import checkpoint, run, sweep
 from rl.algorithms import train_ppo
-from rl.config import Config, PPOConfig
+from rl.config import Config, PPOConfig, identity
 from rl.reporting.runs import find
 from rl.run import new_folder
 from rl.sweep import Sweep, run_all
@@ -109,11 +111,21 @@ def test_sweep_resumes_interrupted_runs_and_does_not_repeat_finished_ones(tmp_pa
         assert run_all([cells[1]], options) == 1  # the sweep survives
     assert checkpoint.load(broken)["clock"] == 100
 
+    begun = new_folder(cells[0])
+    os.utime(begun / "config.json", (time.time() - 3600,) * 2)
+    states = [sweep.state(sweep.furthest(options).get(identity(cell))) for cell in cells]
+    assert states[0][:3] == ("begun", "0", "") and states[0][3].startswith("1:00:")
+    assert states[1][:2] == ("failed", "100") and 0 <= float(states[1][2]) <= 1
+    assert states[1][3] == "RuntimeError: out of memory, say"
+    assert states[2] == ("to do", "", "", "")
+
     assert run_all(cells[:2], options) == 0
+    assert not (broken / sweep.FAILURE).exists()
     assert trained == [(1, 0), (0, 0), (1, 100)]
     for made in find([tmp_path / "runs"]):
         assert made.finished
         made.folder.rename(tmp_path / f"elsewhere{made.config.seed}")  # only the published results are left
+    assert sweep.state(sweep.furthest(options)[identity(cells[1])])[:2] == ("done", "200")
     assert run_all(cells, options) == 0
     assert trained[3:] == [(2, 0)]
     assert [made.config.seed for made in find([tmp_path / "results"]) if made.finished] == [0, 1, 2]
@@ -131,6 +143,35 @@ def test_killed_process_fails_its_own_run_only(tmp_path, monkeypatch, capsys, ad
     assert run_all(cells, options) == 1
     assert [made.config.seed for made in find([tmp_path / "results"])] == [2]
     assert "mt5-mtppo-dense, seed 1 failed" in capsys.readouterr().err
+    sweep.show(cells, options)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "mt5-mtppo-dense" in line]
+    assert [(row[3], " ".join(row[5:7])) for row in rows] == [("1", "to do"), ("2", "done │")]
+
+
+@pytest.fixture
+def two_machines(tmp_path, monkeypatch):
+    """Address of a Ray cluster of two nodes with one core each, on this machine."""
+    pytest.importorskip("ray", reason="Ray, of the extra `cluster`, is not installed")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # a Cluster makes no token for itself
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        cluster.add_node(num_cpus=1)
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+
+
+def test_a_sweep_uses_both_machines_of_a_cluster(tmp_path, monkeypatch, two_machines):
+    monkeypatch.setattr(sweep, "CHECKOUT", Path(killed.__file__).parent)  # its processes must find what follows
+    monkeypatch.setattr(sweep, "train", killed.met_by_both_seeds)
+    cells = Sweep(seeds=(1, 2), treatments=("dense",), runs=tmp_path / "runs").cells()
+    options = Sweep(address=two_machines, runs=tmp_path / "runs", results=tmp_path / "results")
+    assert run_all(cells, options) == 0
+    nodes = {(made.folder / "node.txt").read_text() for made in find([tmp_path / "runs"])}
+    assert len(nodes) == 2
+    assert [made.config.seed for made in find([tmp_path / "results"]) if made.finished] == [1, 2]
 
 
 def test_run_folders_mean_the_same_to_a_process_elsewhere(tmp_path, monkeypatch):
@@ -169,5 +210,5 @@ def test_command_trains_in_processes_of_its_own(tmp_path):
     command += f" --runs {tmp_path}/runs --results {tmp_path}/results"
     done = subprocess.run([sys.executable, *command.split()], cwd=CHECKOUT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "2 runs: 0 finished, 2 to do" in done.stdout
+    assert "2 runs: 0 finished, 2 to do" in done.stdout and done.stdout.count("│ done") == 2
     assert sorted(made.config.treatment for made in find([tmp_path / "results"]) if made.finished) == ["dense", "set"]
