@@ -68,7 +68,8 @@ def networks(case: NetworkCase, block_size: int = 1) -> list[nn.Module]:
 def minibatch(case: NetworkCase) -> list[tuple[Tensor, Tensor | None]]:
     """Observations and tasks, for each network."""
     if case.network == "sac":
-        return [(torch.randn(SAC_MINIBATCH, features), None) for features in (49, 53)]  # task by task
+        per_task = SAC_MINIBATCH // SAC_TASKS
+        return [(torch.randn(per_task, SAC_TASKS, features), None) for features in (49, 53)]
     return [(torch.randint(11, (MINIBATCH, 7, 7, 3), dtype=torch.uint8), torch.arange(TASKS).repeat(256))]
 
 

@@ -115,6 +115,9 @@ class SACConfig:
     """Of actor and of both critics together; the temperatures' is not bounded."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where networks and replay buffer live; auto: a GPU if there is one."""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """Of float32 products, as torch.set_float32_matmul_precision has it. A GPU takes TensorFloat32 for high and medium,
+    and a CPU may take bfloat16 for medium."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +206,10 @@ class Config:
     """Threads of PyTorch. More than one gains little on networks of this size; cores are better used by other runs."""
     workers: int = 1
     """Processes that step the environments of mt10, at most 10; MiniGrid's are stepped by the learner itself."""
+    evaluators: int | None = None
+    """Processes that play evaluations of mt10, with a copy of the policy, while the learner goes on; 0: it waits. More
+    than there are episodes have nothing to do. If not given, as many as workers. MiniGrid's take the learner 2% of its
+    time, and have no processes."""
     runs: Path = Path("runs")
     """Run folders are made here: <runs>/<suite>-<agent>-<treatment>.../<seed>-<time>/."""
     wandb: bool = False
@@ -225,6 +232,8 @@ class Config:
         for name, value in self._papers_evaluation.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)  # frozen from here on
+        if self.evaluators is None:
+            object.__setattr__(self, "evaluators", self.workers if mt10 else 0)
         if self.gmp.update_every is None:
             gmp = replace(self.gmp, update_every=self.papers_gmp_update_every)
             object.__setattr__(self, "gmp", gmp)
@@ -238,6 +247,10 @@ class Config:
                 raise ValueError(f"sac.{name} must be at least 1, got {getattr(self.sac, name)}")
         if mt10 and self.workers > 10:
             raise ValueError(f"workers must be in 1..10 on mt10, which has ten environments, got {self.workers}")
+        if self.evaluators < 0:
+            raise ValueError(f"evaluators must be at least 0, got {self.evaluators}")
+        if self.evaluators and not mt10:
+            raise ValueError(f"evaluators belong to suite mt10, got {self.evaluators} with suite {self.suite}")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
         if self.agent == "mtsac" and self.suite != "mt10":
@@ -321,7 +334,8 @@ NAMED = ("density", "block_size", "networks", "set.initial", "gmp.update_every")
 
 def identity(config: Config) -> Config:
     """The settings that decide what a run does; where, with what machinery, and options of other treatments do not."""
-    same = replace(config, runs=Path(), threads=1, workers=1, wandb=False, ticket=config.ticket and Path())
+    machinery = {"threads": 1, "workers": 1, "evaluators": 0, "wandb": False}
+    same = replace(config, runs=Path(), **machinery, ticket=config.ticket and Path())
     same = replace(same, sac=replace(same.sac, device="auto"))
     parts = config.treatment.split("+")
     unused = [name for name in ("set", "gmp", "redo", "reset") if name not in parts]

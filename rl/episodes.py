@@ -8,7 +8,7 @@ from torch import nn
 from rl.agents.policy import Policy
 from rl.envs.minigrid import Task
 from rl.envs.pool import EnvPool
-from rl.envs.workers import Workers
+from rl.envs.workers import SameProcess, Workers
 from rl.seeds import Stream, numpy_generator
 
 
@@ -48,7 +48,12 @@ def minigrid_metrics(tasks: Sequence[Task], returns: np.ndarray, solved: np.ndar
 
 
 def evaluate_mt10(
-    envs: Workers, act: Callable[[np.ndarray], np.ndarray], episodes: int, seed: int, clock: int
+    envs: Workers | SameProcess,
+    act: Callable[[np.ndarray], np.ndarray],
+    episodes: int,
+    seed: int,
+    clock: int,
+    first: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Play `episodes` episodes of each of MT10's tasks, as `metaworld.evaluation.evaluation` does (50 are usual).
 
@@ -58,12 +63,15 @@ def evaluate_mt10(
     Args:
         envs: of all tasks; none may be within an episode that matters: reset them before they are trained on again.
         act: from observations [10, 49] to actions [10, 4]; row i is of task i, whether that is still played or not.
+        first: of the episodes of this seed and clock, which of each task to begin with.
     Returns:
         Undiscounted returns [10, episodes], and whether the last step of each had its task solved, bool [10, episodes].
     """
     generator = numpy_generator(seed, Stream.EVALUATION, clock)
     envs.call("toggle_terminate_on_success", True)
     current, _ = envs.reset(seed=generator.integers(2**31, size=envs.num_envs))
+    for _ in range(first):  # an episode draws from its environment's stream when it begins, and never again
+        current, _ = envs.reset()
     returns = np.zeros((envs.num_envs, episodes))
     solved = np.zeros((envs.num_envs, episodes), bool)
     played = np.zeros(envs.num_envs, int)  # whole episodes

@@ -34,7 +34,7 @@ def main() -> None:
     try:
         asked = {"episodes": chosen.episodes, "seed": chosen.seed}
         with trained(chosen.run, **{name: value for name, value in asked.items() if value is not None}) as trainer:
-            returns, solved = trainer.play()
+            returns, solved = trainer.play(trainer.policy())
     except (ValueError, RuntimeError) as error:  # about what was typed, or is missing: the sentence is enough
         sys.exit(f"rl/evaluate.py: {error}")
     show(SUITES[trainer.config.suite], returns, solved, trainer.clock)

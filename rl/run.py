@@ -75,7 +75,7 @@ def trainer_of(config: Config) -> "type[Trainer]":
 @contextlib.contextmanager
 def trained(folder: Path, **changes: object) -> "Iterator[Trainer]":
     """The training of this folder's run as its last checkpoint has it, to be looked at, with these settings changed."""
-    config = dataclasses.replace(Config.load(folder), **changes)
+    config = dataclasses.replace(Config.load(folder), evaluators=0, **changes)
     config = dataclasses.replace(config, sac=dataclasses.replace(config.sac, device="auto"))  # another machine, perhaps
     require(config)
     with contextlib.closing(trainer_of(config)(config, folder, quiet=True)) as trainer:

@@ -59,16 +59,15 @@ class TaskHeads(nn.Module):
         """Features [N, in_features] to [N, out_features].
 
         Args:
-            task: int64 [N], in any order and unequal numbers; None: the same number of rows for every task, in the
-                order of tasks, which needs no sorting.
+            task: int64 [N], in any order and unequal numbers; None: features are [M, num_tasks, in_features], which
+                needs no sorting, and so are outputs.
         """
         if task is None:
-            tasks = self.output.groups
-            features = features.unflatten(0, (tasks, -1)).transpose(0, 1).flatten(1)  # a token is one row of every task
+            features = features.flatten(1)  # a token is a row of every task
         if self.hidden is not None:
             features = self.activation(self.hidden(features, group=task))
         outputs = self.output(features, group=task)
-        return outputs.unflatten(1, (tasks, -1)).transpose(0, 1).flatten(0, 1) if task is None else outputs
+        return outputs.unflatten(1, (self.output.groups, -1)) if task is None else outputs
 
 
 def heads_for(encoder: Encoder, num_tasks: int, out_features: int, block_size: int) -> TaskHeads:

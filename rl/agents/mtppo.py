@@ -15,7 +15,6 @@ class MTPPO(nn.Module):
 
     Args:
         encoder: makes the encoder of so many experts.
-        task ids: None where every task has the same number of rows, in the order of tasks.
     """
 
     def __init__(
@@ -26,5 +25,5 @@ class MTPPO(nn.Module):
         self.activation = nn.Tanh()
         self.heads = heads_for(self.encoder, num_tasks, out_features, block_size)
 
-    def forward(self, observations: Tensor, task: Tensor | None) -> Tensor:
+    def forward(self, observations: Tensor, task: Tensor) -> Tensor:
         return self.heads(self.activation(self.encoder(observations).squeeze(1)), task)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ class Learner:
         self.optimizer.zero_grad()
         self._backward(self.network, loss, rows, tasks, generator)
         if self._max_gradient_norm is not None:
-            nn.utils.clip_grad_norm_(self.network.parameters(), self._max_gradient_norm)
+            scale_down([p.grad for p in self.network.parameters()], self._max_gradient_norm)
         self.optimizer.step()
 
     def rewire(self, clock: int) -> None:
@@ -118,7 +119,22 @@ class Learner:
 
 def backward(network, loss, rows, tasks, generator) -> None:
     """Fill the gradients of the mean loss of all rows: what a treatment's own `backward` stands in for."""
-    loss(rows).backward()
+    value = loss(rows)
+    value.backward(one(value.device))
+
+
+@cache
+def one(device: torch.device) -> Tensor:
+    """The gradient of a loss with respect to itself, which `backward` would make anew every time."""
+    return torch.ones((), device=device)
+
+
+@torch.no_grad()
+def scale_down(gradients: list[Tensor], norm: float) -> None:
+    """Scale gradients down, where they are larger, to this norm of all together; in fewer kernels than PyTorch's."""
+    torch._foreach_div_(gradients, nn.utils.get_total_norm(gradients).clamp_(min=norm))
+    if norm != 1:
+        torch._foreach_mul_(gradients, norm)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:

@@ -9,13 +9,14 @@ from rl.algorithms.buffer import BATCH, CAPACITY
 
 
 class Batch(NamedTuple):
-    """M transitions per task, task by task: N = num_tasks * M rows."""
+    """M transitions of every task."""
 
-    observations: Tensor  # float32 [N, features]
-    actions: Tensor  # float32 [N, actions]
-    rewards: Tensor  # float32 [N]
-    next_observations: Tensor  # float32 [N, features]
-    ended: Tensor  # float32 [N]: 1 where nothing follows, else 0
+    observations: Tensor  # float32 [M, num_tasks, features]
+    actions: Tensor  # float32 [M, num_tasks, actions]
+    rewards: Tensor  # float32 [M, num_tasks]
+    next_observations: Tensor  # float32 [M, num_tasks, features]
+    ended: Tensor  # float32 [M, num_tasks]: 1 where nothing follows, else 0
+    judged: Tensor  # float32 [M, num_tasks, features + actions]: what critics see, which stands side by side
 
 
 class Replay:
@@ -38,21 +39,22 @@ class Replay:
         return min(self.added, len(self.storage))
 
     def add(self, *transition: Tensor) -> None:
-        """Add one timestep: the fields of Batch, with one row per task."""
+        """Add one timestep: observations, actions, rewards, next observations and ends, with one row per task."""
         parts = [part.view(self.num_tasks, -1) for part in transition]
         self.storage[self.added % len(self.storage)] = torch.cat(parts, dim=1)
         self.added += 1
 
     def draw(self, per_task: int, generator: torch.Generator) -> Tensor:
-        """Draw timesteps, each task's on its own, uniformly and with repetition: int64 [num_tasks, per_task]."""
-        size = (self.num_tasks, per_task)
-        return torch.randint(len(self), size, generator=generator, device=self.storage.device)
+        """Draw timesteps, each task's on its own, uniformly and with repetition: int64 [per_task, num_tasks]."""
+        size = (self.num_tasks, per_task)  # drawn task by task
+        return torch.randint(len(self), size, generator=generator, device=self.storage.device).T.contiguous()
 
     def batch(self, timesteps: Tensor) -> Batch:
-        """The transitions of each task, row by row of [num_tasks, M], at these timesteps."""
-        transitions = self.storage[timesteps, self._tasks.unsqueeze(1)].flatten(0, 1)
-        observations, actions, rewards, following, ended = transitions.split(self.widths, dim=1)
-        return Batch(observations, actions, rewards.squeeze(1), following, ended.squeeze(1))
+        """The transitions at these timesteps [M, num_tasks], of the task in whose column each stands."""
+        transitions = self.storage[timesteps, self._tasks]
+        observations, actions, rewards, following, ended = transitions.split(self.widths, dim=-1)
+        judged = transitions[..., : sum(self.widths[:2])]
+        return Batch(observations, actions, rewards.squeeze(-1), following, ended.squeeze(-1), judged)
 
     def state_dict(self) -> dict:
         """The filled part of the storage, on the CPU; of a storage that is there already, without copying it."""

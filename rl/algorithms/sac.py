@@ -1,6 +1,5 @@
 """Multi-task soft actor-critic: the losses, and the update of critics, actor, temperatures and target critics."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 
 from rl.agents.mtsac import MTSACActor, MTSACCritics
 from rl.algorithms.capture import Captured
-from rl.algorithms.gaussian import gaussian
+from rl.algorithms.gaussian import Squash, gaussian
 from rl.algorithms.learner import Learner, load_optimizer
 from rl.algorithms.replay import Recent, Replay
 from rl.config import Config
@@ -38,76 +37,75 @@ class SAC:
         self.critic = Learner(config, "critic", critics, Recent(replay, with_actions=True), **common, with_target=True)
         self.log_temperatures = nn.Parameter(torch.zeros(num_tasks, device=device))
         self.temperature_optimizer = torch.optim.Adam([self.log_temperatures], **adam)
-        self._tasks = torch.arange(num_tasks, device=device).repeat_interleave(config.sac.batch)
+        self._tasks = torch.arange(num_tasks, device=device).repeat(config.sac.batch)
         self._rows = torch.arange(len(self._tasks), device=device)
+        self._minus_target = torch.full((num_tasks,), actions / num_tasks, device=device)
         self._captured = Captured(self.step) if captured else None
 
     def update(self, generator: torch.Generator) -> Tensor:
         """Take one step on a batch drawn from the replay; returns the STATS, detached, until the next call."""
         timesteps = self.replay.draw(self.config.batch, generator)
-        noise = torch.randn(2, len(self._rows), self.actions, generator=generator, device=self.device)
+        size = 2, len(self.log_temperatures), self.config.batch, self.actions  # drawn task by task
+        noise = torch.randn(size, generator=generator, device=self.device).transpose(1, 2)
         return self._captured(timesteps, noise) if self._captured else self.step(timesteps, noise, generator)
 
     def step(self, timesteps: Tensor, noise: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Take one step on these timesteps [num_tasks, M], with normal noise [2, N, actions] for next and new actions.
+        """Take one step on these timesteps [M, num_tasks].
 
         Args:
+            noise: normal, [2, M, num_tasks, actions], for the next and for the new actions.
             generator: for treatments that draw at every step.
         """
         config, batch = self.config, self.replay.batch(timesteps)
-        temperatures = self.log_temperatures.detach().exp()[self._tasks]
-        stats = {name: [] for name in STATS}  # in parts, where a treatment takes the loss of some rows at a time
+        temperatures = self.log_temperatures.detach().exp()
+        value_losses, policy_losses, judged = [], [], []  # in parts, where a treatment takes some rows at a time
 
         with torch.no_grad():
-            actions, log_probs = squashed(self.actor.network(batch.next_observations), noise[0])
+            actions, surprise = Squash.apply(self.actor.network(batch.next_observations), noise[0])
             values = self.critic.target(critics_see(batch.next_observations, actions)).amin(1)
-            following = values - temperatures * log_probs
-            targets = clipped(batch.rewards + config.gamma * (1 - batch.ended) * following, config.clip)
-        inputs = critics_see(batch.observations, batch.actions)
+            following = torch.addcmul(values, temperatures, surprise)
+            following.addcmul_(following, batch.ended, value=-1)  # nothing follows an end
+            targets = clipped(torch.add(batch.rewards, following, alpha=config.gamma), config.clip)
 
         def value_loss(rows: Tensor) -> Tensor:
-            values = clipped(self.critic.network(inputs[rows], self._tasks_of(rows)), config.clip)
-            loss = F.mse_loss(values, targets[rows].unsqueeze(1).expand_as(values))
-            stats["loss/value"].append(loss.detach())
-            return loss
+            tasks = self._tasks_of(rows)
+            values = clipped(self.critic.network(at(rows, batch.judged, tasks), tasks), config.clip)
+            value_losses.append(F.mse_loss(values, at(rows, targets, tasks).unsqueeze(1).expand_as(values)))
+            return value_losses[-1]
 
         def policy_loss(rows: Tensor) -> Tensor:
-            observations, tasks = batch.observations[rows], self._tasks_of(rows)
-            actions, of_actions = squashed(self.actor.network(observations, tasks), noise[1, rows])
-            values = self.critic.network(critics_see(observations, actions), tasks).amin(1)
-            log_probs[rows] = of_actions.detach()
-            loss = (temperatures[rows] * of_actions - values).mean()
-            stats["loss/policy"].append(loss.detach())
-            stats["sac/value"].append(values.detach().mean())
+            tasks = self._tasks_of(rows)
+            observations = at(rows, batch.observations, tasks)
+            actions, surprise = Squash.apply(self.actor.network(observations, tasks), at(rows, noise[1], tasks))
+            values = self.critic.network(critics_see(observations, actions), tasks)
+            loss, least = PolicyLoss.apply(values, temperatures if tasks is None else temperatures[tasks], surprise)
+            policy_losses.append(loss)
+            judged.append((rows, least, surprise.detach()))
             return loss
 
         self.critic.minimise(value_loss, self._rows, self._tasks, generator)
         with frozen(self.critic.network):
             self.actor.minimise(policy_loss, self._rows, self._tasks, generator)
 
-        self.temperature_optimizer.zero_grad()
-        temperature_loss(self.log_temperatures, self._tasks, log_probs, target_entropy=-self.actions).backward()
+        values, entropies = (together(judged, kind).view_as(targets).mean(0) for kind in (1, 2))
+        # of the mean over tasks of log temperature * (entropy - target): below the target a temperature rises
+        self.log_temperatures.grad = torch.add(self._minus_target, entropies, alpha=1 / len(entropies))
         self.temperature_optimizer.step()
 
         online, target = (list(network.parameters()) for network in (self.critic.network, self.critic.target))
         with torch.no_grad():
             torch._foreach_lerp_(target, online, config.tau)
-        stats |= {"sac/temperature": [temperatures.mean()], "sac/entropy": [-log_probs.mean()]}
-        return torch.stack([sum(stats[name]) / len(stats[name]) for name in STATS])
+        losses = (mean_of(parts).detach().expand_as(values) for parts in (policy_losses, value_losses))
+        return torch.stack((*losses, temperatures, entropies, values)).mean(1)
 
     def _tasks_of(self, rows: Tensor) -> Tensor | None:
-        """Task ids as the networks take them: all rows are task by task, as many of each."""
+        """Task ids as the networks take them; rows are counted task by task at each of the timesteps in turn."""
         return None if len(rows) == len(self._tasks) else self._tasks[rows]
 
     @torch.no_grad()
     def act(self, observations: Tensor, noise: Tensor) -> Tensor:
         """Draw an action for one observation of every task [num_tasks, ...], from normal noise [num_tasks, actions]."""
-        return squashed(self.actor.network(observations), noise)[0]
-
-    @torch.no_grad()
-    def best(self, observations: np.ndarray) -> np.ndarray:
-        """The action of the mean, for one observation of every task."""
-        return gaussian(self.actor.network(torch.from_numpy(observations).to(self.device)))[0].tanh().cpu().numpy()
+        return Squash.apply(self.actor.network(observations.unsqueeze(0)).squeeze(0), noise)[0]
 
     def rewire(self, clock: int) -> None:
         """Tell the treatment that `clock` timesteps have passed."""
@@ -136,27 +134,65 @@ class SAC:
         load_optimizer(self.temperature_optimizer, state["temperature_optimizer"])
 
 
+@torch.no_grad()
+def best(actor: nn.Module, observations: np.ndarray) -> np.ndarray:
+    """The actions of the means, for one observation of every task."""
+    seen = torch.from_numpy(observations).to(next(actor.parameters()).device)
+    return gaussian(actor(seen.unsqueeze(0)).squeeze(0))[0].tanh().cpu().numpy()
+
+
 def critics_see(observations: Tensor, actions: Tensor) -> Tensor:
-    """What critics see: [N, features + actions]."""
-    return torch.cat((observations, actions), dim=1)
+    """What critics see: [..., features + actions]."""
+    return torch.cat((observations, actions), dim=-1)
+
+
+def at(rows: Tensor, of_all: Tensor, tasks: Tensor | None) -> Tensor:
+    """These rows of what is [M, num_tasks, ...]; without task ids all of it, as it is."""
+    return of_all if tasks is None else of_all.flatten(0, 1)[rows]
+
+
+def together(parts: list[tuple[Tensor, ...]], kind: int) -> Tensor:
+    """What the parts hold of this kind, in the order of the rows, which are their first kind."""
+    if len(parts) == 1:
+        return parts[0][kind]
+    order = torch.cat([part[0] for part in parts]).argsort()
+    return torch.cat([part[kind] for part in parts])[order]
 
 
 def clipped(values: Tensor, bound: float | None) -> Tensor:
-    return values if bound is None else values.clamp(-bound, bound)
+    return values if bound is None else F.hardtanh(values, -bound, bound)  # clamp's gradient takes four kernels
 
 
-def squashed(outputs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Actions [N, actions] in (-1, 1), tanh of a Gaussian draw made of normal noise, and their log-densities [N]."""
-    mean, log_std = gaussian(outputs)
-    draw = mean + log_std.exp() * noise
-    # log(1 - tanh(u)^2), the stretch of the squashing, in a form that does not round to log(0)
-    stretch = 2 * (math.log(2) - draw - F.softplus(-2 * draw))
-    return draw.tanh(), (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi) - stretch).sum(-1)
+class PolicyLoss(torch.autograd.Function):
+    """Minus the mean over rows of the lesser critic's value and of what surprise is worth; and those lesser values.
+
+    Written out with its gradient, for fewer kernels. Values are [M, 2, num_tasks], surprise [M, num_tasks] and
+    temperatures [num_tasks]; or there is no dimension of tasks, and temperatures are of rows.
+    """
+
+    @staticmethod
+    def forward(ctx, values: Tensor, temperatures: Tensor, surprise: Tensor) -> tuple[Tensor, Tensor]:
+        least, critic = values.min(1)
+        ctx.save_for_backward(critic, temperatures)
+        ctx.mark_non_differentiable(least)
+        ctx.set_materialize_grads(False)
+        return torch.addcmul(least, temperatures, surprise).mean().neg_(), least
+
+    @staticmethod
+    def backward(ctx, of_loss: Tensor, _: None) -> tuple[Tensor, None, Tensor]:
+        critic, temperatures = ctx.saved_tensors
+        of_row = of_loss * (-1 / critic.numel())
+        critic = critic.unsqueeze(1)
+        of_values = of_row.new_zeros((len(critic), MTSACCritics.CRITICS, *critic.shape[2:]))
+        return (
+            of_values.scatter_(1, critic, of_row.expand_as(critic)),
+            None,
+            (of_row * temperatures).expand(len(critic), *critic.shape[2:]),
+        )
 
 
-def temperature_loss(log_temperatures: Tensor, tasks: Tensor, log_probs: Tensor, target_entropy: float) -> Tensor:
-    """Falls when a task's temperature rises while its entropy is below the target, or falls while it is above."""
-    return -(log_temperatures[tasks] * (log_probs + target_entropy)).mean()
+def mean_of(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).mean()
 
 
 @contextmanager

@@ -46,17 +46,17 @@ class PPOTrainer(Trainer):
         self.buffer.add(rollout.observations[seen], rollout.tasks[seen])
         return metrics | rollout.metrics([task.name for task in self.tasks]) | sizes(self.actor, self.critic)
 
-    def play(self) -> tuple[np.ndarray, np.ndarray]:
+    def play(self, policy: nn.Module) -> tuple[np.ndarray, np.ndarray]:
         config, num_tasks = self.config, len(self.tasks)
-        returns = evaluate_minigrid(self.pool, self.actor.network, num_tasks, config.episodes, config.seed, self.clock)
+        returns = evaluate_minigrid(self.pool, policy, num_tasks, config.episodes, config.seed, self.clock)
         return returns, np.array([[task.solved(r) for r in row] for task, row in zip(self.tasks, returns, strict=True)])
 
     def act(self, observation: np.ndarray, task: int, generator: np.random.Generator) -> np.ndarray:
         policy = Policy(self.actor.network)
         return policy.act(policy.rows(observation[None], [task]), generator)[0]
 
-    def evaluate(self) -> Metrics:
-        return minigrid_metrics(self.tasks, *self.play())
+    def metrics(self, returns: np.ndarray, solved: np.ndarray) -> Metrics:
+        return minigrid_metrics(self.tasks, returns, solved)
 
     def parts(self) -> dict[str, Any]:
         return {**self.learners, "buffer": self.buffer}

@@ -25,6 +25,7 @@ from rl.algorithms.trainer import Metrics, Trainer
 from rl.config import Config, MT10PPOConfig
 from rl.envs.metaworld import ACTIONS, MT10, OBSERVATIONS, make_mt10
 from rl.episodes import evaluate_mt10, mt10_metrics
+from rl.evaluators import mt10_evaluators
 from rl.reporting.logger import timed
 from rl.seeds import Stream, torch_generator
 
@@ -38,6 +39,7 @@ class MT10PPOTrainer(Trainer):
         self.learners = {"actor": self.actor}
         self.log_probs = log_probs_of_draws
         self.envs = make_mt10(config.seed, config.workers)  # last: whatever fails before it leaves no process
+        self.evaluators = mt10_evaluators(config, best)
 
     def learn(self, steps: int) -> Metrics:
         config, metrics = self.config, {}
@@ -47,21 +49,21 @@ class MT10PPOTrainer(Trainer):
         self.buffer.add(rollout.observations.flatten(0, 1), TASKS.repeat(steps))
         return metrics | rollout.metrics([task.name for task in MT10]) | sizes(self.actor)
 
-    def play(self) -> tuple[np.ndarray, np.ndarray]:
-        act = partial(best, self.actor.network)
-        return evaluate_mt10(self.envs, act, self.config.episodes, self.config.seed, self.clock)
+    def play(self, policy: nn.Module) -> tuple[np.ndarray, np.ndarray]:
+        return evaluate_mt10(self.envs, partial(best, policy), self.config.episodes, self.config.seed, self.clock)
 
     def act(self, observation: np.ndarray, task: int, generator: np.random.Generator) -> np.ndarray:
         rows = np.tile(observation, (len(MT10), 1))  # of which one is of its task
         return best(self.actor.network, rows)[task]
 
-    def evaluate(self) -> Metrics:
-        return mt10_metrics([task.name for task in MT10], *self.play())
+    def metrics(self, returns: np.ndarray, solved: np.ndarray) -> Metrics:
+        return mt10_metrics([task.name for task in MT10], returns, solved)
 
     def parts(self) -> dict[str, Any]:
         return {**self.learners, "buffer": self.buffer}
 
     def close(self) -> None:
+        super().close()
         self.envs.close()
 
 

@@ -1,6 +1,7 @@
 """Meta-World's MT10: ten tasks of one robot arm, with continuous actions and rewards."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -107,12 +108,17 @@ def make_mt10(seed: int, num_workers: int) -> Workers:
         seed: of the run; each environment has 50 goals of its own, and its own stream to draw one at every reset.
         num_workers: processes to spread them over, 1 to 10.
     """
+    require_metaworld()
+    costs = [task.cost for task in MT10]
+    return Workers(makers(seed), OBSERVATIONS, ACTIONS, num_workers, costs, info=("success",))
+
+
+def makers(seed: int) -> dict[str, Callable[[], gym.Env]]:
+    """What makes each environment of the run with this seed, by the task's name."""
     from rl.seeds import Stream, numpy_generator  # here, because workers import this file and do without torch
 
-    require_metaworld()
     seeds = numpy_generator(seed, Stream.GOALS).integers(2**31, size=len(MT10)).tolist()
-    makers = {task.name: partial(task, of_task) for task, of_task in zip(MT10, seeds, strict=True)}
-    return Workers(makers, OBSERVATIONS, ACTIONS, num_workers, [task.cost for task in MT10], info=("success",))
+    return {task.name: partial(task, of_task) for task, of_task in zip(MT10, seeds, strict=True)}
 
 
 def require_metaworld() -> None:

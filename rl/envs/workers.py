@@ -5,6 +5,7 @@ at once runs at half the speed of one process alone; it steps all environments o
 "Connection reset by peer".
 """
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -24,7 +25,7 @@ from gymnasium.vector.utils import batch_space
 AWAKE = 2e-3  # seconds: a step of a fourth of MT10 takes 0.5 ms, acting 0.3 to 1.5
 CHECK = 0.2  # seconds between two looks whether the other process lives
 # spawn, not fork: a forked child inherits torch's thread pools in whatever state they are, and others' pipes
-_processes = multiprocessing.get_context("spawn")
+processes = multiprocessing.get_context("spawn")
 
 
 class Workers(VectorEnv):
@@ -119,10 +120,7 @@ class Workers(VectorEnv):
             while not worker.stepped.acquire(timeout=CHECK):  # asleep: awake, it would take a worker's core
                 if not worker.process.is_alive():
                     self._fail(worker)
-        found = {name: self._shared[name].copy() for name in ("final_obs", *self.info)}
-        rewards, terminated, truncated = (self._shared[name].copy() for name in ("rewards", "terminated", "truncated"))
-        infos = found | {"_final_obs": terminated | truncated}
-        return self._shared["observations"].copy(), rewards, terminated, truncated, infos
+        return self._shared.after_step()
 
     def call(self, name: str, *args: Any) -> tuple:
         """Call a method of every environment, or of one of its wrappers; results in order."""
@@ -166,6 +164,52 @@ class Workers(VectorEnv):
         self.close()
         message = f"Workers: the process of {', '.join(worker.names)} died with exit code {code}"
         raise RuntimeError(message + ("; its error is printed above" if code == 1 else "")) from None
+
+
+class SameProcess:
+    """Environments in this process, with those calls of `Workers` that an evaluation makes.
+
+    Args:
+        makers, observation_space, action_space, info: as of Workers.
+        at: where the index of the environment that is at work is noted, for whoever wants to know where it failed.
+    """
+
+    def __init__(
+        self,
+        makers: Mapping[str, Callable[[], gym.Env]],
+        observation_space: gym.spaces.Box,
+        action_space: gym.spaces.Box,
+        info: Sequence[str],
+        at: ctypes.c_int,
+    ):
+        self.num_envs, self._at = len(makers), at
+        self._shared = _Shared(self.num_envs, observation_space, action_space, tuple(info))
+        self._envs = {}
+        for i, make in enumerate(makers.values()):
+            at.value = i
+            self._envs[i] = make()
+
+    def reset(self, *, seed: Sequence[int] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        """As Workers.reset."""
+        self._run(_reset, [None] * self.num_envs if seed is None else [int(s) for s in seed], None)
+        return self._shared["observations"].copy(), {}
+
+    def step(self, actions: np.ndarray, mask: np.ndarray) -> tuple:
+        """As Workers.step."""
+        self._shared["actions"][:], self._shared["active"][:] = actions, mask
+        self._run(_step)
+        return self._shared.after_step()
+
+    def call(self, name: str, *args: Any) -> tuple:
+        """As Workers.call."""
+        return tuple(result for results in self._run(_call, name, args) for result in results.values())
+
+    def _run(self, command: Callable, *args: Any) -> list:
+        results = []
+        for i, env in self._envs.items():
+            self._at.value = i
+            results.append(command({i: env}, self._shared, *args))
+        return results
 
 
 def acquire(semaphore: Semaphore, timeout: float) -> bool:
@@ -216,6 +260,13 @@ class _Shared:
     def __getitem__(self, name: str) -> np.ndarray:
         return self._arrays[name]
 
+    def after_step(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """What Workers.step_wait returns."""
+        found = {name: self[name].copy() for name in ("final_obs", *self.info)}
+        rewards, terminated, truncated = (self[name].copy() for name in ("rewards", "terminated", "truncated"))
+        infos = found | {"_final_obs": terminated | truncated}
+        return self["observations"].copy(), rewards, terminated, truncated, infos
+
     def __getstate__(self):
         return self.info, self.calling, self._fields  # a view would be pickled by value, the raw memory is passed on
 
@@ -229,10 +280,10 @@ class _Worker:
 
     def __init__(self, named_makers: dict[int, tuple[str, Callable[[], gym.Env]]], shared: _Shared):
         self.names = [name for name, _ in named_makers.values()]
-        self.connection, theirs = _processes.Pipe()
-        self.asked, self.stepped = _processes.Semaphore(0), _processes.Semaphore(0)
+        self.connection, theirs = processes.Pipe()
+        self.asked, self.stepped = processes.Semaphore(0), processes.Semaphore(0)
         makers = {i: make for i, (_, make) in named_makers.items()}
-        self.process = _processes.Process(
+        self.process = processes.Process(
             target=_serve, args=(theirs, self.asked, self.stepped, makers, shared), daemon=True
         )
         self.process.start()

@@ -106,6 +106,18 @@ def test_seeds_repeat_everything(envs, here):
     assert np.any(moved, axis=(0, 2)).all()  # every task has more than one goal
 
 
+@pytest.mark.parametrize("played", [0, 30])
+def test_an_episode_draws_from_its_environments_stream_only_when_it_begins(here, played):
+    """So evaluators may begin with any episode of a stream."""
+    here.reset(seed=list(range(10)))
+    generator = np.random.default_rng(played)
+    for _ in range(played):
+        here.step(generator.uniform(-1, 1, (10, 4)).astype(np.float32))
+    following, _ = here.reset()
+    here.reset(seed=list(range(10)))
+    np.testing.assert_array_equal(here.reset()[0], following)
+
+
 def test_every_environment_has_its_own_stream_and_every_run_its_own_goals(envs):
     envs.reset(seed=[7] * 10)
     assert len({generator.integers(2**62) for generator in envs.get_attr("np_random")}) == 1

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from rl import evaluate, play, run
-from rl.algorithms import buffer
+from rl.algorithms import buffer, sac, train_ppo_mt10
 from rl.config import Config, PPOConfig, SACConfig
 from rl.envs.metaworld import MT10
 from rl.run import trained
@@ -41,7 +41,7 @@ def test_the_checkpoint_earns_what_the_runs_own_evaluation_says(folder):
     logged = pandas.read_csv(folder / "metrics.csv").groupby("name")["value"].last()
     with trained(folder) as trainer:
         assert trainer.clock == 200
-        found = trainer.evaluate()
+        found = trainer.metrics(*trainer.play(trainer.policy()))
     assert {"score/mean", "success/MemoryS11", "return/LavaGapS7"} <= {*found}
     assert found == pytest.approx({name: logged[name] for name in found}, rel=1e-7)
 
@@ -115,7 +115,13 @@ def test_a_run_without_a_checkpoint_is_a_sentence(tmp_path, monkeypatch, module)
 @pytest.mark.parametrize("agent", ["mtppo", "mtsac"])
 def test_on_mt10_an_action_for_one_task_is_that_of_an_evaluation(tmp_path, agent):
     pytest.importorskip("metaworld", reason="needs the extra metaworld")
-    settings = Config(suite="mt10", agent=agent, treatment="dense", sac=SACConfig(warmup=1, capacity=40, device="cpu"))
+    settings = Config(
+        suite="mt10",
+        agent=agent,
+        treatment="dense",
+        evaluators=0,
+        sac=SACConfig(warmup=1, capacity=40, device="cpu"),
+    )
     trainer = run.trainer_of(settings)(settings, tmp_path, quiet=True)
     try:
         observations = np.random.default_rng(0).normal(size=(10, 49)).astype(np.float32)
@@ -123,12 +129,8 @@ def test_on_mt10_an_action_for_one_task_is_that_of_an_evaluation(tmp_path, agent
         trainer.envs.close()
         for task in (0, 7):
             actions.append(trainer.act(observations[task], task, np.random.default_rng(0)))
-        if agent == "mtsac":
-            expected = trainer.agent.best(observations)
-        else:
-            from rl.algorithms.train_ppo_mt10 import best
-
-            expected = best(trainer.actor.network, observations)
+        best = sac.best if agent == "mtsac" else train_ppo_mt10.best
+        expected = best(trainer.learners["actor"].network, observations)
     finally:
         trainer.close()
     np.testing.assert_allclose(actions, expected[[0, 7]], rtol=1e-5, atol=1e-6)

@@ -82,6 +82,7 @@ SHORT = Config(
     timesteps=100,
     evaluate_every=40,
     episodes=1,
+    evaluators=0,
     ppo_mt10=MT10PPOConfig(rollout_steps=20, epochs=2, minibatches=4),
     gmp=GMPConfig(update_every=20),
     set=SETConfig(update_every=20),

@@ -3,22 +3,28 @@
 import copy
 import math
 import os
+import shutil
 import signal
+import threading
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from brief import brief_mt10
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsekern as sk
 from rl import checkpoint, run
 from rl.agents.mtsac import MTSACActor, MTSACCritics
 from rl.algorithms import train_sac
-from rl.algorithms.gaussian import log_probs_of_draws
+from rl.algorithms.gaussian import Squash, log_probs_of_draws
 from rl.algorithms.learner import sizes
-from rl.algorithms.replay import Recent, Replay
-from rl.algorithms.sac import SAC, STATS, squashed
+from rl.algorithms.replay import Batch, Recent, Replay
+from rl.algorithms.sac import SAC, STATS
 from rl.config import Config, ReDoConfig, ResetConfig, SACConfig, SETConfig
+from rl.evaluators import Evaluators
 from rl.metrics import fisher_trace, network_metrics
 
 TASKS, FEATURES, ACTIONS, BATCH = 3, 7, 2, 5
@@ -114,14 +120,15 @@ def test_an_update_takes_the_gradients_of_the_plain_losses(treatment, clip):
     for learner in (sac.actor, sac.critic):
         learner.optimizer = torch.optim.SGD(learner.network.parameters(), lr=RATE)
     sac.temperature_optimizer = torch.optim.SGD([sac.log_temperatures], lr=1.0)
-    timesteps, noise = sac.replay.draw(BATCH, torch.Generator().manual_seed(1)), torch.randn(2, TASKS * BATCH, ACTIONS)
+    timesteps, noise = sac.replay.draw(BATCH, torch.Generator().manual_seed(1)), torch.randn(2, BATCH, TASKS, ACTIONS)
     actor, critic, target = map(Plain, (sac.actor.network, sac.critic.network, sac.critic.target))
     target_before = copy.deepcopy(sac.critic.target)
     log_temperatures = sac.log_temperatures.detach().clone().requires_grad_()
     stats = dict(zip(STATS, sac.step(timesteps, noise).tolist(), strict=True))
 
-    tasks = torch.arange(TASKS).repeat_interleave(BATCH)
-    batch, temperatures = sac.replay.batch(timesteps), log_temperatures.detach().exp()[tasks]
+    tasks, noise = torch.arange(TASKS).repeat(BATCH), noise.flatten(1, 2)
+    batch = Batch(*(part.flatten(0, 1) for part in sac.replay.batch(timesteps)))
+    temperatures = log_temperatures.detach().exp()[tasks]
     bound = (lambda x: x) if clip is None else (lambda x: x.clamp(-clip, clip))
     with torch.no_grad():
         actions, log_probs = plain_policy(actor, batch.next_observations, tasks, noise[0])
@@ -149,6 +156,92 @@ def test_an_update_takes_the_gradients_of_the_plain_losses(treatment, clip):
         torch.testing.assert_close(moved, gradient, rtol=1e-3, atol=1e-5)
     assert stats["loss/value"] == pytest.approx(value_loss.item(), rel=1e-3)
     assert stats["loss/policy"] == pytest.approx(policy_loss.item(), rel=1e-3)
+
+
+def update_plainly(sac, adams, generator):
+    """What sac.update does, task by task, with PyTorch's own functions; returns the STATS."""
+    timesteps = torch.randint(len(sac.replay), (TASKS, BATCH), generator=generator)
+    noise = torch.randn(2, TASKS * BATCH, ACTIONS, generator=generator)
+    tasks = torch.arange(TASKS).repeat_interleave(BATCH)
+    seen, taken, rewards, following, ended = sac.replay.storage[timesteps.flatten(), tasks].split(
+        sac.replay.widths, dim=1
+    )
+    (actor, critic), target = (learner.network for learner in (sac.actor, sac.critic)), sac.critic.target
+    temperatures = sac.log_temperatures.detach().exp()[tasks]
+
+    def step(adam, network, loss):
+        adam.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 0.5)
+        adam.step()
+
+    with torch.no_grad():
+        actions, log_probs = plain_policy(actor, following, tasks, noise[0])
+        values = target(torch.cat((following, actions), dim=1), tasks).amin(1) - temperatures * log_probs
+        targets = (rewards + 0.99 * (1 - ended) * values.unsqueeze(1)).clamp(-0.4, 0.4)
+    values = critic(torch.cat((seen, taken), dim=1), tasks).clamp(-0.4, 0.4)
+    value_loss = (values - targets).square().mean()
+    step(adams[0], critic, value_loss)
+    actions, log_probs = plain_policy(actor, seen, tasks, noise[1])
+    least = critic(torch.cat((seen, actions), dim=1), tasks).amin(1)
+    policy_loss = (temperatures * log_probs - least).mean()
+    step(adams[1], actor, policy_loss)
+    adams[2].zero_grad()
+    (-(sac.log_temperatures[tasks] * (log_probs.detach() - ACTIONS)).mean()).backward()
+    adams[2].step()
+    with torch.no_grad():
+        for own, online in zip(target.parameters(), critic.parameters(), strict=True):
+            own.lerp_(online, 0.25)
+    return torch.stack((policy_loss, value_loss, temperatures.mean(), -log_probs.mean(), least.mean())).detach()
+
+
+@pytest.mark.parametrize("treatment", ["dense", "set"])
+def test_updates_equal_to_rounding_those_that_save_no_kernels(treatment):
+    settings = SACConfig(batch=BATCH, clip=0.4, max_gradient_norm=0.5, tau=0.25, learning_rate=1e-3)
+    own, plain = (agent(config(treatment, settings, density=0.3), filled(ended=0.3)) for _ in range(2))
+    parameters = [
+        [*sac.critic.network.parameters(), *sac.actor.network.parameters(), sac.log_temperatures]
+        for sac in (own, plain)
+    ]
+    groups = plain.critic.network.parameters(), plain.actor.network.parameters(), [plain.log_temperatures]
+    adams = [torch.optim.Adam(group, lr=1e-3, eps=1e-5, foreach=False) for group in groups]
+    before = [p.detach().clone() for p in parameters[0]]
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    for _ in range(5):
+        torch.testing.assert_close(own.update(generators[0]), update_plainly(plain, adams, generators[1]))
+    for was, *now in zip(before, *parameters, strict=True):
+        moved = (now[0] - was).abs().max().item()
+        assert moved > 1e-3
+        torch.testing.assert_close(*now, rtol=1e-4, atol=1e-3 * moved)
+    targets = (sac.critic.target.parameters() for sac in (own, plain))
+    for one, other in zip(*targets, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+class Kernels(TorchDispatchMode):
+    """Counts what is dispatched and computes: neither views nor bare memory."""
+
+    BARE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view"}
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().partition("::")
+        if not function.is_view and name[0] != "profiler" and name[2].partition(".")[0] not in self.BARE:
+            self.counts[function.name()] += 1
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("treatment", ["dense", "set"])
+def test_an_update_dispatches_at_most_150_kernels(treatment):
+    sac = agent(config(treatment, density=0.05, block_size=16))
+    sac.update(torch.Generator().manual_seed(0))  # makes what is made once
+    with Kernels() as kernels:
+        sac.update(torch.Generator().manual_seed(0))
+    assert kernels.counts["aten::_fused_adam_"] == 3 and kernels.counts["sparsekern::dds"] > 10
+    assert kernels.counts.total() <= 150, kernels.counts
 
 
 def test_gradients_of_both_critics_together_are_scaled_down_to_the_norm():
@@ -308,13 +401,15 @@ def test_networks_have_the_papers_numbers_of_parameters_and_first_values():
 
 
 @pytest.mark.parametrize("block_size", [1, 16])
-def test_a_batch_task_by_task_gives_what_task_ids_give(block_size):
-    tasks = torch.arange(10).repeat_interleave(4)
+def test_a_batch_of_all_tasks_gives_what_task_ids_give(block_size):
+    order = torch.randperm(40)
+    tasks = torch.arange(10).repeat(4)[order]
     for network, features in ((MTSACActor(10, 49, 4, block_size), 49), (MTSACCritics(10, 53, block_size), 53)):
-        x = torch.randn(40, features)
-        order = torch.randperm(40)
-        torch.testing.assert_close(network(x), network(x, tasks))
-        torch.testing.assert_close(network(x)[order], network(x[order], tasks[order]))
+        x = torch.randn(4, 10, features)
+        of_all = network(x)
+        if isinstance(network, MTSACCritics):
+            of_all = of_all.transpose(1, 2)  # [4, 10, 2]
+        torch.testing.assert_close(of_all.flatten(0, 1)[order], network(x.flatten(0, 1)[order], tasks))
 
 
 def test_fisher_takes_the_density_of_an_action_that_stays():
@@ -322,7 +417,7 @@ def test_fisher_takes_the_density_of_an_action_that_stays():
     drawn = log_probs_of_draws(outputs, torch.Generator().manual_seed(0))
     noise = torch.randn(6, ACTIONS, generator=torch.Generator().manual_seed(0))
     mean, log_std = outputs.chunk(2, dim=1)
-    actions = squashed(outputs, noise)[0].detach()
+    actions = Squash.apply(outputs, noise)[0].detach()
     policy = torch.distributions.TransformedDistribution(
         torch.distributions.Normal(mean, log_std.exp()), torch.distributions.TanhTransform()
     )
@@ -339,14 +434,13 @@ def test_replay_draws_each_task_uniformly_from_the_latest():
         )
     timesteps = replay.draw(20_000, torch.Generator().manual_seed(0))
     batch = replay.batch(timesteps)
-    rewards = batch.rewards.view(TASKS, 20_000)
-    for task, of_task in enumerate(rewards):
+    for task, of_task in enumerate(batch.rewards.T):
         values, counts = of_task.unique(return_counts=True)
         assert values.tolist() == [100 * task + t for t in range(15, 25)]
         assert ((counts - 2000).square() / 2000).sum() < 27.9  # chi-squared, 9 degrees of freedom: 1 in 1000
-    assert not torch.equal(timesteps[0], timesteps[1])
+    assert not torch.equal(timesteps[:, 0], timesteps[:, 1])
     for field in (batch.observations, batch.next_observations):
-        assert torch.equal(field, batch.rewards[:, None].expand_as(field))
+        assert torch.equal(field, batch.rewards.unsqueeze(2).expand_as(field))
 
 
 @pytest.mark.parametrize("added", [3, 40, 45])  # a part, all, and some of it overwritten
@@ -411,12 +505,11 @@ def test_a_time_out_bootstraps_unless_it_is_stored_as_an_end_and_a_termination_n
     observations, metrics = train_sac.episode(
         settings, FakeEnvs(), sac, replay, np.zeros((10, 49), np.float32), clock=0, steps=6
     )
-    stored = replay.batch(torch.arange(6).expand(10, 6))
-    ended = stored.ended.view(10, 6)
-    assert ended[0].tolist() == [0, 1, 0, time_out_ends, 0, 0]
-    assert ended[1].tolist() == [0, 0, 0, time_out_ends, 0, 0]
-    assert stored.next_observations.view(10, 6, 49)[1, :, 0].tolist() == [1, 2, 3, 4, 5, 6]  # not the next episode's
-    assert stored.observations.view(10, 6, 49)[1, :, 0].tolist() == [0, 1, 2, 3, -4, 5]
+    stored = replay.batch(torch.arange(6).unsqueeze(1).expand(6, 10))
+    assert stored.ended[:, 0].tolist() == [0, 1, 0, time_out_ends, 0, 0]
+    assert stored.ended[:, 1].tolist() == [0, 0, 0, time_out_ends, 0, 0]
+    assert stored.next_observations[:, 1, 0].tolist() == [1, 2, 3, 4, 5, 6]  # not the next episode's
+    assert stored.observations[:, 1, 0].tolist() == [0, 1, 2, 3, -4, 5]
     assert observations[0, 0] == 6 and metrics["rollout/reach"] == 3
     assert metrics["loss/value"] > 0  # learned at timesteps 3, 4 and 5
 
@@ -441,6 +534,7 @@ SHORT = config(
     evaluate_every=40,
     episodes=1,
     workers=2,
+    evaluators=0,
     density=0.2,
     set=SETConfig(update_every=40),
 )
@@ -469,6 +563,85 @@ def test_a_resumed_run_equals_a_straight_one_on_any_number_of_workers(run_folder
     run.train(replace(SHORT, workers=1), killed, quiet=True)
     assert measured(killed) == measured(straight)
     assert any("success/mean" in line for line in measured(straight)) and len(measured(straight)) > 60
+
+
+@pytest.fixture
+def brief(monkeypatch, tmp_path):
+    """Runs on environments of brief episodes; gives what trains one of them in a folder of this name."""
+    for room in ("rl.envs.metaworld", "rl.evaluators"):
+        monkeypatch.setattr(f"{room}.makers", lambda seed: brief_mt10())
+    monkeypatch.setattr("rl.envs.metaworld.require_metaworld", lambda: None)
+    monkeypatch.setattr(train_sac, "STEPS", 10)
+
+    def train(name, **changes):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        run.train(replace(BRIEF, **changes), folder, quiet=True)
+        return measured(folder)
+
+    return train
+
+
+BRIEF = replace(SHORT, timesteps=90, evaluate_every=30, episodes=3, workers=1, set=SETConfig(update_every=30))
+
+
+def test_a_run_evaluated_in_other_processes_equals_one_that_waits_also_after_an_interrupted_evaluation(
+    brief, tmp_path, monkeypatch
+):
+    serial, play, episode, clocks = brief("serial", evaluators=0), Evaluators.play, train_sac.episode, []
+    assert sum(",success/mean," in line for line in serial) == 3
+    overlapping = threading.Event()
+
+    def wait_for_the_learner(self, policy, seed, clock):
+        if clock == 30:
+            assert overlapping.wait(timeout=60)
+        return play(self, policy, seed, clock)
+
+    def count(*arguments):
+        clocks.append(arguments[5])
+        if clocks[-1] == 50:  # the row of 30 waits for its evaluation, and later ones wait for it
+            assert measured(tmp_path / "overlapped")[-1].startswith("20,")
+            overlapping.set()
+        return episode(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluators, "play", wait_for_the_learner)
+        patch.setattr(train_sac, "episode", count)
+        assert brief("overlapped", evaluators=2) == serial
+    assert clocks == list(range(0, 90, 10))
+
+    interrupted, close = threading.Event(), Evaluators.close
+
+    def play_until_closed(self, policy, seed, clock):
+        return play(self, policy, seed, clock) if clock < 60 else interrupted.wait(timeout=60)
+
+    def close_and_tell(self):
+        interrupted.set()
+        close(self)
+
+    def die_at_80(*arguments):
+        if arguments[5] == 80:
+            raise KeyboardInterrupt
+        return episode(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Evaluators, "play", play_until_closed)
+        patch.setattr(Evaluators, "close", close_and_tell)
+        patch.setattr(train_sac, "episode", die_at_80)
+        brief("interrupted", evaluators=1)
+    assert checkpoint.load(tmp_path / "interrupted")["clock"] == 60
+    written = measured(tmp_path / "interrupted")
+    assert written == serial[: len(written)] and written[-1].startswith("50,")
+    shutil.copytree(tmp_path / "interrupted", tmp_path / "interrupted too")
+    assert brief("interrupted", evaluators=1) == serial
+    assert brief("interrupted too", evaluators=0) == serial
+
+
+def test_a_run_has_products_of_its_own_precision_whatever_ran_before_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(train_sac, "make_mt10", lambda *arguments: None)
+    for precision in ("high", "highest"):
+        train_sac.SACTrainer(replace(SHORT, sac=replace(SHORT.sac, matmul_precision=precision)), tmp_path)
+        assert torch.get_float32_matmul_precision() == precision
 
 
 def test_a_worker_that_dies_ends_the_run_with_its_tasks_and_leaves_no_process(run_folder, monkeypatch):
