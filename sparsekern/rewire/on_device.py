@@ -201,7 +201,7 @@ def _problem(layer: LayerTensors) -> str | None:
     """What the kernels cannot take of a layer, as the end of a sentence."""
     own, tensors = layer.layouts[0], [layer.weight, *(tensor for tensor, _ in layer.tensors)]
     if own.full and not (layer.growth.marks and all(layout.index.numel() for layout in layer.layouts)):
-        return "is a full store, whose blocks cannot move; the kernels mark them dead, in bits that it must hold"
+        return "has the blocks of a full store, which cannot move; the kernels mark them dead in bits that it must hold"
     if wrong := [t.dtype for t in tensors if t.dtype not in TYPES]:
         return f"has tensors of {wrong[0]}; the kernels take float32, float16 and bfloat16"
     if not all(map(_is_whole, tensors)):
