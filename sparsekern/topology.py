@@ -427,8 +427,10 @@ class Topology(nn.Module):
             return shown.rows.detach(), shown.cols.detach()  # others, which count together: see `Shown.are_held`
 
     def _put(self, block_rows: Tensor, block_cols: Tensor) -> None:
+        check_integers("block_rows", block_rows)
+        check_integers("block_cols", block_cols)
         if self.full:
-            self.index.shown = Shown(block_rows, block_cols, ())
+            self.index.shown = Shown(block_rows.detach(), block_cols.detach(), ())  # as in `_coordinates`
         else:
             self._rows, self._cols = block_rows, block_cols
 
@@ -750,9 +752,7 @@ def saved_geometry(name: str, extra: object) -> tuple[int, ...]:
 def check_blocks(block_rows: Tensor, block_cols: Tensor, grid: tuple[int, int], groups: int) -> None:
     """Refuse coordinates that are no topology; native kernels would follow them outside of their memory."""
     for name, coordinates in (("block_rows", block_rows), ("block_cols", block_cols)):
-        if not isinstance(coordinates, Tensor) or coordinates.dtype not in INTEGERS:
-            got = coordinates.dtype if isinstance(coordinates, Tensor) else type(coordinates).__name__
-            raise ValueError(f"Topology: {name} must be a tensor of integers, got {got}")
+        check_integers(name, coordinates)
         if coordinates.layout != torch.strided or coordinates.is_nested:
             raise ValueError(
                 f"Topology: {name} must be dense, got {coordinates.layout}, nested={coordinates.is_nested}"
@@ -779,6 +779,12 @@ def check_blocks(block_rows: Tensor, block_cols: Tensor, grid: tuple[int, int], 
     twice = places[1:][places.diff() == 0]
     if len(twice):
         raise ValueError(f"Topology: block {divmod(int(twice[0]), grid[1])} is live in two slots")
+
+
+def check_integers(name: str, coordinates: object) -> None:
+    if not isinstance(coordinates, Tensor) or coordinates.dtype not in INTEGERS:
+        got = coordinates.dtype if isinstance(coordinates, Tensor) else type(coordinates).__name__
+        raise ValueError(f"Topology: {name} must be a tensor of integers, got {got}")
 
 
 def check_balance(where: str, balance: object) -> None:

@@ -312,6 +312,27 @@ def test_whatever_shares_the_memory_of_coordinates_that_were_shown_is_followed(s
     assert layer.topology.num_live == layer.topology.num_slots - 1
 
 
+def test_a_tensor_that_was_assigned_as_coordinates_is_followed_when_it_is_written_later():
+    layer = full_layer(4)
+    rows = layer.topology.block_rows.clone()
+    layer.topology.block_rows = rows
+    for _ in range(3):
+        layer(torch.randn(5, 64))
+    rows[3] = layer.topology.block_cols[3] = -1
+    assert layer.topology.mask().view(-1).tolist() == [slot != 3 for slot in range(192)]
+
+
+@pytest.mark.parametrize("density", [0.5, 1.0])
+@pytest.mark.parametrize("wrong", [[1, 2], None, torch.zeros(192)], ids=["list", "None", "float32"])
+def test_what_is_no_tensor_of_integers_is_refused_as_coordinates_where_it_is_assigned(density, wrong):
+    topology = sk.Topology.random((48, 64), density, 4)
+    before = topology.mask()
+    for name in ("block_rows", "block_cols"):
+        with pytest.raises(ValueError, match=f"Topology: {name} must be a tensor of integers, got "):
+            setattr(topology, name, wrong)
+    assert torch.equal(topology.mask(), before)
+
+
 def test_coordinates_that_were_shown_are_written_after_the_store_is_full_no_longer():
     layer = full_layer(4)
     rows, cols = layer.topology.block_rows, layer.topology.block_cols
