@@ -471,7 +471,8 @@ class Topology(nn.Module):
 
     @property
     def num_live(self) -> int:
-        return int(self.layout.live().sum())
+        """Number of live blocks; on "meta", which knows of no dead slot, that of slots."""
+        return self.num_slots if self.index.is_meta else int(self.layout.live().sum())
 
     @property
     def density(self) -> float:

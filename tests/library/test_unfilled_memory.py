@@ -41,6 +41,14 @@ def test_a_layer_of_the_meta_device_draws_a_topology_when_it_gets_memory(options
 
 
 @LAYERS
+def test_a_layer_of_the_meta_device_is_shown_and_summed_up(options):
+    layer = sk.SparseLinear(64, 64, **options)
+    with torch.device("meta"):
+        drawn = sk.SparseLinear(64, 64, **options)
+    assert repr(drawn) == repr(layer) and str(sk.summary(drawn)) == str(sk.summary(layer))
+
+
+@LAYERS
 def test_skip_init_makes_a_usable_layer(options):
     live = sk.SparseLinear(64, 64, **options).topology.num_live
     assert_usable(torch.nn.utils.skip_init(sk.SparseLinear, 64, 64, **options), live)
