@@ -1,5 +1,5 @@
 // The integers that decide a rewire, once for every device: how norms, hashes and gradient scores become sortable keys.
-// sparsekern/rewire/scores.py and sparsekern/growth.py are the same in torch operations.
+// sparsekern/rewire/scores.py, hash.py and growth.py are the same in torch operations.
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -15,7 +15,7 @@ constexpr int MAX_COPIES = 4;
 enum Growth : int32_t {
     GROW_BY_HASH,    // SET
     GROW_BY_SCORES,  // RigL, from float32 [groups, rows, cols]
-    GROW_BY_KEYS,    // RigL, from keys [groups, key_stride] in descending order; see sparsekern/growth.py
+    GROW_BY_KEYS,    // RigL, from keys [groups, key_stride] in descending order; see sparsekern/rewire/growth.py
     MARK_DEAD,       // GMP: the weakest of every group
     MARK_DEAD_OF_ALL,  // GMP: the weakest of all layers together; then no layer has another growth. See prune.h.
 };

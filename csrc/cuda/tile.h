@@ -4,7 +4,7 @@
 
 #include "rewire.h"
 
-#ifndef SHARED  // tests/emulated/emulate.h has another meaning for it
+#ifndef SHARED  // tests/helpers/emulated/emulate.h has another meaning for it
 #define SHARED(type, name) __shared__ type name
 #endif
 
