@@ -611,9 +611,10 @@ class Topology(nn.Module):
         """Likewise with those that a full store has shown."""
         refuse_capture(self.index)
         check_blocks(shown.rows, shown.cols, self.grid, self.groups)
-        self.adoptions += not self.is_at(shown.rows, shown.cols)
-        self._rows, self._cols = (own.to(self._rows) for own in shown[:2])
-        self._reindex()
+        if not self.is_at(shown.rows, shown.cols):  # else the index may stay where it is
+            self.adoptions += 1
+            self._rows, self._cols = (own.to(self._rows) for own in shown[:2])
+            self._reindex()
         self.index.shown = Shown.agreeing(*shown[:2]) if self.full else None
 
     def _apply(self, fn, recurse=True):

@@ -322,6 +322,20 @@ def test_a_tensor_that_was_assigned_as_coordinates_is_followed_when_it_is_writte
     assert layer.topology.mask().view(-1).tolist() == [slot != 3 for slot in range(192)]
 
 
+def test_coordinates_that_are_written_over_with_themselves_move_no_memory(dense_is_faster):
+    """A broadcast of a state_dict does it, perhaps while a CUDA graph has the address of the dead slots' bits."""
+    layer = full_layer(4)
+    prune(layer, 7)
+    assert layer.topology.full
+    index, adoptions = layer.topology.index.data_ptr(), layer.topology.adoptions
+    for coordinates in (layer.topology.block_rows, layer.topology.block_cols):
+        coordinates.copy_(coordinates.clone())
+    y = layer(torch.randn(5, 64))
+    assert (layer.topology.index.data_ptr(), layer.topology.adoptions) == (index, adoptions)
+    y.sum().backward()
+    assert not layer.weight.grad[:7].any() and layer.weight.grad[7:].any()
+
+
 @pytest.mark.parametrize("density", [0.5, 1.0])
 @pytest.mark.parametrize("wrong", [[1, 2], None, torch.zeros(192)], ids=["list", "None", "float32"])
 def test_what_is_no_tensor_of_integers_is_refused_as_coordinates_where_it_is_assigned(density, wrong):
