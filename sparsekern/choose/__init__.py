@@ -54,8 +54,8 @@ def use(backend: str) -> Iterator[None]:
 
 
 def forced() -> Backend | None:
-    """The backend that `use` or SPARSEKERN_BACKEND forces on products; None where that one has no products."""
-    return _forced if _forced is not None and _forced.OPERATIONS else None
+    """The backend that `use` or SPARSEKERN_BACKEND forces; None where none is."""
+    return _forced
 
 
 def rewires_by_cuda(device: torch.device) -> bool:

@@ -1,7 +1,7 @@
 """The kernels of csrc/cuda, compiled to fatbin/*.fatbin when sparsekern was built, and launched through CUDA's driver.
 
-They rewire and prune (sparsekern/rewire/on_device.py), and make products of blocks of 16 and 8 (`products`). They are
-chosen on a device whose table says so, and `sparsekern.use("cuda")` forces them.
+They rewire and prune (sparsekern/rewire/on_device.py), for which they are chosen on a device whose table says so; and
+make products of blocks of 16 and 8 (`products`), which nothing chooses yet. `sparsekern.use("cuda")` forces both.
 """
 
 import ctypes
