@@ -37,12 +37,13 @@ RL_RANK |= {
     "episodes": 3,
     "metrics": 3,
     "reporting": 3,
-    "algorithms": 4,
-    "run": 5,
-    "report": 5,
-    "sweep": 6,
-    "evaluate": 6,
-    "play": 6,
+    "evaluators": 4,
+    "algorithms": 5,
+    "run": 6,
+    "report": 6,
+    "sweep": 7,
+    "evaluate": 7,
+    "play": 7,
 }
 
 
