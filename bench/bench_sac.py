@@ -1,7 +1,10 @@
 """The whole update of MTSAC on MT10 (two critics, actor, temperatures, targets; 128 transitions per task)."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +13,7 @@ from bench.case import GPU, THREADS, Case, Sizes
 from bench.networks import check_close
 from rl.algorithms.replay import Replay
 from rl.algorithms.sac import SAC
+from rl.algorithms.timestep import Timestep
 from rl.config import Config, SACConfig
 
 TASKS, FEATURES, ACTIONS, PER_TASK = 10, 49, 4, 128
@@ -38,7 +42,7 @@ def agent(case: Case, treatment: str) -> SAC:
     replay = Replay(1000, TASKS, FEATURES, ACTIONS, case.device)
     generator = torch.Generator().manual_seed(0)
     for _ in range(1000):
-        replay.add(*(torch.rand(TASKS, width, generator=generator).to(case.device) for width in replay.widths))
+        replay.add(*(torch.rand(TASKS, width, generator=generator) for width in replay.widths))
     return SAC(config, replay, TASKS, FEATURES, ACTIONS, case.device)
 
 
@@ -48,17 +52,34 @@ def check(case: Case) -> None:
     for backend in (None, "reference"):
         own = agent(case, "set")
         with sk.use(backend) if backend else nullcontext():
-            stats = own.update(torch.Generator(case.device).manual_seed(1))
+            stats = own.update(torch.Generator().manual_seed(1))
         found.append([stats, *(p.detach() for p in own.critic.network.parameters())])
     check_close(*found)
 
 
-@pytest.mark.clocks("host")  # rl captures the update in a graph of its own
+def timestep(agent: SAC) -> Callable[[], None]:
+    """What a training does in a timestep, but for the environments."""
+    own, generator = Timestep(agent), torch.Generator().manual_seed(2)
+    observations, noise = np.zeros((TASKS, FEATURES), np.float32), torch.zeros(TASKS, ACTIONS)
+    own.begin(generator)
+
+    def call():
+        own.start(observations, noise)
+        own.finish()
+        own.arrive(np.zeros(TASKS), observations, np.zeros(TASKS))
+
+    return call
+
+
+@pytest.mark.clocks("host")  # rl captures a timestep in a graph of its own
 def bench_update(compare, record, case):
     check(case)
-    ours, dense = agent(case, "set"), agent(case, "dense")
-    generator = torch.Generator(case.device).manual_seed(2)
-    found = compare(lambda: ours.update(generator), lambda: dense.update(generator))
-    learners = (ours.actor, ours.critic)
+    agents = agent(case, "set"), agent(case, "dense")
+    if case.device == "cuda":  # where an update costs the host more than the device, if it is no graph
+        name, calls = "timestep", [timestep(own) for own in agents]
+    else:
+        name, generator = "update", torch.Generator().manual_seed(2)
+        calls = [partial(own.update, generator) for own in agents]
+    learners = (agents[0].actor, agents[0].critic)
     live = sum(l.live_parameters() for l in learners) / sum(l.dense_parameters for l in learners)
-    record("update", partner="dense", **found, live=live)
+    record(name, partner="dense", **compare(*calls), live=live)

@@ -16,7 +16,7 @@ from bench.language.train import Settings, parse, train
 @dataclass
 class Command:
     arms: tuple[str, ...] = ("dense", "set-d0.1-b16-erk")
-    """dense, dense-narrow, or rule-dDENSITY-bBLOCK-DISTRIBUTION."""
+    """dense, dense-narrow, or rule-dDENSITY-bBLOCK-DISTRIBUTION[-balanced][-dropFRACTION][-rewiresCOUNT]."""
     seeds: tuple[int, ...] = (0,)
     steps: int = 600
     """Of the equal-steps run. The equal-time run has as many as fit into the time of so many dense steps."""

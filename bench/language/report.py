@@ -10,7 +10,7 @@ import pandas
 import tyro
 from pandas import DataFrame
 
-from bench.language.train import parse
+from bench.language.train import Arm, parse
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -76,7 +76,8 @@ def draw_blocks(rows: DataFrame, path: Path) -> None:
             if len(values):
                 label = name if name == "dense" else "dense, narrower: FLOPs of density 0.1"
                 axis.axhline(values.mean(), color="black", linestyle=style, label=label)
-        sparse = runs[~runs.rule.str.startswith("dense")]
+        usual = (runs["drop"] == Arm.drop) & (runs.rewires == Arm.rewires)  # the table has the others
+        sparse = runs[usual & ~runs.rule.str.startswith("dense")]
         for (rule, density, distribution, balanced), arms in sparse.groupby(
             ["rule", "density", "distribution", "balanced"]
         ):

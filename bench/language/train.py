@@ -20,7 +20,11 @@ from bench.language.model import GPT, Shape, density, flops, live_weights, narro
 
 NARROW_DENSITY = 0.1  # whose FLOPs dense-narrow has
 HELD_OUT_SEED = 1 << 40
-PATTERN = re.compile(r"(set|rigl|gmp(?!.*-balanced)|static)-d(0\.\d+)-b(\d+)-(erk|uniform)(-balanced)?")
+PATTERN = re.compile(
+    r"(?P<rule>set|rigl|gmp|static)-d(?P<density>0\.\d+)-b(?P<block_size>\d+)-(?P<distribution>erk|uniform)"
+    r"(?P<balanced>-balanced)?(-drop(?P<drop>0\.\d+))?(-rewires(?P<rewires>[1-9]\d*))?"
+)
+OPTIONS = {"set": {"balanced", "drop", "rewires"}, "rigl": {"balanced", "drop", "rewires"}, "static": {"balanced"}}
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,10 @@ class Arm:
     distribution: str = "erk"
     balanced: bool = False
     """Rows with equal numbers of blocks."""
+    drop: float = 0.3
+    """Of the live blocks, at the first rewire."""
+    rewires: int = 30
+    """As many as a run would have, did they not end at three quarters of it."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +54,17 @@ class Settings:
 def parse(name: str) -> Arm:
     if name in ("dense", "dense-narrow"):
         return Arm(name)
-    if (match := PATTERN.fullmatch(name)) is None:
+    found = match.groupdict() if (match := PATTERN.fullmatch(name)) else {}
+    given = {option for option in ("balanced", "drop", "rewires") if found.get(option)}
+    if not found or not given <= OPTIONS.get(found["rule"], set()):
         raise ValueError(
             "bench.language: an arm is 'dense', 'dense-narrow' or like 'set-d0.1-b16-erk' (set, rigl, gmp or static; "
-            f"density; block size; erk or uniform), and all but gmp may end in '-balanced', got {name!r}"
+            "density; block size; erk or uniform); all but gmp may end in '-balanced', and set and rigl also in "
+            f"'-drop0.5' and '-rewires100', got {name!r}"
         )
-    return Arm(match[1], float(match[2]), int(match[3]), match[4], match[5] is not None)
+    options = {"balanced": "balanced" in given}
+    options |= {option: kind(found[option]) for option, kind in (("drop", float), ("rewires", int)) if option in given}
+    return Arm(found["rule"], float(found["density"]), int(found["block_size"]), found["distribution"], **options)
 
 
 def build(arm: Arm, shape: Shape, seed: int) -> GPT:
@@ -72,14 +85,14 @@ def build(arm: Arm, shape: Shape, seed: int) -> GPT:
 
 def rule_for(arm: Arm, model: GPT, optimizer: torch.optim.Optimizer, steps: int, seed: int):
     """Rewires end at three quarters of the run; GMP takes "layer" scope where the distribution is uniform."""
-    every, end = max(1, steps // 30), max(1, 3 * steps // 4)
+    every, end = max(1, steps // arm.rewires), max(1, 3 * steps // 4)
     if arm.rule == "gmp":
         scope = "global" if arm.distribution == "erk" else "layer"
         return sk.GMP(model, optimizer, arm.density, end_step=end, update_every=every, scope=scope)
     if arm.rule in ("set", "rigl"):
         kind = sk.SET if arm.rule == "set" else sk.RigL
         balance = "rows" if arm.balanced else None
-        return kind(model, optimizer, sk.cosine(0.3), every, end_step=end, seed=seed, balance=balance)
+        return kind(model, optimizer, sk.cosine(arm.drop), every, end_step=end, seed=seed, balance=balance)
     return None
 
 

@@ -28,26 +28,40 @@ class Replay:
     def __init__(self, capacity: int, num_tasks: int, features: int, actions: int, device: str = "cpu"):
         self.num_tasks = num_tasks
         self.widths = (features, actions, 1, features, 1)
+        self.capacity = self.nowhere = capacity
+        """Timesteps that have a place, and the place of one that shall be lost."""
         # empty: memory is taken as it is filled
-        self.storage = torch.empty(capacity, num_tasks, sum(self.widths), device=device)
+        self.storage = torch.empty(capacity + 1, num_tasks, sum(self.widths), device=device)
         self._tasks = torch.arange(num_tasks, device=device)
         self.added = 0
         """Timesteps since the start; the last `capacity` of them are here."""
 
     def __len__(self) -> int:
         """Timesteps here."""
-        return min(self.added, len(self.storage))
+        return min(self.added, self.capacity)
 
     def add(self, *transition: Tensor) -> None:
         """Add one timestep: observations, actions, rewards, next observations and ends, with one row per task."""
-        parts = [part.view(self.num_tasks, -1) for part in transition]
-        self.storage[self.added % len(self.storage)] = torch.cat(parts, dim=1)
+        device = self.storage.device
+        self.write(torch.tensor([self.take_place()], device=device), *(part.float().to(device) for part in transition))
+
+    def take_place(self) -> int:
+        """Count one more timestep; returns its place, where it must be written before it can be drawn."""
         self.added += 1
+        return (self.added - 1) % self.capacity
+
+    def write(self, place: Tensor, *transition: Tensor) -> None:
+        """Write one timestep, in any number of parts, to its place, int64 [1] on the device."""
+        parts = [part.view(1, self.num_tasks, -1) for part in transition]
+        self.storage.index_copy_(0, place, torch.cat(parts, dim=2))
 
     def draw(self, per_task: int, generator: torch.Generator) -> Tensor:
-        """Draw timesteps, each task's on its own, uniformly and with repetition: int64 [per_task, num_tasks]."""
+        """Draw timesteps, each task's on its own, uniformly and with repetition: int64 [per_task, num_tasks].
+
+        The generator is on the CPU, and so are they.
+        """
         size = (self.num_tasks, per_task)  # drawn task by task
-        return torch.randint(len(self), size, generator=generator, device=self.storage.device).T.contiguous()
+        return torch.randint(len(self), size, generator=generator).T
 
     def batch(self, timesteps: Tensor) -> Batch:
         """The transitions at these timesteps [M, num_tasks], of the task in whose column each stands."""
@@ -61,14 +75,14 @@ class Replay:
         filled = self.storage[: len(self)].cpu()
         # through NumPy, because torch.save writes all of the memory that a slice is a view of
         filled = torch.from_numpy(filled.numpy())
-        return {"storage": filled, "added": self.added, "capacity": len(self.storage)}
+        return {"storage": filled, "added": self.added, "capacity": self.capacity}
 
     def load_state_dict(self, state: dict) -> None:
         stored = state["storage"]
         capacity = state.get("capacity", len(stored))  # older checkpoints have the whole storage instead
-        shape = [capacity, *stored.shape[1:]]
-        if shape != list(self.storage.shape):
-            raise ValueError(f"Replay: the checkpoint's storage must be {list(self.storage.shape)}, got {shape}")
+        own, its = ([timesteps, *of.shape[1:]] for timesteps, of in ((self.capacity, self.storage), (capacity, stored)))
+        if own != its:
+            raise ValueError(f"Replay: the checkpoint's storage must be {own}, got {its}")
         self.added = state["added"]
         self.storage[: len(self)] = stored[: len(self)]
 
@@ -88,7 +102,7 @@ class Recent:
         replay = self._replay
         latest = min(len(replay), CAPACITY // replay.num_tasks)
         entries = torch.randperm(latest * replay.num_tasks, generator=generator)[:BATCH].to(replay.storage.device)
-        timesteps = (replay.added - 1 - entries // replay.num_tasks) % len(replay.storage)
+        timesteps = (replay.added - 1 - entries // replay.num_tasks) % replay.capacity
         tasks = entries % replay.num_tasks
         features, actions, *_ = replay.widths
         return replay.storage[timesteps, tasks, : features + actions * self._with_actions], tasks

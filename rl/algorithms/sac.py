@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rl.agents.mtsac import MTSACActor, MTSACCritics
-from rl.algorithms.capture import Captured
 from rl.algorithms.gaussian import Squash, gaussian
 from rl.algorithms.learner import Learner, load_optimizer
 from rl.algorithms.replay import Recent, Replay
@@ -28,8 +27,9 @@ class SAC:
 
     def __init__(self, config: Config, replay: Replay, num_tasks: int, observations: int, actions: int, device: str):
         self.config, self.replay, self.actions, self.device = config.sac, replay, actions, device
-        captured = device == "cuda" and "pcgrad" not in config.treatment  # PCGrad counts tasks on the host
-        adam = {"lr": config.sac.learning_rate, "eps": 1e-5, "fused": True, "capturable": captured}
+        self.captured = device == "cuda" and "pcgrad" not in config.treatment  # PCGrad counts tasks on the host
+        """Whether a step may be a CUDA graph."""
+        adam = {"lr": config.sac.learning_rate, "eps": 1e-5, "fused": True, "capturable": self.captured}
         common = {"adam": adam, "max_gradient_norm": config.sac.max_gradient_norm, "device": device}
         actor = partial(MTSACActor, num_tasks, observations, actions)
         critics = partial(MTSACCritics, num_tasks, observations + actions)
@@ -40,23 +40,24 @@ class SAC:
         self._tasks = torch.arange(num_tasks, device=device).repeat(config.sac.batch)
         self._rows = torch.arange(len(self._tasks), device=device)
         self._minus_target = torch.full((num_tasks,), actions / num_tasks, device=device)
-        self._captured = Captured(self.step) if captured else None
+
+    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Timesteps of the replay and noise for a step, both on the CPU, as the generator is."""
+        size = 2, len(self.log_temperatures), self.config.batch, self.actions
+        return self.replay.draw(self.config.batch, generator), torch.randn(size, generator=generator)
 
     def update(self, generator: torch.Generator) -> Tensor:
-        """Take one step on a batch drawn from the replay; returns the STATS, detached, until the next call."""
-        timesteps = self.replay.draw(self.config.batch, generator)
-        size = 2, len(self.log_temperatures), self.config.batch, self.actions  # drawn task by task
-        noise = torch.randn(size, generator=generator, device=self.device).transpose(1, 2)
-        return self._captured(timesteps, noise) if self._captured else self.step(timesteps, noise, generator)
+        """Draw, and take a step."""
+        return self.step(*(drawn.to(self.device) for drawn in self.draw(generator)), generator)
 
-    def step(self, timesteps: Tensor, noise: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Take one step on these timesteps [M, num_tasks].
+    def step(self, timesteps: Tensor, noise: Tensor, generator: torch.Generator) -> Tensor:
+        """Update all networks once, with these timesteps [M, num_tasks]; returns the STATS, detached.
 
         Args:
-            noise: normal, [2, M, num_tasks, actions], for the next and for the new actions.
+            noise: normal, [2, num_tasks, M, actions], for the next and for the new actions.
             generator: for treatments that draw at every step.
         """
-        config, batch = self.config, self.replay.batch(timesteps)
+        config, batch, noise = self.config, self.replay.batch(timesteps), noise.transpose(1, 2)
         temperatures = self.log_temperatures.detach().exp()
         value_losses, policy_losses, judged = [], [], []  # in parts, where a treatment takes some rows at a time
 
@@ -109,13 +110,12 @@ class SAC:
 
     def rewire(self, clock: int) -> None:
         """Tell the treatment that `clock` timesteps have passed."""
-        compactions = self._compactions()
         self.actor.rewire(clock)
         self.critic.rewire(clock)
-        if self._captured and self._compactions() != compactions:
-            self._captured.reset()
 
-    def _compactions(self) -> int:
+    @property
+    def compactions(self) -> int:
+        """How often memory of the networks has moved."""
         return sum(getattr(rule, "compactions", 0) for rule in (*self.actor.rules, *self.critic.rules))
 
     def state_dict(self) -> dict:

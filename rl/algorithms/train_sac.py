@@ -17,6 +17,7 @@ from rl.algorithms.gaussian import log_probs_of_draws
 from rl.algorithms.learner import sizes
 from rl.algorithms.replay import Replay
 from rl.algorithms.sac import SAC, STATS, best
+from rl.algorithms.timestep import Timestep
 from rl.algorithms.trainer import Metrics, Trainer
 from rl.config import Config
 from rl.envs.metaworld import ACTIONS, MT10, OBSERVATIONS, STEPS, make_mt10
@@ -36,6 +37,7 @@ class SACTrainer(Trainer):
         self.steps = STEPS
         self.replay = Replay(config.sac.capacity, len(MT10), features, actions, device)
         self.agent = SAC(config, self.replay, len(MT10), features, actions, device)
+        self.timestep = Timestep(self.agent)
         self.learners = {"actor": self.agent.actor, "critic": self.agent.critic}
         self.log_probs = log_probs_of_draws
         self.observations = None  # what the environments show; None: they must be reset
@@ -47,9 +49,7 @@ class SACTrainer(Trainer):
         if self.observations is None:  # a run starts or resumes, or an evaluation is over
             seeds = numpy_generator(config.seed, Stream.RESET, self.clock).integers(2**31, size=len(MT10))
             self.observations, _ = self.envs.reset(seed=seeds.tolist())
-        self.observations, metrics = episode(
-            config, self.envs, self.agent, self.replay, self.observations, self.clock, steps
-        )
+        self.observations, metrics = episode(config, self.envs, self.timestep, self.observations, self.clock, steps)
         return metrics | sizes(*self.learners.values())
 
     def play(self, policy: nn.Module) -> tuple[np.ndarray, np.ndarray]:
@@ -77,41 +77,43 @@ class SACTrainer(Trainer):
 
 
 def episode(
-    config: Config, envs: Workers, agent: SAC, replay: Replay, observations: np.ndarray, clock: int, steps: int
+    config: Config, envs: Workers, timestep: Timestep, observations: np.ndarray, clock: int, steps: int
 ) -> tuple[np.ndarray, dict[str, float]]:
     """Step all environments through an episode and learn meanwhile; returns what they show then, and how it went."""
-    start = time.perf_counter()
-    acting = torch_generator(config.seed, Stream.ROLLOUT, clock)
-    learning = torch_generator(config.seed, Stream.MINIBATCH, clock, agent.device)
+    began = time.perf_counter()
+    acting, learning = (torch_generator(config.seed, of, clock) for of in (Stream.ROLLOUT, Stream.MINIBATCH))
     seconds = dict.fromkeys(("acting", "update", "waiting"), 0.0)
     returns, solved = np.zeros(len(MT10)), np.zeros(len(MT10), bool)
-    stats, updates = torch.zeros(len(STATS), device=agent.device), 0
+    first = min(max(clock, config.sac.warmup), clock + steps)  # timestep of an update; before, any actions are taken
     for now in range(clock, clock + steps):
-        warm = now >= config.sac.warmup
-        begun = time.perf_counter()
-        seen = torch.from_numpy(observations).to(agent.device)
-        noise = torch.randn(len(MT10), agent.actions, generator=acting)
-        uniform = torch.rand(len(MT10), agent.actions, generator=acting) * 2 - 1
-        actions = agent.act(seen, noise.to(agent.device)) if warm else uniform.to(agent.device)
-        envs.step_async(actions.cpu().numpy())
-        acted = time.perf_counter()
-        if warm:
-            stats += agent.update(learning)
-            updates += 1
-            if agent.device == "cuda":  # the next actions wait for it anyway; so its time does not count as theirs
-                torch.cuda.synchronize()
-        updated = time.perf_counter()
+        warm = now >= first
+        if now == first:
+            timestep.begin(learning)
+        times, seen = [time.perf_counter()], observations
+        noise = torch.randn(len(MT10), ACTIONS.shape[0], generator=acting)
+        actions = torch.rand(noise.shape, generator=acting) * 2 - 1
+        envs.step_async(timestep.start(seen, noise) if warm else actions.numpy())
+        times.append(time.perf_counter())
+        if warm:  # what is left of the update is waited for in any case, so it does not count as acting
+            timestep.finish()
+        times.append(time.perf_counter())
         observations, rewards, terminated, truncated, infos = envs.step_wait()
-        waited = time.perf_counter()
+        times.append(time.perf_counter())
         ended = terminated | truncated if config.sac.time_out_ends else terminated
-        happened = (np.float32(rewards), infos["final_obs"], np.float32(ended))
-        replay.add(seen, actions, *(torch.from_numpy(array).to(agent.device) for array in happened))
+        outcome = rewards, infos["final_obs"], ended
+        if warm:
+            timestep.arrive(*outcome)
+        else:
+            timestep.replay.add(*map(torch.as_tensor, (seen, actions, *outcome)))
         returns += rewards
         solved |= infos["success"] > 0
-        for name, passed in zip(seconds, np.diff((begun, acted, updated, waited)), strict=True):
+        for name, passed in zip(seconds, np.diff(times), strict=True):
             seconds[name] += passed
-    metrics = dict(zip(STATS, (stats / updates).tolist(), strict=True)) if updates else {}
+    metrics, updates = {}, clock + steps - first
+    if updates:
+        timestep.end()
+        metrics |= zip(STATS, (timestep.stats / updates).tolist(), strict=True)
     for i, task in enumerate(MT10):
         metrics |= {f"rollout/{task.name}": returns[i], f"rollout_success/{task.name}": solved[i]}
     metrics |= {f"time/{name}_ms": 1e3 * seconds[name] / steps for name in seconds}
-    return observations, metrics | {"time/steps_per_second": steps * len(MT10) / (time.perf_counter() - start)}
+    return observations, metrics | {"time/steps_per_second": steps * len(MT10) / (time.perf_counter() - began)}

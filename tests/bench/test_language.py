@@ -6,7 +6,7 @@ import sparsekern as sk
 from bench.language import __main__ as command
 from bench.language import data, report
 from bench.language.model import Shape, density, flops, live_weights
-from bench.language.train import Settings, Yardstick, build, parse, train
+from bench.language.train import Arm, Settings, Yardstick, build, parse, rule_for, train
 
 SHAPE = Shape(layers=1, width=64, context=16, heads=2)
 SETTINGS = Settings(steps=6, sequences=2, evaluate_every=2, held_out_sequences=2)
@@ -70,9 +70,18 @@ def test_bytes_are_those_of_weights_gradients_moments_and_topology(text, tmp_pat
 
 
 def test_a_wrong_arm_is_an_error_that_says_what_an_arm_is():
-    for name in ("sett-d0.1", "gmp-d0.1-b4-erk-balanced"):
+    for name in ("sett-d0.1", "gmp-d0.1-b4-erk-balanced", "static-d0.1-b4-erk-drop0.5", "set-d0.1-b4-erk-rewires0"):
         with pytest.raises(ValueError, match=f"like 'set-d0.1-b16-erk'.*got '{name}'"):
             parse(name)
+
+
+def test_an_arm_may_say_how_much_is_rewired_and_how_often():
+    assert parse("set-d0.1-b16-erk") == Arm("set", 0.1, 16, "erk", drop=0.3, rewires=30)
+    arm = parse("rigl-d0.2-b4-uniform-balanced-drop0.5-rewires10")
+    assert arm == Arm("rigl", 0.2, 4, "uniform", balanced=True, drop=0.5, rewires=10)
+    model = build(arm, SHAPE, 0)
+    rule = rule_for(arm, model, torch.optim.SGD(model.parameters()), 100, 0)
+    assert rule.update_every == 10 and rule.end_step == 75 and rule.drop_fraction(0.0) == 0.5
 
 
 def test_a_balanced_arm_has_as_many_blocks_in_every_row():

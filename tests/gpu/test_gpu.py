@@ -11,6 +11,7 @@ import sparsekern as sk
 from rl.algorithms.gaussian import log_probs_of_draws
 from rl.algorithms.replay import Replay
 from rl.algorithms.sac import SAC
+from rl.algorithms.timestep import Timestep
 from rl.algorithms.trainer import plasticity_metrics
 from rl.config import Config, ReDoConfig, ResetConfig, SACConfig, SETConfig
 from sparsekern import choose
@@ -222,8 +223,8 @@ def test_torch_compile_takes_a_whole_model_and_follows_rewires(dtype):
 
 
 @pytest.mark.parametrize("treatment", ["dense", "set", "gmp"])
-def test_a_captured_sac_update_equals_an_eager_one_through_rewires_and_compactions(treatment):
-    """The agents of rl in blocks of 16: the whole update of critics, actor, temperatures and targets as one graph."""
+def test_a_captured_timestep_equals_an_eager_one_through_rewires_and_compactions(treatment):
+    """The agents of rl in blocks of 16: replay, actions, and the update of all networks as one graph."""
     config = Config(
         suite="mt10",
         agent="mtsac",
@@ -234,19 +235,32 @@ def test_a_captured_sac_update_equals_an_eager_one_through_rewires_and_compactio
         sac=SACConfig(batch=8, device=DEVICE),
         set=SETConfig(update_every=10),
     )
-    replay = Replay(50, 10, 49, 4, DEVICE)
-    for _ in range(50):
-        replay.add(*(torch.rand(10, size, device=DEVICE) for size in (49, 4, 1, 49, 1)))
-    agents = [SAC(config, replay, 10, 49, 4, DEVICE) for _ in range(2)]
-    agents[1]._captured = None
+    draw = np.random.default_rng(0)
+    agents = [SAC(config, Replay(50, 10, 49, 4, DEVICE), 10, 49, 4, DEVICE) for _ in range(2)]
+    agents[1].captured = False
+    timesteps = [Timestep(agent) for agent in agents]
+    first = [torch.as_tensor(draw.random((10, size))) for size in (49, 4, 1, 49, 1)]
+    for agent in agents:
+        agent.replay.add(*first)
     for clock in range(10, 101, 10):
-        stats = []
-        for agent in agents:
-            generator = torch.Generator(DEVICE).manual_seed(clock)
-            stats.append(torch.stack([agent.update(generator).clone() for _ in range(5)]))
+        shown, following = draw.random((2, 5, 10, 49), np.float32)
+        noise, rewards = torch.randn(5, 10, 4), draw.random((5, 10))
+        found = []
+        for agent, timestep in zip(agents, timesteps, strict=True):
+            timestep.begin(torch.Generator().manual_seed(clock))
+            actions = []
+            for i in range(5):
+                actions.append(torch.tensor(timestep.start(shown[i], noise[i])))
+                timestep.finish()
+                timestep.arrive(rewards[i], following[i], np.zeros(10))
+            timestep.end()
+            filled = agent.replay.storage[: len(agent.replay)]
+            found.append([torch.stack(actions), timestep.stats.clone(), filled.clone()])
             agent.rewire(clock)
-        torch.testing.assert_close(*stats, rtol=1e-3, atol=1e-4)
-    assert agents[0]._captured._graph is not None
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    assert timesteps[0]._captured._graph is not None and timesteps[1]._captured is None
+    assert len(agents[0].replay) == 50  # and it was overwritten once
 
 
 @pytest.mark.parametrize("treatment", ["dense", "redo", "reset", "layer-norm", "pcgrad"])
@@ -265,6 +279,6 @@ def test_a_sac_agent_is_treated_and_looked_at_on_the_gpu(treatment):
     agent = SAC(config, replay, 10, 49, 4, DEVICE)
     for clock in (5, 10, 15):
         agent.rewire(clock)
-        assert agent.update(torch.Generator(DEVICE).manual_seed(clock)).isfinite().all()
+        assert agent.update(torch.Generator().manual_seed(clock)).isfinite().all()
     metrics = plasticity_metrics({"actor": agent.actor, "critic": agent.critic}, log_probs_of_draws, seed=0, clock=15)
     assert metrics["rank/critic"] >= 1 and metrics["fisher/actor"] > 0

@@ -23,6 +23,7 @@ from rl.algorithms.gaussian import Squash, log_probs_of_draws
 from rl.algorithms.learner import sizes
 from rl.algorithms.replay import Batch, Recent, Replay
 from rl.algorithms.sac import SAC, STATS
+from rl.algorithms.timestep import Timestep
 from rl.config import Config, ReDoConfig, ResetConfig, SACConfig, SETConfig
 from rl.evaluators import Evaluators
 from rl.metrics import fisher_trace, network_metrics
@@ -120,13 +121,14 @@ def test_an_update_takes_the_gradients_of_the_plain_losses(treatment, clip):
     for learner in (sac.actor, sac.critic):
         learner.optimizer = torch.optim.SGD(learner.network.parameters(), lr=RATE)
     sac.temperature_optimizer = torch.optim.SGD([sac.log_temperatures], lr=1.0)
-    timesteps, noise = sac.replay.draw(BATCH, torch.Generator().manual_seed(1)), torch.randn(2, BATCH, TASKS, ACTIONS)
+    generator = torch.Generator().manual_seed(1)
+    timesteps, noise = sac.draw(generator)
     actor, critic, target = map(Plain, (sac.actor.network, sac.critic.network, sac.critic.target))
     target_before = copy.deepcopy(sac.critic.target)
     log_temperatures = sac.log_temperatures.detach().clone().requires_grad_()
-    stats = dict(zip(STATS, sac.step(timesteps, noise).tolist(), strict=True))
+    stats = dict(zip(STATS, sac.step(timesteps, noise, generator).tolist(), strict=True))
 
-    tasks, noise = torch.arange(TASKS).repeat(BATCH), noise.flatten(1, 2)
+    tasks, noise = torch.arange(TASKS).repeat(BATCH), noise.transpose(1, 2).flatten(1, 2)
     batch = Batch(*(part.flatten(0, 1) for part in sac.replay.batch(timesteps)))
     temperatures = log_temperatures.detach().exp()[tasks]
     bound = (lambda x: x) if clip is None else (lambda x: x.clamp(-clip, clip))
@@ -457,7 +459,7 @@ def test_a_checkpoint_holds_the_filled_part_of_a_replay_and_restores_it_bit_for_
 
 def test_a_replay_reads_checkpoints_that_hold_its_whole_storage():
     replay, resumed = filled(3), Replay(40, TASKS, FEATURES, ACTIONS)
-    resumed.load_state_dict({"storage": replay.storage, "added": 3})
+    resumed.load_state_dict({"storage": replay.storage[:-1], "added": 3})
     assert len(resumed) == 3 and torch.equal(resumed.storage[:3], replay.storage[:3])
 
 
@@ -503,7 +505,7 @@ def test_a_time_out_bootstraps_unless_it_is_stored_as_an_end_and_a_termination_n
     replay = Replay(20, 10, 49, 4)
     sac = SAC(settings, replay, 10, 49, 4, "cpu")
     observations, metrics = train_sac.episode(
-        settings, FakeEnvs(), sac, replay, np.zeros((10, 49), np.float32), clock=0, steps=6
+        settings, FakeEnvs(), Timestep(sac), np.zeros((10, 49), np.float32), clock=0, steps=6
     )
     stored = replay.batch(torch.arange(6).unsqueeze(1).expand(6, 10))
     assert stored.ended[:, 0].tolist() == [0, 1, 0, time_out_ends, 0, 0]
@@ -598,7 +600,7 @@ def test_a_run_evaluated_in_other_processes_equals_one_that_waits_also_after_an_
         return play(self, policy, seed, clock)
 
     def count(*arguments):
-        clocks.append(arguments[5])
+        clocks.append(arguments[4])
         if clocks[-1] == 50:  # the row of 30 waits for its evaluation, and later ones wait for it
             assert measured(tmp_path / "overlapped")[-1].startswith("20,")
             overlapping.set()
@@ -620,7 +622,7 @@ def test_a_run_evaluated_in_other_processes_equals_one_that_waits_also_after_an_
         close(self)
 
     def die_at_80(*arguments):
-        if arguments[5] == 80:
+        if arguments[4] == 80:
             raise KeyboardInterrupt
         return episode(*arguments)
 
@@ -647,13 +649,13 @@ def test_a_run_has_products_of_its_own_precision_whatever_ran_before_it(monkeypa
 def test_a_worker_that_dies_ends_the_run_with_its_tasks_and_leaves_no_process(run_folder, monkeypatch):
     made, make_mt10 = [], train_sac.make_mt10
     monkeypatch.setattr(train_sac, "make_mt10", lambda *arguments: made.append(make_mt10(*arguments)) or made[-1])
-    update = SAC.update
+    step = SAC.step
 
-    def kill(self, generator):
+    def kill(self, *arguments):
         os.kill(made[0]._workers[1].process.pid, signal.SIGKILL)
-        return update(self, generator)
+        return step(self, *arguments)
 
-    monkeypatch.setattr(SAC, "update", kill)
+    monkeypatch.setattr(SAC, "step", kill)
     with pytest.raises(RuntimeError, match="died with exit code -9"):
         run.train(SHORT, run_folder("run", SHORT), quiet=True)
     assert not any(worker.process.is_alive() for worker in made[0]._workers)
