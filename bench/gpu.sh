@@ -3,9 +3,10 @@
 #
 # This script only schedules. Stages run in the order of their importance; each has its own limit, writes its results as
 # soon as it has them, ends with a line of its time and result, and may fail without stopping the next. The limits
-# together are no more than the time there is; the sanitizers get what is left of it. OUTDIR gets results.json, results.md and results.png (the
-# report of bench.report), <device>.json (the measured table, also in sparsekern/devices) and log.txt. Libraries that are
-# not installed are reported with their reason. A second run goes on tuning where the first one stopped.
+# together are no more than the time there is; the sanitizers get what is left of it. OUTDIR gets results.json,
+# results.md and results.png (the report of bench.report), <device>.json (the measured table, also in
+# sparsekern/devices) and log.txt. Libraries that are not installed are reported with their reason. A second run goes on
+# tuning where the first one stopped.
 #
 # SPARSEKERN_REHEARSE=1 rehearses it on a machine without a GPU: tiny sizes, interpreted kernels, a minute or two.
 # SPARSEKERN_SECONDS=570 is the time for everything; PYTHON=python3 the interpreter.
