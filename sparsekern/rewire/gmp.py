@@ -70,10 +70,6 @@ class GMP(DeviceRule):
         self.compactions = 0
         self._done = False
         self._initial = {path: layer.topology.live_per_group() for path, layer in self.layers.items()}
-        for path, layer in self.layers.items():
-            if layer.weight.is_cuda:  # a CUDA graph that is captured before the first event clears dead slots too
-                for copy in self._copies(path):
-                    copy.topology.hold_bits()
         # How many live blocks each layer has, on the way from device to host, and the event that says it arrived.
         self._counts: Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
@@ -92,7 +88,11 @@ class GMP(DeviceRule):
 
     def _adopted(self, paths: list[str]) -> None:
         for path in paths:
-            self._live[path] = self.layers[path].topology.live_per_group()
+            layer = self.layers[path]
+            self._live[path] = layer.topology.live_per_group()
+            if layer.weight.is_cuda:  # a CUDA graph that is captured before the first event clears dead slots too
+                for copy in self._copies(path):
+                    copy.topology.hold_bits()
 
     def _due(self) -> float | None:
         return None if self._done else min(self.start_step + self._next * self.update_every, self.end_step)

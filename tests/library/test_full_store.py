@@ -216,6 +216,20 @@ def test_a_backward_through_a_full_store_that_was_pruned_since_is_refused():
             y.sum().backward()
 
 
+@pytest.mark.parametrize("density", [0.3, 1.0])
+def test_on_a_gpu_there_are_bits_for_dead_slots_before_there_are_any(monkeypatch, density):
+    """A CUDA graph that is captured before the first event then reads them, also after a checkpoint was loaded."""
+    monkeypatch.setattr(nn.Parameter, "is_cuda", True, raising=False)
+    layer, follower = (sk.SparseLinear(64, 48, density=density, block_size=4) for _ in range(2))
+    follower.load_state_dict(layer.state_dict())
+    rule = sk.GMP(layer, torch.optim.SGD(layer.parameters(), 0.1), end_step=20, update_every=10, followers=[follower])
+    for own in (layer, follower):
+        own.load_state_dict(full_layer(4).state_dict())
+    rule.step()
+    for own in (layer, follower):
+        assert own.topology.full and own.topology.nbytes == 192 / 8
+
+
 @pytest.mark.parametrize("block_size", [1, 4])
 def test_compiled_training_follows_the_dead_slots_of_a_full_store(dense_is_faster, block_size):
     layer = full_layer(block_size)
