@@ -183,6 +183,20 @@ def test_a_dds_takes_groups_of_as_many_features_as_it_says(launches, monkeypatch
     assert launches.shared["pack_8"] + lists <= cuda.NEEDED_SHARED
 
 
+def test_a_kernel_may_have_the_most_shared_memory_that_a_launch_of_it_wanted(monkeypatch):
+    """As two layers of different widths have different lists."""
+    allowed = []
+    driver = SimpleNamespace(
+        cuModuleGetFunction=lambda *_: 0, cuFuncSetAttribute=lambda _function, _attribute, n: allowed.append(n)
+    )
+    monkeypatch.setattr(cuda, "_driver", lambda: driver)
+    monkeypatch.setattr(cuda, "_module", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
+    for shared in (100_000, 60_000, 100_000, 120_000):
+        cuda._function("dds", "a kernel of this test", 0, shared)
+        assert allowed[-1] >= shared
+
+
 def test_operands_that_the_kernels_do_not_take_are_refused_by_a_sentence_with_both_values(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Small GPU")
     layout, allowed = make((2, 2), 16, torch.bfloat16, 1).topology.layout, [cuda.NEEDED_SHARED]

@@ -117,13 +117,18 @@ def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
+_most_shared: dict[tuple[str, int], int] = {}
+"""Bytes of dynamic shared memory that kernels may have by now, by name and device."""
+
+
 @functools.cache
 def _function(file: str, kernel: str, device: int, shared: int) -> ctypes.c_void_p:
     torch.cuda.current_stream().synchronize()  # the device's context exists from here on
     function = ctypes.c_void_p()
     _check(_driver().cuModuleGetFunction(ctypes.byref(function), _module(file, device), kernel.encode()), kernel)
-    if shared > DEFAULT_SHARED:
+    if shared > _most_shared.get((kernel, device), DEFAULT_SHARED):  # never less: earlier launches come again
         _check(_driver().cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, shared), f"{kernel}: {shared} shared bytes")
+        _most_shared[kernel, device] = shared
     return function
 
 
