@@ -32,18 +32,17 @@ RANK = {module: rank for rank, line in enumerate(ORDER) for module in line.split
 PACKAGES = ("backends.triton", "backends.cuda", "choose")  # whose files may import one another
 
 # The same of rl. A room's modules may import one another; a file in no room is named by itself.
-RL_RANK = {"": 0, "config": 0, "seeds": 0, "checkpoint": 0, "envs": 1, "agents": 1, "treatments": 2}
-RL_RANK |= {
-    "episodes": 3,
-    "metrics": 3,
-    "reporting": 3,
-    "algorithms": 4,
-    "run": 5,
-    "report": 5,
-    "sweep": 6,
-    "evaluate": 6,
-    "play": 6,
-}
+RL_ORDER = (
+    "config seeds checkpoint",
+    "envs agents",
+    "treatments",
+    "episodes metrics reporting",
+    "evaluators",
+    "algorithms",
+    "run report",
+    "sweep evaluate play",
+)
+RL_RANK = {"": 0} | {room: rank for rank, line in enumerate(RL_ORDER) for room in line.split()}
 
 
 def imported(path: Path) -> set[str]:
