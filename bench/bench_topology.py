@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
-
 import sparsekern as sk
 from bench import trained
 from bench.case import SQUARE, THREADS, TINY, Case
@@ -37,19 +35,11 @@ CASES = {
         for threads in THREADS
         for case in (
             *(balanced(SQUARE, 2048, 0.1, block_size, threads) for block_size in (1, 4, 16, 64)),
+            *(balanced(SQUARE, tokens, 0.1, 16, threads) for tokens in (16, 256)),
             *(saved(block_size, threads) for block_size in trained.BLOCK_SIZES),
         )
     ],
 }
-
-
-def row_balanced(case: Case) -> Topology:
-    """As many live blocks in every block row."""
-    rows, cols = -(-case.out_features // case.block_size), -(-case.in_features // case.block_size)
-    count = max(1, round(case.density * cols))
-    places = torch.rand(rows, cols).argsort(dim=1)[:, :count].flatten()
-    shape = case.out_features, case.in_features
-    return Topology(torch.arange(rows).repeat_interleave(count), places, shape, case.block_size)
 
 
 def fullest(topology: Topology) -> dict[str, float]:
@@ -60,7 +50,10 @@ def fullest(topology: Topology) -> dict[str, float]:
 
 
 def bench_step(compare, record, case):
-    topology = trained.load(case.block_size) if case.topology == "trained" else row_balanced(case)
+    if case.topology == "trained":
+        topology = trained.load(case.block_size)
+    else:
+        topology = Topology.random((case.out_features, case.in_features), case.density, case.block_size, balance="rows")
     random = Topology.random(topology.shape, topology.live_per_group(), case.block_size, topology.groups)
     ours, theirs = (sk.SparseLinear(case.in_features, case.out_features, topology=each) for each in (topology, random))
     check(ours, case)

@@ -4,9 +4,10 @@
   act     actions for what the environments show are drawn and copied out, and the environments begin to step
   update  meanwhile the networks learn from a batch of the replay
 
-On a GPU these are one CUDA graph. The host writes what arrived into pinned memory, launches the graph, and waits for
-the actions only. All random numbers are drawn on the host, those of an update while the one before goes on: the graph
-has fewer kernels then, and a seed draws the same on every device.
+On a GPU these are two CUDA graphs. The host writes what arrived into pinned memory, launches both, and waits for the
+first only. (An event inside of one graph would not do: until its turn comes, the host may see that of the launch
+before.) All random numbers are drawn on the host, those of an update while the one before goes on. So the graphs have
+fewer kernels, and a seed draws the same on every device.
 """
 
 import math
@@ -38,12 +39,10 @@ class Timestep:
         self._observations = torch.zeros(tasks, features, device=device)
         self._actions = torch.zeros(tasks, actions, device=device)
         self._leaving = torch.zeros(tasks, actions, pin_memory=device == "cuda")
-        self._left = (
-            torch.cuda.Event(external=True) if device == "cuda" else None
-        )  # tells the host of a graph's actions
+        self._left = torch.cuda.Event() if device == "cuda" else None
         self.stats = torch.zeros(len(STATS), device=device)
         """The sums, over the updates since `begin`, of what SAC.step returns."""
-        self._captured = Captured(self._act_and_update) if agent.captured else None
+        self._graphs = (Captured(self._act), Captured(self._update)) if agent.captured else None
         self._compactions = agent.compactions
 
     def begin(self, generator: torch.Generator) -> None:
@@ -62,25 +61,27 @@ class Timestep:
         """
         self._parcel.host.observations.copy_(torch.from_numpy(observations))
         self._parcel.host.acting_noise.copy_(noise)
-        if self._captured is None:
-            self._act()
-        else:
-            if self._compactions != self._agent.compactions:
-                self._captured.reset()
-                self._compactions = self._agent.compactions
-            self._captured()
+        if self._graphs and self._compactions != self._agent.compactions:
+            self._compactions = self._agent.compactions
+            for graph in self._graphs:
+                graph.reset()
+        act, update = self._graphs or (self._act, None)
+        act()
+        if self._left:
+            self._left.record()
+        if update:  # before the host waits, so that the device does not
+            update()
         if self._left:
             self._left.synchronize()
         return self._leaving.numpy()
 
     def finish(self) -> None:
         """End the update."""
-        if self._captured is None:
+        if self._graphs is None:
             self._update()
         self._parcel.host.place.fill_(self.replay.take_place())
         self._draw()
-        if self._left:
-            torch.cuda.current_stream().synchronize()
+        self._wait()
 
     def arrive(self, rewards: np.ndarray, following: np.ndarray, ended: np.ndarray) -> None:
         """Note what the actions led to: [num_tasks], [num_tasks, features] and [num_tasks]."""
@@ -91,16 +92,17 @@ class Timestep:
         """Add what arrived last."""
         self._parcel.send()
         self._add()
-        self._parcel.host.place.fill_(self.replay.nowhere)
+        self._wait()
 
     def _draw(self) -> None:
         timesteps, noise = self._agent.draw(self._generator)
         self._parcel.host.timesteps.copy_(timesteps)
         self._parcel.host.noise.copy_(noise)
 
-    def _act_and_update(self) -> None:
-        self._act()
-        self._update()
+    def _wait(self) -> None:
+        """For the device, which reads pinned memory."""
+        if self._left:
+            torch.cuda.current_stream().synchronize()
 
     def _act(self) -> None:
         self._parcel.send()
@@ -109,8 +111,6 @@ class Timestep:
         self._observations.copy_(arrived.observations)
         self._actions.copy_(self._agent.act(self._observations, arrived.acting_noise))
         self._leaving.copy_(self._actions, non_blocking=True)
-        if self._left:
-            self._left.record()
 
     def _add(self) -> None:
         arrived = self._parcel.device

@@ -224,7 +224,7 @@ def test_torch_compile_takes_a_whole_model_and_follows_rewires(dtype):
 
 @pytest.mark.parametrize("treatment", ["dense", "set", "gmp"])
 def test_a_captured_timestep_equals_an_eager_one_through_rewires_and_compactions(treatment):
-    """The agents of rl in blocks of 16: replay, actions, and the update of all networks as one graph."""
+    """The agents of rl in blocks of 16: replay and actions as one graph, the update of all networks as another."""
     config = Config(
         suite="mt10",
         agent="mtsac",
@@ -259,7 +259,7 @@ def test_a_captured_timestep_equals_an_eager_one_through_rewires_and_compactions
             agent.rewire(clock)
         for one, other in zip(*found, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
-    assert timesteps[0]._captured._graph is not None and timesteps[1]._captured is None
+    assert all(graph._graph is not None for graph in timesteps[0]._graphs) and timesteps[1]._graphs is None
     assert len(agents[0].replay) == 50  # and it was overwritten once
 
 

@@ -32,19 +32,17 @@ RANK = {module: rank for rank, line in enumerate(ORDER) for module in line.split
 PACKAGES = ("backends.triton", "backends.cuda", "choose")  # whose files may import one another
 
 # The same of rl. A room's modules may import one another; a file in no room is named by itself.
-RL_RANK = {"": 0, "config": 0, "seeds": 0, "checkpoint": 0, "envs": 1, "agents": 1, "treatments": 2}
-RL_RANK |= {
-    "episodes": 3,
-    "metrics": 3,
-    "reporting": 3,
-    "evaluators": 4,
-    "algorithms": 5,
-    "run": 6,
-    "report": 6,
-    "sweep": 7,
-    "evaluate": 7,
-    "play": 7,
-}
+RL_ORDER = (
+    "config seeds checkpoint",
+    "envs agents",
+    "treatments",
+    "episodes metrics reporting",
+    "evaluators",
+    "algorithms",
+    "run report",
+    "sweep evaluate play",
+)
+RL_RANK = {"": 0} | {room: rank for rank, line in enumerate(RL_ORDER) for room in line.split()}
 
 
 def imported(path: Path) -> set[str]:

@@ -90,7 +90,8 @@ def test_a_graph_that_is_replayed_does_what_the_plain_functions_do(treatment, mo
         actions = [play(timestep, 10, episode) for timestep in timesteps]
         np.testing.assert_array_equal(*actions)
         assert torch.equal(timesteps[0].stats, timesteps[1].stats)
-    assert len(timesteps[1]._captured.taped) > 100 and timesteps[1]._captured.calls == 30
+    act, update = timesteps[1]._graphs
+    assert len(act.taped) > 10 and len(update.taped) > 100 and act.calls == update.calls == 30
     stored = [agent.replay.storage[:CAPACITY] for agent in agents]
     assert torch.equal(*stored) and agents[0].replay.added == agents[1].replay.added == 31
     for one, other in zip(agents[0].critic.network.parameters(), agents[1].critic.network.parameters(), strict=True):
@@ -126,13 +127,10 @@ def test_an_update_sees_the_transition_that_has_just_arrived(monkeypatch):
 
 def test_memory_that_has_moved_is_captured_again(monkeypatch):
     agent, timestep = make("dense", True, monkeypatch)
-    play(timestep, 5)
-    assert timestep._captured.taped
-    monkeypatch.setattr(SAC, "compactions", 1)
-    play(timestep, 1)
-    assert not timestep._captured.taped
-    play(timestep, 3)
-    assert timestep._captured.taped
+    for moved, timesteps, taped in ((0, 5, True), (1, 1, False), (1, 3, True)):
+        monkeypatch.setattr(SAC, "compactions", moved)
+        play(timestep, timesteps)
+        assert [bool(graph.taped) for graph in timestep._graphs] == [taped, taped]
 
 
 def test_the_parts_of_a_parcel_are_aligned_and_have_memory_of_their_own():
