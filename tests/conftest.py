@@ -1,5 +1,7 @@
 """What every test shares: uninitialised memory is NaN, randomness is seeded, hypothesis has time."""
 
+import os
+
 import hypothesis
 import numpy as np
 import pytest
@@ -7,6 +9,9 @@ import torch
 
 import sparsekern as sk
 from sparsekern import choose
+
+# pytest-benchmark times nothing in processes that a worker of pytest-xdist has started
+os.environ.pop("PYTEST_XDIST_WORKER", None)
 
 hypothesis.settings.register_profile("sparsekern", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("sparsekern")
