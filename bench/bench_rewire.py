@@ -8,7 +8,7 @@ import sparsekern as sk
 from bench.case import SQUARE, THREADS, TINY, Case, Sizes, grid, wide_cases
 from bench.training import Training, sparse_layer, sparse_training
 from sparsekern.backends import cuda
-from sparsekern.rewire.on_device import LayerEvent, LayerTensors, ModelTables, rewire_model
+from sparsekern.rewire.on_device import LayerTensors, ModelEvent, ModelTables, rewire_model
 from sparsekern.rewire.optimizer_state import element_state
 
 by_cuda = pytest.mark.skipif(bool(cuda.unavailable()), reason=f"backend 'cuda': {cuda.unavailable()}")
@@ -77,7 +77,7 @@ def bench_kernels_of_cuda(compare, record, case):
     state = [(value, fresh) for _, _, value, fresh in element_state([ours.optimizer], layer.weight)]
     tensors = LayerTensors([topology.layout], topology.shape, layer.weight, [(layer.weight, 0.0), *state])
     tables, live = ModelTables([tensors]), topology.live_per_group()
-    event = tables.event_table([LayerEvent([int(0.3 * blocks) for blocks in live], live)])
+    event = tables.event_table(ModelEvent([int(0.3 * blocks) for blocks in live], live, streams=[0]))
     record("SET by cuda", partner="a training step", **compare(lambda: rewire_model(tables, event), ours.step))
 
 

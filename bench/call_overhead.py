@@ -3,23 +3,37 @@
 Triton compiles the kernels for an H100 as it would on one; only the driver is a stub, which loads and launches nothing.
 The tensors are the CPU's, and the chooser is told that they are a GPU's. Beside it stands nn.Linear, of one token and
 eight features on the CPU, so that its arithmetic counts for nothing either.
+
+Then whole events of rewiring by the kernels of csrc/cuda, `rule.step()` of a model of 28 layers. What torch itself asks
+of a GPU is missing there: a pinned buffer, its copy, clearing the workspace, and the current stream.
 """
 
 import json
+import statistics
 import time
+from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import torch
+from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import sparsekern as sk
 from sparsekern import _cuda, choose
-from sparsekern.backends import triton
+from sparsekern.backends import cuda, triton
 
 # How many times the host time of nn.Linear a layer may take.
 BUDGET = {"no gradient": 1.5, "gradient": 1.7, "forward and backward": 1.5}
 CALLS, REPEAT = 20, 400
+EVENTS = 400
+RULES = {
+    "SET": sk.SET,
+    "RigL": sk.RigL,
+    "GMP, global": partial(sk.GMP, scope="global", final_density=0.05, end_step=1e6, compact=False),
+    "GMP, layer": partial(sk.GMP, scope="layer", final_density=0.05, end_step=1e6, compact=False),
+}
 
 
 class Driver:
@@ -85,6 +99,36 @@ def measure() -> dict[str, float]:
     return found | {f"{name} / nn.Linear": found[name] / found[f"nn.Linear, {name}"] for name in BUDGET}
 
 
+def measure_events() -> dict[str, float]:
+    """Median microseconds of an event of 28 layers, and of a step between two events; all rules in turn."""
+    cuda._loaded = lambda *_: (-1, 1)
+    cuda.current = lambda device: nullcontext(0)
+    choose.rewires_by_cuda = lambda device: True
+    rules = {name: rule_of_28_layers(make) for name, make in RULES.items()}
+    times = {}
+    for _ in range(EVENTS):
+        for name, rule in rules.items():
+            for what in ("a step", "an event"):
+                start = time.perf_counter()
+                rewired = rule.step()
+                times.setdefault(f"{name}, {what}", []).append((time.perf_counter() - start) * 1e6)
+                assert rewired == (what == "an event")
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def rule_of_28_layers(make):
+    """A rule after a few events, whose next step is none."""
+    model = nn.Sequential(*(sk.SparseLinear(64, 64, density=0.3, block_size=16) for _ in range(28)))
+    optimizer = torch.optim.Adam(model.parameters())
+    rule = make(model, optimizer, update_every=2)
+    for layer in model:  # what a step leaves, without its products
+        layer.weight.grad = torch.zeros_like(layer.weight)
+    optimizer.step()
+    for _ in range(8):
+        rule.step()
+    return rule
+
+
 def _steps(layer, x, dy) -> dict:
     needs_gradient = x.clone().requires_grad_()
     leaves = (needs_gradient, layer.weight, layer.bias)
@@ -96,5 +140,5 @@ def _steps(layer, x, dy) -> dict:
 
 
 if __name__ == "__main__":
-    found = {name: round(value, 2) for name, value in measure().items()}
+    found = {name: round(value, 2) for name, value in (measure() | measure_events()).items()}
     print(json.dumps(found | {"budget": BUDGET, "launches": _cuda.counted_launches()}, indent=1))

@@ -55,14 +55,25 @@ SPARSEKERN_SHARED uint32_t drop_key(float score) {
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
+// The output of splitmix64, and its step from one state to the next.
+constexpr uint64_t SPLITMIX_STEP = 0x9E3779B97F4A7C15ull;
+
+SPARSEKERN_SHARED uint64_t splitmix(uint64_t z) {
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    return z ^ (z >> 31);
+}
+
+// The stream of (keys..., key), where `stream` is that of the keys before: see sparsekern/rewire/hash.py.
+SPARSEKERN_SHARED uint64_t continued_stream(uint64_t stream, uint64_t key) {
+    return splitmix(stream + (key + 1) * SPLITMIX_STEP);
+}
+
 // Grow: the smallest key is the best place. SET: the complement of 31 bits of splitmix64(start + position).
 constexpr uint32_t GROW_KEYS_BY_HASH = 0x80000000u;
 
 SPARSEKERN_SHARED uint32_t grow_key_by_hash(uint64_t start, uint64_t position) {
-    uint64_t z = position * 0x9E3779B97F4A7C15ull + start;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-    return 0x7fffffffu - uint32_t((z ^ (z >> 31)) >> 33);
+    return 0x7fffffffu - uint32_t(splitmix(position * SPLITMIX_STEP + start) >> 33);
 }
 
 // RigL: the complement of the score's bits. Negative and non-finite scores are no candidates.

@@ -4,6 +4,8 @@
 #include "../bind.h"
 #include "launch.h"
 #include "product.h"
+#include "rewire_event.h"
+#include "unchanged.h"
 
 namespace sparsekern {
 
@@ -71,6 +73,54 @@ PyObject* call_sdd(const Call& call) {
     const Products& products = *self_of<Products>(call.self, PRODUCTS_KIND);
     return products.multiply(call.values, layout.value, false, true).release().ptr();
 }
+
+const Keywords<10>& write_event_words() {
+    static const auto* words = new Keywords<10>("write_event", {"table", "layers", "counts", "live", "streams", "number",
+                                                                "gradients", "scores", "growth", "target"});
+    return *words;
+}
+PyObject* call_write_event(const Call& call) {
+    const auto [table, layers, counts, live, streams, number, gradients, scores, growth, target] =
+        write_event_words().read(call);
+    return PyLong_FromLong(
+        write_event(table, layers, counts, live, streams, number, gradients, scores, growth, target));
+}
+const Keywords<5>& unchanged_words() {
+    static const auto* words =
+        new Keywords<5>("unchanged", {"items", "attributes", "sizes", "types", "tensors"});
+    return *words;
+}
+PyObject* call_unchanged(const Call& call) {
+    const auto [items, attributes, sizes, types, tensors] = unchanged_words().read(call);
+    return PyBool_FromLong(are_unchanged(items.value, attributes.value, sizes.value, types.value, tensors.value));
+}
+const Keywords<1>& describe_words() {
+    static const auto* words = new Keywords<1>("describe", {"tensor"});
+    return *words;
+}
+PyObject* call_describe(const Call& call) { return describe(describe_words().read(call)[0].value).release().ptr(); }
+const Keywords<1>& layouts_words() {
+    static const auto* words = new Keywords<1>("versions and stamp", {"layouts"});
+    return *words;
+}
+PyObject* call_versions(const Call& call) { return versions_of(layouts_words().read(call)[0].value).release().ptr(); }
+PyObject* call_stamp(const Call& call) { return stamp(layouts_words().read(call)[0].value).release().ptr(); }
+
+PyMethodDef METHODS[] = {
+    method<call_write_event>("write_event",
+                             "write_event($module, *, table, layers, counts, live, streams, number, gradients, scores, "
+                             "growth, target)\n--\n\n"
+                             "Write the table of an event; the first layer whose gradient cannot be reset, or -1."),
+    method<call_unchanged>("unchanged", "unchanged($module, *, items, attributes, sizes, types, tensors)\n--\n\n"
+                                        "Whether all of these facts hold; see csrc/cuda/unchanged.h."),
+    method<call_describe>("describe", "describe($module, *, tensor)\n--\n\n"
+                                      "Address, device, dtype, shape and strides of a tensor, as bytes."),
+    method<call_versions>("versions", "versions($module, *, layouts)\n--\n\n"
+                                      "How often the tensors of all layouts were written, in one tuple."),
+    method<call_stamp>("stamp", "stamp($module, *, layouts)\n--\n\n"
+                                "Note that the index of each layout agrees with its coordinates; their versions."),
+    {nullptr, nullptr, 0, nullptr},
+};
 
 PyMethodDef LAUNCH = method<call_launch>("launch", "Launch the kernel; False where a value does not fit it.");
 PyMethodDef DDS = method<call_dds>("dds", "x W or x Wᵀ + bias; None where the operands are others than were learnt.");
@@ -178,7 +228,8 @@ PYBIND11_MODULE(_cuda, m) {
     namespace py = pybind11;
     namespace sk = sparsekern;
     using py::arg;
-    m.doc() = "Prepared launches on an NVIDIA GPU; see sparsekern/backends/triton/prepare.py.";
+    m.doc() = "Prepared launches on an NVIDIA GPU, and what an event of rewiring asks of a whole model in one call.";
+    if (PyModule_AddFunctions(m.ptr(), sk::METHODS)) throw py::error_already_set();
     m.def("prepare", sk::prepare, py::kw_only(), arg("name"), arg("function"), arg("device"), arg("threads"),
           arg("shared"), arg("grid"), arg("tensors"), arg("parameters"), arg("owner"),
           "A function that launches a kernel: launch(tokens=..., stream=..., and every tensor by its name) -> bool.\n\n"

@@ -571,17 +571,18 @@ DEVICE void index_majors(const Layer& layer, int tile, bool rows) {
 
 // ---------------------------------------------------------------------------------------------------------- kernels
 
-#define PARAMETERS                                                                                                    \
-    const sparsekern::Layer *layers, const sparsekern::Tile *tiles, char *workspace,                                  \
-        const sparsekern::LayerEvent *events, const sparsekern::Segment *segments
+#define PARAMETERS                                                             \
+    const sparsekern::Layer *layers, const sparsekern::Tile *tiles, char *workspace, \
+        const sparsekern::LayerEvent *events
 
-// What every kernel begins with: the layer of its tile in shared memory.
-#define BEGIN                                                                 \
-    using namespace sparsekern;                                               \
-    SHARED(Shared, shared);                                                   \
-    const Tile tile = begin(shared, layers, tiles, workspace);                \
-    const Layer& layer = shared.layer;                                        \
-    const LayerEvent& event = events[tile.layer];                             \
+// What every kernel begins with: the layer of its tile in shared memory, and what happens to it.
+#define BEGIN                                                                              \
+    using namespace sparsekern;                                                            \
+    SHARED(Shared, shared);                                                                \
+    const Tile tile = begin(shared, layers, tiles, workspace);                             \
+    const Layer& layer = shared.layer;                                                     \
+    const LayerEvent& event = events[tile.layer];                                          \
+    const Segment* segments = reinterpret_cast<const Segment*>(events + layer.num_layers); \
     (void)event, (void)segments
 
 extern "C" __global__ void __launch_bounds__(sparsekern::THREADS, 3) rewire_score(PARAMETERS) {

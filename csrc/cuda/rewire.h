@@ -92,10 +92,10 @@ struct Layer {
     int32_t first_segment;                        // number of its first group among those of all layers
     int32_t slot_size, first_slot_tile;           // for MARK_DEAD_OF_ALL
     int32_t all_score_tiles, all_slot_tiles;      // of all layers
-    int32_t padding;
+    int32_t num_layers;                           // of the model
 };
 
-// What differs from event to event.
+// What differs from event to event: a LayerEvent for each layer and, behind them all, a Segment for each group.
 struct LayerEvent {
     uint64_t start;       // of the hash
     void* gradient;       // like the weight, or null

@@ -1,8 +1,8 @@
 """SET and RigL: drop the weakest blocks, grow as many elsewhere. A new rule of this kind is two functions."""
 
-import math
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -10,13 +10,14 @@ from torch.optim import Optimizer
 from sparsekern.layer import SparseLayer
 from sparsekern.rewire.arguments import check_by_group, check_flag
 from sparsekern.rewire.device_rule import DeviceRule
-from sparsekern.rewire.growth import GrowthScores, best_candidates, float_bits, pack, positions_of, scores_of
+from sparsekern.rewire.growth import GrowthScores, arm, best_candidates, float_bits, pack, positions_of, scores_of
 from sparsekern.rewire.hash import stream, uniform_hash
-from sparsekern.rewire.on_device import Growth, LayerEvent, LayerTensors
+from sparsekern.rewire.on_device import Growth
 from sparsekern.rewire.ranks import distributed, gathered
 from sparsekern.rewire.schedule import Constant, check_fraction
 from sparsekern.rewire.scores import block_l1
 from sparsekern.rewire.select import all_candidates, places, places_in_rows, random_candidates, weakest
+from sparsekern.rewire.watch import SeenTensors
 from sparsekern.topology import check_balance
 
 
@@ -75,9 +76,11 @@ class DropAndGrow(DeviceRule):
         self.drop_fraction = drop_fraction if callable(drop_fraction) else Constant(drop_fraction)
         if getattr(self.drop_fraction, "needs_end", False) and end_step is None:
             raise ValueError(f"{type(self).__name__}: {self.drop_fraction} needs an end_step, got None")
-        self._live: dict[str, list[int]] = {}
         super().__init__(model, optimizer, update_every, start_step, end_step, seed, followers, coverage)
-        self._carry = {path: [0.0] * layer.groups for path, layer in self.layers.items()}
+        self._carry = np.zeros(len(self._live))
+        # Growth scores of the last event, if they were right as the rule gave them, and what they were.
+        self._seen_growth: SeenTensors | None = None
+        self._growth_kinds: list[Growth] = []
 
     def drop_scores(self, layer: SparseLayer) -> Tensor:
         """float32 [num_slots]; the live blocks with the smallest are dropped, NaN first. By default the L1 norm.
@@ -96,74 +99,87 @@ class DropAndGrow(DeviceRule):
         raise NotImplementedError(f"{type(self).__name__}: a rule must say where to grow; override grow_scores(layer)")
 
     def state_dict(self) -> dict:
-        return super().state_dict() | {"carry": {path: list(carry) for path, carry in self._carry.items()}}
+        return super().state_dict() | {"carry": self._by_layer(self._carry)}
 
     def load_state_dict(self, state: dict) -> None:
         if isinstance(state, dict) and "carry" in state:  # before anything changes; what is missing is said above
             check_by_group(f"{type(self).__name__}.load_state_dict", "carry", state["carry"], self.layers, least=-1)
         super().load_state_dict(state)
-        self._carry = {path: list(carry) for path, carry in state["carry"].items()}
-
-    def _adopted(self, paths: list[str]) -> None:
-        for path in paths:
-            self._live[path] = self.layers[path].topology.live_per_group()
+        self._carry = self._of_all(state["carry"], np.float64)
 
     def _event(self, now: float) -> bool:
         fraction = self.drop_fraction(self._progress(now))
         check_fraction(fraction)
         # every layer is scored before the first is changed, so that scores that are refused leave all as it was
-        counted = {path: self._counts(path, fraction) for path in self.layers}
-        counts = {path: own for path, (own, _) in counted.items()}
-        for path in counts:
-            if any(counts[path]):  # a full store has dead places, which now grow
-                for copy in self._copies(path):
-                    copy.topology.leave_full_store()
+        counts, carry = self._counts(fraction)
+        if self._has_full_stores():
+            self._leave_full_stores(counts)
         if self._is_on_device():
             self._event_on_device(counts)
         else:
-            chosen = {path: self._choose(path, layer, counts[path]) for path, layer in self.layers.items()}
+            of_layers = self._by_layer(counts)
+            chosen = {path: self._choose(path, layer, of_layers[path]) for path, layer in self.layers.items()}
             for path, moves in chosen.items():
                 self._move(path, *moves)
-        self._carry = {path: carry for path, (_, carry) in counted.items()}
-        return any(map(any, counts.values()))
+        self._carry = carry
+        return bool(counts.any())
+
+    def _leave_full_stores(self, counts: np.ndarray) -> None:
+        """A full store has dead places: if blocks are to grow there, it is full no longer."""
+        for path, groups in self._groups.items():
+            if counts[groups].any():
+                for copy in self._copies(path):
+                    if copy.topology.full:
+                        self._watch = None
+                        copy.topology.leave_full_store()
 
     def _is_on_device(self) -> bool:
         return self.balance is None and super()._is_on_device()  # the kernels grow anywhere in a group
 
-    def _event_on_device(self, counts: dict[str, list[int]]) -> None:
-        self._moved = dict.fromkeys(self.layers, (0, 0))
-        layers = {path: layer for path, layer in self.layers.items() if not layer.topology.full}  # where nothing moves
+    def _event_on_device(self, counts: np.ndarray) -> None:
+        layers = self.layers
+        if self._has_full_stores():  # where nothing moves
+            layers = {path: layer for path, layer in layers.items() if not layer.topology.full}
         if not layers:
+            self._moved = dict.fromkeys(self.layers, (0, 0))
             return
-        prepared = [self._prepared(path, layer, counts[path]) for path, layer in layers.items()]
-        stats = self._by_kernels(list(layers), *zip(*prepared, strict=True))
-        for path, moved in zip(layers, stats[:, 0], strict=True):
-            self._moved[path] = moved, moved
-            self._cover(path)
-
-    def _prepared(self, path: str, layer: SparseLayer, counts: list[int]) -> tuple[LayerTensors, LayerEvent]:
-        """A layer and what happens to it, for the kernels."""
         scores = None
         if getattr(self.drop_scores, "__func__", None) is not DropAndGrow.drop_scores:  # the kernels know the norms
-            given = self.drop_scores(layer)
-            scores = self._checked(path, "drop_scores", given, (layer.topology.num_slots,)).contiguous()
-        kind, growth = Growth.BY_HASH, self._growth(path, layer, max(counts))
-        if growth is not None and growth.dtype == torch.int64:
-            kind, growth = Growth.BY_KEYS, growth.topk(max(counts), dim=1).values
-        elif growth is not None:
-            kind, growth = Growth.BY_SCORES, growth.contiguous()
-        start = stream(self.seed, self._index[path], self.events)
-        event = LayerEvent(counts, self._live[path], start, layer.weight.grad, scores, growth)
-        return self._layer_tensors(path, kind), event
+            scores = [self._drop_scores(path, layer).contiguous() for path, layer in layers.items()]
+        growth, kinds = self._growth_of_all(layers, counts)
+        prepared = self._prepare_kernels(layers, kinds)
+        prepared.rewire(counts, self._live, self.events, scores=scores, growth=growth)
+        self._moved = {path: (moved, moved) for path, moved in prepared.moved.items()}
+        if self._covered is not None:
+            for path in layers:
+                self._cover(path)
+
+    def _growth_of_all(self, layers: dict[str, SparseLayer], counts: np.ndarray) -> tuple[list, list[Growth]]:
+        """What to grow by, a tensor or None for each layer as the kernels take it, and of which kinds that is."""
+        given = [self.grow_scores(layer) for layer in layers.values()]
+        if self._held() is not None and self._seen_growth is not None and self._seen_growth.are(given):
+            return given, self._growth_kinds
+        found = []
+        for (path, layer), scores in zip(layers.items(), given, strict=True):
+            most = int(counts[self._groups[path]].max())
+            growth = self._checked_growth(path, layer, scores, most)
+            if growth is not None:
+                growth = growth.topk(most, dim=1).values if growth.dtype == torch.int64 else growth.contiguous()
+            found.append(growth)
+        # tables that were taken as they are will be right again; keys are looked at every time
+        same = all(growth is scores for growth, scores in zip(found, given, strict=True))
+        self._seen_growth = SeenTensors(given) if same else None
+        self._growth_kinds = [_kind(growth) for growth in found]
+        return found, self._growth_kinds
 
     def _choose(self, path: str, layer: SparseLayer, counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Slots to rewire, int64 [sum(counts)], and their new block rows and columns, -1 where candidates ran out."""
         layout = layer.topology.layout
         if not any(counts):
             return 3 * (torch.empty(0, dtype=torch.int64, device=layout.index.device),)
-        scores = self._checked(path, "drop_scores", self.drop_scores(layer), (layout.num_slots,))
+        scores = self._drop_scores(path, layer)
         self._note_nan(path, scores)
-        slots = weakest(scores, layout, self._live[path], counts)
+        slots = weakest(scores, layout, self._live[self._groups[path]].tolist(), counts)
         if self.balance:
             return slots, *places_in_rows(self._all_candidates(path, layer), layout, slots)
         return slots, *places(self._candidates(path, layer, max(counts)), layout, counts)
@@ -214,9 +230,14 @@ class DropAndGrow(DeviceRule):
             scores = float_bits((growth + 0.0).flatten(1))
         return all_candidates(layout, scores)
 
+    def _drop_scores(self, path: str, layer: SparseLayer) -> Tensor:
+        return self._checked(path, "drop_scores", self.drop_scores(layer), (layer.topology.num_slots,))
+
     def _growth(self, path: str, layer: SparseLayer, count: int) -> Tensor | None:
+        return self._checked_growth(path, layer, self.grow_scores(layer), count)
+
+    def _checked_growth(self, path: str, layer: SparseLayer, scores: Tensor | None, count: int) -> Tensor | None:
         """What grow_scores gave: a float32 table of all places, keys of `count` or more, or None."""
-        scores = self.grow_scores(layer)
         if scores is None:
             return None
         layout = layer.topology.layout
@@ -251,16 +272,12 @@ class DropAndGrow(DeviceRule):
         torch._assert_async(inside, f"{where} of the {num_blocks} places of a group, got one of a place beyond")
         return keys
 
-    def _counts(self, path: str, fraction: float) -> tuple[list[int], list[float]]:
+    def _counts(self, fraction: float) -> tuple[np.ndarray, np.ndarray]:
         """Blocks to replace in each group, no more than there are dead places, and the remainders to carry."""
-        topology = self.layers[path].topology
-        counts, carry = [], []
-        for live, carried in zip(self._live[path], self._carry[path], strict=True):
-            exact = fraction * live + carried
-            count = math.floor(exact + 1e-9)  # 0.29 * 100 is 28.999... in floating point
-            carry.append(exact - count)
-            counts.append(min(count, live, topology.num_blocks // topology.groups - live))
-        return counts, carry
+        exact = fraction * self._live + self._carry
+        counts = np.floor(exact + 1e-9)  # 0.29 * 100 is 28.999... in floating point
+        most = np.minimum(self._live, self._places - self._live)
+        return np.minimum(counts.astype(np.int64), most), exact - counts
 
 
 class SET(DropAndGrow):
@@ -294,7 +311,7 @@ class RigL(DropAndGrow):
 
     def grow_scores(self, layer: SparseLayer) -> Tensor:
         scores = layer.growth.scores  # a table, or keys where blocks are single weights
-        return _sum_keys_over_ranks(scores) if layer.block_size == 1 else _sum_over_ranks(scores)
+        return _sum_keys_over_ranks(scores) if scores.dtype == torch.int64 else _sum_over_ranks(scores)
 
     def load_state_dict(self, state: dict) -> None:
         if isinstance(state, dict) and "armed" in state:
@@ -307,9 +324,12 @@ class RigL(DropAndGrow):
 
     def _adopted(self, paths: list[str]) -> None:
         super()._adopted(paths)
-        growth = {path: GrowthScores(self.layers[path].topology) for path in paths}
-        for path in paths:
-            self.layers[path].growth = growth[path]
+        layers = [self.layers[path] for path in paths]
+        devices = {layer.weight.device for layer in layers}
+        flags = {device: torch.zeros((), dtype=torch.bool, device=device) for device in devices}
+        growth = [GrowthScores(layer.topology, flags[layer.weight.device]) for layer in layers]
+        for layer, own in zip(layers, growth, strict=True):
+            layer.growth = own
         self._arm(False)  # what was scored were other blocks, so an event that is due waits for the next step
 
     def _ready(self) -> bool:
@@ -321,9 +341,14 @@ class RigL(DropAndGrow):
 
     def _arm(self, armed: bool) -> None:
         if armed or self._armed:
-            for layer in self.layers.values():
-                layer.growth.arm(armed)
+            arm([layer.growth for layer in self.layers.values()], armed)
         self._armed = armed
+
+
+def _kind(growth: Tensor | None) -> Growth:
+    if growth is None:
+        return Growth.BY_HASH
+    return Growth.BY_KEYS if growth.dtype == torch.int64 else Growth.BY_SCORES
 
 
 def _assign(tensor: Tensor, slots: Tensor, values: Tensor) -> None:

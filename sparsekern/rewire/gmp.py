@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -9,7 +10,7 @@ from torch.optim import Optimizer
 from sparsekern import choose
 from sparsekern.rewire.arguments import check_by_group, check_count, check_finite, check_flag
 from sparsekern.rewire.device_rule import DeviceRule
-from sparsekern.rewire.on_device import Growth, LayerEvent
+from sparsekern.rewire.on_device import Growth
 from sparsekern.rewire.optimizer_state import element_state
 from sparsekern.rewire.ranks import distributed
 from sparsekern.rewire.schedule import cubic_density
@@ -63,19 +64,20 @@ class GMP(DeviceRule):
             raise ValueError(f"GMP: scope must be 'global' or 'layer', got {scope!r}")
         if end_step is None:
             raise ValueError("GMP: end_step is the time at which final_density is reached; it must be given, got None")
-        self._live: dict[str, list[int]] = {}
         super().__init__(model, optimizer, update_every, start_step, end_step, 0, followers, False)
         self.final_density, self.scope = final_density, scope
         self.compact = compact and not distributed()
         self.compactions = 0
         self._done = False
-        self._initial = {path: layer.topology.live_per_group() for path, layer in self.layers.items()}
+        sizes = relative_sizes([layer.topology.layout for layer in self.layers.values()])
+        self._sizes = np.repeat(sizes, [layer.groups for layer in self.layers.values()])
+        self._initial = self._live.copy()
         # How many live blocks each layer has, on the way from device to host, and the event that says it arrived.
         self._counts: Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
 
     def state_dict(self) -> dict:
-        initial = {path: list(live) for path, live in self._initial.items()}
+        initial = self._by_layer(self._initial)
         return super().state_dict() | {"done": self._done, "initial": initial, "compactions": self.compactions}
 
     def load_state_dict(self, state: dict) -> None:
@@ -84,13 +86,13 @@ class GMP(DeviceRule):
             check_count("GMP.load_state_dict", "compactions", state["compactions"])
             check_by_group("GMP.load_state_dict", "initial", state["initial"], self.layers, least=0)
         super().load_state_dict(state)
-        self._done, self._initial, self.compactions = state["done"], state["initial"], state["compactions"]
+        self._done, self.compactions = state["done"], state["compactions"]
+        self._initial = self._of_all(state["initial"], np.int64)
 
     def _adopted(self, paths: list[str]) -> None:
+        super()._adopted(paths)
         for path in paths:
-            layer = self.layers[path]
-            self._live[path] = layer.topology.live_per_group()
-            if layer.weight.is_cuda:  # a CUDA graph that is captured before the first event clears dead slots too
+            if self.layers[path].weight.is_cuda:  # a graph captured before the first event clears dead slots too
                 for copy in self._copies(path):
                     copy.topology.hold_bits()
 
@@ -114,25 +116,29 @@ class GMP(DeviceRule):
         return True
 
     def _event_on_device(self, progress: float) -> None:
-        growth = Growth.MARK_DEAD_OF_ALL if self.scope == "global" else Growth.MARK_DEAD
-        for path in self.layers:
-            for copy in self._copies(path):
-                copy.topology.hold_bits()  # into which the kernels write
-        layers = [self._layer_tensors(path, growth) for path in self.layers]
-        events = []
-        target = self._target_of_all(progress) if self.scope == "global" else 0
-        for path, layer in self.layers.items():
-            live = self._live[path]
-            counts = [0] * len(live) if self.scope == "global" else self._counts_of(path, progress)
-            events.append(LayerEvent(counts, live, gradient=layer.weight.grad, target=target))
-        stats = self._by_kernels(list(self.layers), layers, events)
-        for (path, moved), event in zip(zip(self.layers, stats[:, 0], strict=True), events, strict=True):
-            self._moved[path] = moved, 0
-            self._live[path] = [live - count for live, count in zip(event.live, event.counts, strict=True)]
+        kind = Growth.MARK_DEAD_OF_ALL if self.scope == "global" else Growth.MARK_DEAD
+        if self._watch is None or self._watch.lacks_bits:
+            self._hold_bits()
+        counts, target = np.zeros_like(self._live), 0
+        if self.scope == "global":
+            target = self._target_of_all(progress)
+        else:
+            counts = self._counts_of_each(progress)
+        prepared = self._prepare_kernels(self.layers, [kind] * len(self.layers))
+        stats = prepared.rewire(counts, self._live, target=target)
+        self._moved = {path: (moved, 0) for path, moved in prepared.moved.items()}
+        self._live = self._live - counts
         if self.scope == "global":
             self._send(stats)
         else:  # the host knows how many are live
-            self._counts = torch.tensor([sum(live) for live in self._live.values()], device="cpu")
+            self._counts = torch.from_numpy(self._sums_of_layers(self._live))
+
+    def _hold_bits(self) -> None:
+        """Into which the kernels write what is dead in a full store."""
+        self._watch = None
+        for path in self.layers:
+            for copy in self._copies(path):
+                copy.topology.hold_bits()
 
     def _send(self, counts: Tensor) -> None:
         """Begin to bring live counts to the host: [layers], or the statistics of the kernels, where they come last."""
@@ -156,34 +162,29 @@ class GMP(DeviceRule):
 
     def _target_of_all(self, progress: float) -> int:
         """How much shall be live, in elements of the smallest block of all layers."""
-        layouts = [layer.topology.layout for layer in self.layers.values()]
-        total = initial = 0
-        for (path, layer), size in zip(self.layers.items(), relative_sizes(layouts), strict=True):
-            total += size * layer.topology.num_blocks
-            initial += size * sum(self._initial[path])
+        total, initial = (int((self._sizes * number).sum()) for number in (self._places, self._initial))
         return round(cubic_density(progress, initial / total, self.final_density) * total)
 
     def _weakest_of_each(self, progress: float) -> dict[str, Tensor]:
-        dead = {}
+        dead, counts = {}, self._counts_of_each(progress)
         for path, layer in self.layers.items():
             topology = layer.topology
             scores = block_l1(layer)
             self._note_nan(path, scores)
-            live, counts = self._live[path], self._counts_of(path, progress)
-            slots = weakest(scores, topology.layout, live, counts)
-            self._live[path] = [n - count for n, count in zip(live, counts, strict=True)]
+            groups = self._groups[path]
+            slots = weakest(scores, topology.layout, self._live[groups].tolist(), counts[groups].tolist())
             dead[path] = (~topology.layout.live()).index_fill_(0, slots, True)
+        self._live = self._live - counts
         return dead
 
-    def _counts_of(self, path: str, progress: float) -> list[int]:
-        """Blocks that each group of a layer loses, with scope "layer"."""
-        topology = self.layers[path].topology
-        places = topology.num_blocks // topology.groups
-        targets = [
-            max(1, round(cubic_density(progress, first / places, self.final_density) * places))
-            for first in self._initial[path]
-        ]
-        return [max(0, live - target) for live, target in zip(self._live[path], targets, strict=True)]
+    def _counts_of_each(self, progress: float) -> np.ndarray:
+        """Blocks that each group loses, with scope "layer"."""
+        density = cubic_density(progress, self._initial / self._places, self.final_density)
+        targets = np.maximum(1, np.rint(density * self._places)).astype(np.int64)
+        return np.maximum(0, self._live - targets)
+
+    def _sums_of_layers(self, numbers: np.ndarray) -> np.ndarray:
+        return np.add.reduceat(numbers, [groups.start for groups in self._groups.values()])
 
     def _mark(self, path: str, dead: Tensor) -> None:
         """Make these slots dead, with weight, gradient and state as in a fresh slot."""
@@ -200,21 +201,32 @@ class GMP(DeviceRule):
             return
         if self._arrived is not None:
             self._arrived.synchronize()
-        for (path, layer), live in zip(self.layers.items(), self._counts.tolist(), strict=True):
-            topology = layer.topology
+        for path, live in self._may_change(self._counts.numpy()):
+            layer, topology = self.layers[path], self.layers[path].topology
             state = topology.layout, layer.weight.dtype
             half_empty = 2 * live <= topology.num_slots and not choose.full_store_is_faster(*state)
             if self.compact and live < topology.num_slots and (half_empty or self._done):
                 self._compact(path, max(live, 1))
             elif topology.full and choose.sparse_is_faster(*state):
+                self._watch = None
                 for copy in self._copies(path):
                     copy.topology.leave_full_store()
         self._counts = self._arrived = None
 
+    def _may_change(self, live: np.ndarray) -> list[tuple[str, int]]:
+        """The layers, with their live blocks, that `_settle` has to look at."""
+        numbers, paths = range(len(live)), list(self.layers)
+        if not self._done and self._watch is not None:
+            may = (2 * live <= self._watch.num_slots) & self.compact
+            if any(device.type == "cpu" for device in self._watch.devices):  # where a full store is left by density
+                may |= self._watch.full
+            numbers = np.flatnonzero(may)
+        return [(paths[n], int(live[n])) for n in numbers]
+
     @torch.no_grad()
     def _compact(self, path: str, live: int) -> None:
         """Keep the first `live` live slots, in order, in smaller storages of the same Parameters."""
-        layer = self.layers[path]
+        layer, self._watch, self._prepared = self.layers[path], None, None
         kept = torch.sort((~layer.topology.layout.live()).int(), stable=True).indices[:live]
         for state, name, value, _ in list(element_state(self._optimizers, layer.weight)):
             state[name] = value[kept]

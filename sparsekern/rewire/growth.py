@@ -5,7 +5,7 @@ scores, ties go to the lower position, and every device selects alike. Scores ar
 (RigL's squared gradient norms) or of a hash (SET's uniform choice). -1 is no candidate.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -83,12 +83,15 @@ class GrowthScores:
     Several micro-batches between arming and reading sum up. Block sizes above 1 keep a float32 sum for every block,
     [groups, rows, cols], negative where nothing was scored. Block size 1 keeps the keys [groups, count] of its
     `num_slots` best dead blocks, best first: a block must be among the best so far to keep its sum.
+
+    Args:
+        armed: a flag that layers of the topology's device share; without it, the layer has one of its own.
     """
 
-    def __init__(self, topology: Topology):
+    def __init__(self, topology: Topology, armed: Tensor | None = None):
         device = topology.index.device
         # plain tensors: as buffers, DistributedDataParallel would overwrite every rank's scores with those of rank 0
-        self.armed = torch.zeros((), dtype=torch.bool, device=device)
+        self.armed = torch.zeros((), dtype=torch.bool, device=device) if armed is None else armed
         if topology.block_size > 1:
             rows, cols = (n // topology.groups for n in topology.grid)
             self.scores = torch.full((topology.groups, rows, cols), -1.0, dtype=torch.float32, device=device)
@@ -96,11 +99,6 @@ class GrowthScores:
             dead = topology.num_blocks // topology.groups - min(topology.live_per_group())
             count = min(dead, topology.num_slots)
             self.scores = torch.full((topology.groups, count), -1, dtype=torch.int64, device=device)
-
-    def arm(self, armed: bool) -> None:
-        """Begin (or stop) scoring, with no scores; a device flag, so that compiled and captured steps obey it."""
-        self.armed.fill_(armed)
-        self.scores.fill_(-1)
 
     def watch(self, y: Tensor, x: Tensor, token_offsets: Tensor | None, layout: Layout) -> Tensor:
         """Return y = x Wᵀ unchanged, and score its gradient when it comes.
@@ -114,6 +112,16 @@ class GrowthScores:
                 "compute the loss without them, or use SET, which needs no scores"
             )
         return _Watch.apply(y, x, token_offsets, self.armed, self.scores, layout)
+
+
+def arm(growth: Sequence[GrowthScores], armed: bool) -> None:
+    """Begin to score, with no scores; or stop. Device flags, so that compiled and captured steps obey them."""
+    for flag in {id(one.armed): one.armed for one in growth}.values():
+        flag.fill_(armed)
+    if armed:
+        scores = [one.scores for one in growth]
+        torch._foreach_zero_(scores)
+        torch._foreach_sub_(scores, 1)
 
 
 class _Watch(torch.autograd.Function):

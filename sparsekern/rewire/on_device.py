@@ -3,9 +3,10 @@
 `ModelTables` are built once for a rule and again when something has moved in memory, see `tables_for`; `event_table`
 says what one event does; `rewire_model` does it. Nothing synchronises, and all addresses but the workspace's are in the
 tables, so a CUDA graph may hold `rewire_model`: write another event into the same tensor with `copy_` before a replay.
+
+An event costs the host little: C++ writes its table and makes prepared launches (csrc/cuda/rewire_event.h, launch.h).
 """
 
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -15,7 +16,12 @@ import torch
 from torch import Tensor
 
 from sparsekern.backends import cuda
-from sparsekern.topology import Layout, stamp, tell_shown
+from sparsekern.topology import Layout, tell_shown
+
+try:
+    from sparsekern import _cuda
+except ImportError:  # backends/cuda says so, to whoever asks for it
+    _cuda = None
 
 THREADS, ITEMS, TILE_PLACES = 512, 64, 1024  # as in csrc/cuda/rewire.h
 MAX_TENSORS, MAX_COPIES = 12, 4
@@ -60,22 +66,25 @@ class LayerTensors:
         return [(self.shape, self.weight.data_ptr(), self.weight.dtype, self.growth), *layouts, *tensors]
 
 
-@dataclass(frozen=True)
-class LayerEvent:
-    """What one event does with one layer."""
+@dataclass
+class ModelEvent:
+    """What one event does with all layers. Groups are those of the first layer, then those of the second, and so on."""
 
-    counts: Sequence[int]
-    """Slots to drop in each group: at most as many as are live, and, to grow, as there are dead places. No matter for
-    MARK_DEAD_OF_ALL."""
-    live: Sequence[int]
-    """Live blocks of each group."""
-    start: int = 0
-    """Stream of the hash, for Growth.BY_HASH; see `sparsekern.rewire.scores.stream`."""
-    gradient: Tensor | None = None
-    """Like the weight; rewired slots become zero."""
-    scores: Tensor | None = None
-    """float32 [num_slots] to drop by; without it, the L1 norms of the weight."""
-    growth: Tensor | None = None
+    counts: Sequence[int] | np.ndarray
+    """int64, slots to drop in each group: at most as many as are live, and, to grow, as there are dead places. No
+    matter for MARK_DEAD_OF_ALL."""
+    live: Sequence[int] | np.ndarray
+    """int64, live blocks of each group."""
+    streams: Sequence[int] | np.ndarray
+    """uint64 of each layer: the hash's stream of what is the same at every event, for Growth.BY_HASH; see
+    `sparsekern.rewire.hash.stream`."""
+    number: int = 0
+    """Of the event, the last key of the hash's stream."""
+    gradients: Sequence[Tensor | None] | None = None
+    """Like the weights; rewired slots become zero."""
+    scores: Sequence[Tensor | None] | None = None
+    """float32 [num_slots] of each layer to drop by; without it, the L1 norms of the weight."""
+    growth: Sequence[Tensor | None] | None = None
     """float32 [groups, rows, cols] for BY_SCORES; int64 [groups, any] in descending order for BY_KEYS."""
     target: int = 0
     """For MARK_DEAD_OF_ALL: live blocks of all layers after the event, in elements of the model's smallest block."""
@@ -90,16 +99,16 @@ _WORK = "row_bits col_bits row_counts col_counts row_offsets col_offsets dead_co
 _NUMBERS = (
     "num_tensors num_copies weight_type growth short_coordinates slots num_rows num_cols groups block group_rows "
     "group_cols row_words col_words last_rows last_cols log_threads_per_slot slot_tiles place_tiles move_tiles "
-    "first_segment slot_size first_slot_tile all_score_tiles all_slot_tiles padding"
+    "first_segment slot_size first_slot_tile all_score_tiles all_slot_tiles num_layers"
 ).split()
 _LAYER = np.dtype(
     [("drop", _LIST), ("grow", _LIST), *((name, "u8") for name in _WORK), ("weight", "u8"), ("stats", "u8")]
     + [("tensors", _TENSOR, MAX_TENSORS), ("copies", _COORDINATES, MAX_COPIES), *((name, "i4") for name in _NUMBERS)]
 )
-_EVENT = struct.Struct("=QQQQqq")  # start, addresses of gradient, scores and growth, key_stride, target
-_SEGMENT = struct.Struct("=iiIi")  # count, first, range, shift
+_EVENT_BYTES, _SEGMENT_BYTES = 48, 16  # which C++ writes, of the kernels' own structures
 _TILE = np.dtype([("layer", "i4"), ("part", "i4"), ("number", "i4"), ("of", "i4")])
 _SELECTION_BYTES, _THRESHOLD_BYTES = 16, 16
+_PARAMETERS = ("layers", "tiles", "workspace", "events")
 
 _OF_SLOTS, _OF_PLACES, _MOVE, _FILL, _PAIRS, _ROW_ORDER, _COL_ORDER = range(7)
 
@@ -134,34 +143,47 @@ class ModelTables:
         assert all(of_all) or not any(of_all), "slots of all layers are ranked together, or of none"
         if all(of_all):
             _describe_all(self._records)
+        self._records["num_layers"], self._num_segments = len(self.layers), segment
         self._cleared_bytes, self._workspace_bytes = _lay_out(self._records)
-        tiles = {kernel: _tiles(self._records, self.layers, kernel) for kernel in cuda.KERNELS["rewire"]}
-        names = ("growth", "group_rows", "group_cols")
-        kinds, rows, cols = (self._records[name].tolist() for name in names)
-        places = [r * c for r, c in zip(rows, cols, strict=True)]
-        self._of_events = list(zip(kinds, places, self._records["grow"]["log_buckets"].tolist(), strict=True))
-        self._layer_table = _upload(self._records.tobytes(), device)
-        self._tiles = {kernel: _upload(own.tobytes(), device) for kernel, own in tiles.items() if len(own)}
+        self._layer_bytes = self._records.tobytes()
+        self._layer_table = _on(device, self._records)
+        # each kernel's launch, ready, and its tiles
+        self._launches = []
+        for kernel in cuda.KERNELS["rewire"]:
+            if len(tiles := _tiles(self._records, self.layers, kernel)):
+                launch = cuda.prepare("rewire", kernel, len(tiles), THREADS, _PARAMETERS, device)
+                self._launches.append((launch, _on(device, tiles)))
+        self._layouts = [layout for layer in self.layers for layout in layer.layouts]
+        self._full_layouts = [layout for layout in self._layouts if layout.full]
+        written = [tensor for layer in self.layers for tensor, _ in layer.tensors]
+        self._written = [*written, *(tensor for layout in self._layouts for tensor in layout.tensors)]
 
-    def event_table(self, events: Sequence[LayerEvent]) -> Tensor:
+    def event_table(self, event: ModelEvent) -> Tensor:
         """One event on the device, uint8; the tensors in it must live until it has run.
 
         Raises:
             ValueError: a gradient is not what the kernels take.
         """
-        # packed number by number: to write them into an array of records takes four times as long
-        rows, segments = [], []
-        for i, ((growth, places, log_buckets), event) in enumerate(zip(self._of_events, events, strict=True)):
-            if problem := _gradient_problem(event.gradient, self.layers[i].weight):
-                raise ValueError(f"rewire_model: layer {i} {problem}")
-            key_stride = event.growth.shape[1] if growth == Growth.BY_KEYS else 0
-            tensors = (0 if t is None else t.data_ptr() for t in (event.gradient, event.scores, event.growth))
-            rows.append(_EVENT.pack(event.start, *tensors, key_stride, event.target))
-            first = 0
-            for count, live in zip(event.counts, event.live, strict=True):
-                segments.append(_SEGMENT.pack(count, first, *_range(count, places - live, log_buckets)))
-                first += count
-        return _upload(b"".join(rows + segments), self.stats.device)
+        device = self.stats.device
+        table = _staged(len(self.layers) * _EVENT_BYTES + self._num_segments * _SEGMENT_BYTES, device)
+        refused = _cuda.write_event(
+            table=table,
+            layers=self._layer_bytes,
+            counts=np.asarray(event.counts, np.int64),
+            live=np.asarray(event.live, np.int64),
+            streams=np.asarray(event.streams, np.uint64),
+            number=event.number,
+            gradients=event.gradients,
+            scores=event.scores,
+            growth=event.growth,
+            target=event.target,
+        )
+        if refused >= 0:
+            raise ValueError(
+                f"rewire_model: layer {refused} has a gradient of {event.gradients[refused].dtype}; the kernels take "
+                f"the weight's {self.layers[refused].weight.dtype}, contiguous, at 16 bytes"
+            )
+        return _upload(table, device)
 
     def describe(self, layers: Sequence[LayerTensors]) -> bool:
         """Whether these are the layers, and nothing of them has moved in memory."""
@@ -178,23 +200,16 @@ def rewire_model(tables: ModelTables, event: Tensor) -> None:
     device = tables.stats.device
     workspace = torch.empty(tables._workspace_bytes, dtype=torch.uint8, device=device)
     workspace[: tables._cleared_bytes].zero_()
-    segments = event.data_ptr() + len(tables.layers) * _EVENT.size
-    for kernel, tiles in tables._tiles.items():
-        blocks = len(tiles) // _TILE.itemsize
-        addresses = (tables._layer_table.data_ptr(), tiles.data_ptr(), workspace.data_ptr(), event.data_ptr(), segments)
-        cuda.launch("rewire", kernel, blocks, THREADS, addresses, device)
-    _note_writes(tables.layers)
-
-
-def _note_writes(layers: Sequence[LayerTensors]) -> None:
-    """Tell torch what the kernels have written, so that a backward that needs the old values raises."""
-    written = [tensor for layer in layers for tensor, _ in layer.tensors]
-    layouts = [layout for layer in layers for layout in layer.layouts]
-    torch.autograd.graph.increment_version([*written, *(tensor for layout in layouts for tensor in layout.tensors)])
-    for layout in layouts:
-        stamp(layout)
-        if layout.full:
-            tell_shown(layout)
+    layers = tables._layer_table
+    with cuda.current(device) as stream:
+        for launch, tiles in tables._launches:
+            if not launch(tokens=0, stream=stream, layers=layers, tiles=tiles, workspace=workspace, events=event):
+                raise ValueError(f"rewire_model: the event must lie at 16 bytes, got {event.data_ptr():#x}")
+    # torch is told what the kernels have written, so that a backward that needs the old values raises
+    torch.autograd.graph.increment_version(tables._written)
+    _cuda.stamp(layouts=tables._layouts)
+    for layout in tables._full_layouts:
+        tell_shown(layout)
 
 
 def _problem(layer: LayerTensors) -> str | None:
@@ -219,12 +234,6 @@ def _problem(layer: LayerTensors) -> str | None:
     if len(kinds) > 1:
         return "has a follower with another number of slots, or other coordinates"
     return None
-
-
-def _gradient_problem(gradient: Tensor | None, weight: Tensor) -> str | None:
-    if gradient is None or gradient.dtype == weight.dtype and _is_whole(gradient):
-        return None
-    return f"has a gradient of {gradient.dtype}; the kernels take the weight's {weight.dtype}, contiguous, at 16 bytes"
 
 
 def _is_whole(tensor: Tensor) -> bool:
@@ -377,15 +386,6 @@ def _wanted(count: int) -> int:
     return count + count // 4 + 256
 
 
-def _range(count: int, dead: int, log_buckets: int) -> tuple[int, int]:
-    """Hashes below the first number are looked at; the second is how many of their bits a bucket leaves out."""
-    if count == 0:
-        return 0, 0
-    wanted = _wanted(count)
-    hashes = 2**31 if wanted >= dead else (wanted << 31) // dead
-    return hashes, max(0, (hashes - 1).bit_length() - min(log_buckets, max(5, (wanted // 4).bit_length())))
-
-
 def _log_buckets(items: float, groups: int) -> int:
     return max(5, min(_log2(max(1, int(items / 4))), _log2(max(1, 2**17 // groups))))
 
@@ -407,7 +407,20 @@ def _bytes(layer: LayerTensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor, _ in layer.tensors)
 
 
-def _upload(content: bytes, device: torch.device) -> Tensor:
+def _staged(num_bytes: int, device: torch.device) -> Tensor:
+    """Memory of the host, uint8, from which a device copies while the host goes on.
+
+    It is of torch's caching allocator for pinned memory, which gives none away before the copies from it are done.
+    """
+    return torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+
+
+def _upload(staged: Tensor, device: torch.device) -> Tensor:
     """A copy on the device, without waiting for it."""
-    table = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    return table.clone() if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
+    return staged.to(device, non_blocking=True)
+
+
+def _on(device: torch.device, records: np.ndarray) -> Tensor:
+    """The bytes of an array, on the device."""
+    staged = _staged(records.nbytes, device)
+    return _upload(staged.copy_(torch.from_numpy(records.view(np.uint8))), device)

@@ -14,11 +14,8 @@ from torch.optim import Optimizer
 from sparsekern.backends.reference import gather
 from sparsekern.layer import SparseLayer
 
-# What a fresh optimiser holds where that is not zero: (class name, state name) -> param group -> value.
-_FRESH = {
-    ("Adagrad", "sum"): lambda group: group["initial_accumulator_value"],
-    ("Rprop", "step_size"): lambda group: group["lr"],
-}
+# What a fresh optimiser holds where that is not zero: (class name, state name) -> the setting of a group that says it.
+_FRESH = {("Adagrad", "sum"): "initial_accumulator_value", ("Rprop", "step_size"): "lr"}
 
 _NOT_ELEMENTWISE = ("Adafactor", "LBFGS", "Muon", "SparseAdam")
 
@@ -124,9 +121,15 @@ def _hides_tensors(value, depth: int = 6) -> bool:
 
 def _fresh(optimizer: Optimizer, name: str, param: Tensor) -> float:
     for cls in type(optimizer).__mro__:
-        if value := _FRESH.get((cls.__name__, name)):
-            return float(value(next(g for g in optimizer.param_groups if any(p is param for p in g["params"]))))
+        if setting := _FRESH.get((cls.__name__, name)):
+            return float(next(g for g in optimizer.param_groups if any(p is param for p in g["params"]))[setting])
     return 0.0
+
+
+def settings_of_fresh(optimizer: Optimizer) -> list[str]:
+    """Settings of the optimiser's groups by which the values differ that a fresh optimiser holds."""
+    kinds = {cls.__name__ for cls in type(optimizer).__mro__}
+    return [setting for (kind, _), setting in _FRESH.items() if kind in kinds]
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from sparsekern.rewire.arguments import (
 )
 from sparsekern.rewire.optimizer_state import element_state, held_by, unwrap
 from sparsekern.rewire.ranks import checksum, distributed, gathered
+from sparsekern.rewire.watch import Watch, watch
 
 
 class Rule:
@@ -79,8 +81,10 @@ class Rule:
         self._moved: dict[str, tuple[int | Tensor, int | Tensor]] = dict.fromkeys(self.layers, (0, 0))
         self._nan = {path: torch.zeros((), dtype=torch.bool, device=l.weight.device) for path, l in self.layers.items()}
         self._covered = {path: l.topology.mask() for path, l in self.layers.items()} if coverage else None
-        # Versions of the coordinates when a layer and its followers were last known to have one topology.
-        self._compared = {path: self._versions(path) for path in self.layers}
+        # What the checks of the last event have seen; None where something may be another than then.
+        self._watch: Watch | None = None
+        # Versions of the coordinates when layers and their followers were last known to have one topology.
+        self._compared = self._versions()
         self._seen = self._adoptions()
         self._with_state = self._layers_with_state()
         self._state_loads = self._state_loads_seen = 0
@@ -105,18 +109,19 @@ class Rule:
             raise ValueError(
                 f"{type(self).__name__}.step: the clock must not run backwards, got {clock} after {self.clock}"
             )
-        self._check_adoptions()
+        if self._watch is None or not self._watch.holds():
+            self._watch = None
+            self._check_adoptions()
         pace, self.clock = now - self.clock, now
         due = self._due()
         fires = due is not None and self._reached(now, due) and self._ready()
         changed = False
         if fires:
-            self._check_copies()  # what cannot follow is refused before the first layer changes
-            for layer in self.layers.values():
-                deque(element_state(self._optimizers, layer.weight), maxlen=0)
+            if self._watch is None or self._versions() != self._compared:
+                self._check_event()
             with torch.no_grad():
                 changed = self._event(now)
-            self._compared = {path: self._versions(path) for path in self.layers}
+            self._compared = self._versions()
             self.events += 1
             self._advance(now)
         self._prepare(pace)
@@ -257,10 +262,21 @@ class Rule:
                 )
         return {path: modules[_bare(path)] for path in self.layers}
 
+    def _check_event(self) -> None:
+        """Refuse what cannot follow a rewire, before the first layer changes."""
+        self._watch = None
+        self._check_copies()
+        for layer in self.layers.values():
+            deque(element_state(self._optimizers, layer.weight), maxlen=0)
+        if self._adoptions() == self._seen:  # else the next step has to look at them
+            self._watch = watch(map(self._copies, self.layers), self._optimizers)
+
     def _check_copies(self) -> None:
         """Refuse layers whose weight, or whose follower's topology, is no longer what the rule was made for."""
         where, held = f"{type(self).__name__}.step", held_by(self._optimizers)
-        for path, layer in self.layers.items():
+        versions, size = self._versions(), 3 * (1 + len(self.followers))
+        for number, (path, layer) in enumerate(self.layers.items()):
+            own_versions = slice(size * number, size * (number + 1))
             if self._moves and id(layer.weight) not in held:
                 raise RuntimeError(
                     f"{where}: the weight of layer {path!r} is another parameter than when the rule was made, and the "
@@ -272,8 +288,8 @@ class Rule:
                         f"{where}: the weight of layer {path!r} has {copy.weight.shape[0]} slots, "
                         f"but its topology has {copy.topology.num_slots}"
                     )
-            versions = self._versions(path)
-            if versions != self._compared[path]:  # somebody wrote coordinates; otherwise none are read
+            if versions[own_versions] != self._compared[own_versions]:
+                # somebody wrote coordinates; otherwise none are read
                 own = layer.topology
                 coordinates = own.layout.coordinates()
                 for follower in self.followers:
@@ -284,9 +300,12 @@ class Rule:
                             f"{other.num_slots} and {own.num_slots} slots; load the model's state_dict into it"
                         )
 
-    def _versions(self, path: str) -> list[tuple[int, ...]]:
-        """How often the coordinates of a layer and of its followers were written."""
-        return [copy.topology.layout.versions() for copy in self._copies(path)]
+    def _versions(self) -> tuple[int, ...]:
+        """How often the coordinates and the index of each layer and of its followers were written."""
+        if self._watch is not None:
+            return self._watch.versions()
+        copies = chain.from_iterable(map(self._copies, self.layers))
+        return tuple(chain.from_iterable(copy.topology.layout.versions() for copy in copies))
 
     def _check_covered(self, where: str, covered: object) -> None:
         if not isinstance(covered, dict) or covered.keys() != self._covered.keys():

@@ -4,7 +4,6 @@ On a GPU (marker gpu) the same cases run on the device itself.
 """
 
 import ctypes
-import itertools
 import random
 from dataclasses import dataclass, replace
 
@@ -19,7 +18,7 @@ from sparsekern.backends import cpu, cuda
 from sparsekern.rewire import on_device
 from sparsekern.rewire.growth import best_candidates, float_bits
 from sparsekern.rewire.hash import stream
-from sparsekern.rewire.on_device import Growth, LayerEvent, LayerTensors, ModelTables, rewire_model
+from sparsekern.rewire.on_device import Growth, LayerTensors, ModelEvent, ModelTables, rewire_model
 from sparsekern.rewire.select import places, random_candidates, relative_sizes, weakest, weakest_of_all
 from sparsekern.topology import Layout, Topology, build_index
 
@@ -37,9 +36,7 @@ def torch_operations(monkeypatch):
 
 @pytest.fixture
 def launches(monkeypatch):
-    launches = Launches()
-    monkeypatch.setattr(cuda, "launch", launches)
-    return launches
+    return Launches(monkeypatch)
 
 
 @dataclass
@@ -220,6 +217,14 @@ def make(
     return Case(layouts, shape, weight, others, gradient, list(live), counts, scores, table)
 
 
+def event_of(cases: list[Case], streams: list[int] | None = None, number: int = 0, **more) -> ModelEvent:
+    """What happens to all layers."""
+    counts, live = ([n for case in cases for n in getattr(case, name)] for name in ("counts", "live"))
+    given = {name: [getattr(case, name) for case in cases] for name in ("scores", "growth")}
+    gradients = [case.gradient for case in cases]
+    return ModelEvent(counts, live, streams or len(cases) * [0], number, gradients, **given, **more)
+
+
 def check(cases: list[Case], growth: Growth = Growth.BY_HASH, events: int = 1, device: str = "cpu") -> None:
     """Run both paths for some events and compare all integers."""
     ours, theirs = [case.clone().to(device) for case in cases], [case.clone().to(device) for case in cases]
@@ -227,11 +232,7 @@ def check(cases: list[Case], growth: Growth = Growth.BY_HASH, events: int = 1, d
     tables = ModelTables(layers)
     for event in range(events):
         starts = [stream(7, i, event) for i in range(len(cases))]
-        parts = zip(ours, starts, strict=True)
-        table = tables.event_table(
-            [LayerEvent(c.counts, c.live, start, c.gradient, c.scores, c.growth) for c, start in parts]
-        )
-        rewire_model(tables, table)
+        rewire_model(tables, tables.event_table(event_of(ours, [stream(7, i) for i in range(len(cases))], event)))
         moved = [case.torch_path(growth, start) for case, start in zip(theirs, starts, strict=True)]
         assert tables.stats[:, 0].tolist() == moved
         for i, (own, other) in enumerate(zip(ours, theirs, strict=True)):
@@ -252,9 +253,7 @@ def prune(cases: list[Case], targets: list[int], device: str = "cpu") -> None:
         [LayerTensors(c.layouts, c.shape, c.weight, [(c.weight, 0.0), *c.tensors], growth) for c in ours]
     )
     for target in targets:
-        none = [[0] * c.layouts[0].groups for c in ours]
-        events = [LayerEvent(n, n, 0, c.gradient, c.scores, target=target) for c, n in zip(ours, none, strict=True)]
-        rewire_model(tables, tables.event_table(events))
+        rewire_model(tables, tables.event_table(event_of(ours, target=target)))
         scores = [c.norms() if c.scores is None else c.scores for c in theirs]
         means = [score / c.real().sum((1, 2)).clamp(min=1) for c, score in zip(theirs, scores, strict=True)]
         dead = weakest_of_all(means, [c.layouts[0] for c in theirs], target)
@@ -364,14 +363,14 @@ def test_padding_and_dead_slots_do_not_count_in_a_norm(launches):
 @pytest.mark.parametrize("copies", [1, 3])
 @pytest.mark.parametrize("layers", [1, 28])
 def test_an_event_takes_eight_launches_whatever_the_number_of_layers(monkeypatch, layers, copies):
-    launches = Launches(run=False)
-    monkeypatch.setattr(cuda, "launch", launches)
+    launches = Launches(monkeypatch, run=False)
     cases = [make(random.Random(i), (8, 8), 16, [20], copies=copies) for i in range(layers)]
     tables = ModelTables([LayerTensors(c.layouts, c.shape, c.weight, c.tensors) for c in cases])
     uploads, others = [], Others()
     upload = on_device._upload
     monkeypatch.setattr(on_device, "_upload", lambda *args: uploads.append(args) or upload(*args))
-    event = tables.event_table([LayerEvent(c.counts, c.live) for c in cases])
+    uploads.clear()
+    event = tables.event_table(event_of(cases))
     with others:
         rewire_model(tables, event)
     assert launches.names == list(cuda.KERNELS["rewire"])
@@ -395,7 +394,7 @@ class Others(torch.utils._python_dispatch.TorchDispatchMode):
 def test_an_event_says_when_it_dropped_a_nan(launches):
     cases = [make(random.Random(3), (6, 6), 8, [20], kind=kind) for kind in ("nan", "norm")]
     tables = ModelTables([LayerTensors(c.layouts, c.shape, c.weight, c.tensors) for c in cases])
-    rewire_model(tables, tables.event_table([LayerEvent(c.counts, c.live) for c in cases]))
+    rewire_model(tables, tables.event_table(event_of(cases)))
     assert tables.stats[:, 1].tolist() == [1, 0]
 
 
@@ -403,7 +402,7 @@ def test_the_tables_have_the_layout_of_the_kernels():
     bytes_of = library("rewire.cpp").bytes_of
     bytes_of.restype = ctypes.c_int64
     sizes = [np.dtype(getattr(on_device, name)).itemsize for name in ("_LAYER", "_LIST", "_TENSOR", "_COORDINATES")]
-    sizes += [on_device._EVENT.size, on_device._SEGMENT.size, on_device._TILE.itemsize, on_device._SELECTION_BYTES]
+    sizes += [on_device._EVENT_BYTES, on_device._SEGMENT_BYTES, on_device._TILE.itemsize, on_device._SELECTION_BYTES]
     offsets = [on_device._LAYER.fields[name][1] for name in ("weight", "num_tensors", "first_segment")]
     assert [bytes_of(i) for i in range(len(sizes) + 3)] == sizes + offsets
 
@@ -463,21 +462,21 @@ def test_a_captured_event_replays_with_another_stream_of_the_hash():
     layer = LayerTensors(case.layouts, case.shape, case.weight, [(case.weight, 0.0), *case.tensors])
     tables = ModelTables([layer])
 
-    def event(start):
-        return tables.event_table([LayerEvent(case.counts, case.live, start, case.gradient)])
+    def event(number):
+        return tables.event_table(event_of([case], [stream(7)], number))
 
     table = event(0)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         rewire_model(tables, table)  # kernels load at their first launch
     torch.cuda.synchronize()
-    other.torch_path(Growth.BY_HASH, 0)
+    other.torch_path(Growth.BY_HASH, stream(7, 0))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         rewire_model(tables, table)
-    for start in itertools.islice(itertools.count(1), 3):
-        table.copy_(event(start))
+    for number in (1, 2, 3):
+        table.copy_(event(number))
         graph.replay()
-        other.torch_path(Growth.BY_HASH, start)
+        other.torch_path(Growth.BY_HASH, stream(7, number))
         for name, found in case.results().items():
             assert torch.equal(found, other.results()[name]), name

@@ -148,7 +148,7 @@ CASES |= PRUNING
 def results(model: nn.Module, copies: list[nn.Module], optimizer, rule) -> dict[str, Tensor]:
     """Everything that an event may change."""
     found = {f"weight {i}": weight.detach() for i, weight in enumerate(model.parameters())}
-    found |= {f"gradient {i}": weight.grad for i, weight in enumerate(model.parameters())}
+    found |= {f"gradient {i}": w.grad for i, w in enumerate(model.parameters()) if w.grad is not None}
     for i, weight in enumerate(model.parameters()):
         found |= {f"{name} {i}": value for name, value in optimizer.state[weight].items()}
     for number, one in enumerate([model, *copies]):
@@ -160,8 +160,13 @@ def results(model: nn.Module, copies: list[nn.Module], optimizer, rule) -> dict[
     return {name: value.cpu().clone() for name, value in found.items()}
 
 
-def train(case: Case, events: int = EVENTS, device: str = "cpu", rewiring=nullcontext) -> list[dict]:
-    """What there is after each event, which is inside of `rewiring()`; a training step comes before it."""
+def train(
+    case: Case, events: int = EVENTS, device: str = "cpu", rewiring=nullcontext, change: Callable | None = None
+) -> list[dict]:
+    """What there is after each event, which is inside of `rewiring()`; a training step comes before it.
+
+    `change(model, optimizer, copies)` comes before the event in the middle.
+    """
     torch.manual_seed(3)
     model = case.model()
     inputs = torch.randn(events, 5, model.in_features).to(device)
@@ -185,6 +190,9 @@ def train(case: Case, events: int = EVENTS, device: str = "cpu", rewiring=nullco
             for one in copies:
                 for weight in one.parameters():
                     weight.mul_(0.5)
+        if change is not None and len(found) == events // 2:
+            with torch.no_grad():
+                change(model, optimizer, copies)
         with rewiring():
             changed = rule.step()
         found.append(results(model, copies, optimizer, rule) | {"changed": changed, "stats": rule.stats()})
@@ -197,8 +205,7 @@ def forced(monkeypatch) -> Callable[[], Launches]:
     """Called, it lets the kernels' emulation answer events of layers on the CPU."""
 
     def force(run: bool = True) -> Launches:
-        launches = Launches(run)
-        monkeypatch.setattr(cuda, "launch", launches)
+        launches = Launches(monkeypatch, run)
         monkeypatch.setattr(choose, "rewires_by_cuda", lambda device: True)
         return launches
 
@@ -219,6 +226,68 @@ def test_events_by_the_kernels_are_those_by_torch_bit_for_bit(forced, name):
     assert_equal(train(CASES[name]), theirs)
     kernels = [kernel for kernel in cuda.KERNELS["rewire"] if kernel != "rank" or "global" not in name]
     assert launches.names == EVENTS * kernels and any(event["changed"] for event in theirs)
+
+
+def renew_memory(tensor: Tensor) -> None:
+    tensor.data = tensor.data.clone()
+
+
+def renew_state(model, optimizer, copies):
+    for weight in model.parameters():
+        optimizer.state[weight] = {name: value.clone() for name, value in optimizer.state[weight].items()}
+
+
+def renew_coordinates(model, optimizer, copies):
+    for layer in (model.trunk, copies[0].trunk):
+        layer.topology.replace(layer.topology.block_rows.clone(), layer.topology.block_cols.clone())
+
+
+def swap_slots(model, optimizer, copies):
+    """Written in place: the same blocks in other slots."""
+    for one in (model, *copies):
+        for coordinates in (one.trunk.topology.block_rows, one.trunk.topology.block_cols):
+            coordinates.copy_(coordinates.flip(0))
+
+
+CHANGES = {
+    "a weight's memory": lambda model, optimizer, copies: renew_memory(model.trunk.weight),
+    "a weight's storage": lambda model, optimizer, copies: model.heads.weight.set_(model.heads.weight.clone()),
+    "a gradient": lambda model, optimizer, copies: setattr(model.trunk.weight, "grad", model.trunk.weight.grad.clone()),
+    "no gradient": lambda model, optimizer, copies: setattr(model.trunk.weight, "grad", None),
+    "a follower's memory": lambda model, optimizer, copies: renew_memory(copies[0].trunk.weight),
+    "a tensor of the state": lambda model, optimizer, copies: renew_memory(
+        next(value for value in optimizer.state[model.trunk.weight].values() if value.dim() == 3)
+    ),
+    "the state": renew_state,
+    "the state by load_state_dict": lambda model, optimizer, copies: optimizer.load_state_dict(
+        copy.deepcopy(optimizer.state_dict())
+    ),
+    "the weights by load_state_dict": lambda model, optimizer, copies: model.load_state_dict(
+        copy.deepcopy(model.state_dict())
+    ),
+    "the model by to": lambda model, optimizer, copies: model.double().float(),
+    "the coordinates' storage": renew_coordinates,
+    "a topology": lambda model, optimizer, copies: setattr(
+        model.heads, "topology", copy.deepcopy(model.heads.topology)
+    ),
+    "coordinates by themselves": lambda model, optimizer, copies: model.trunk.topology.block_rows.add_(0),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("kind", ["SET, followers", "RigL, both and followers", "GMP, layer, followers and Adagrad"])
+def test_what_is_replaced_between_two_events_is_rewired_as_by_torch(forced, kind, name):
+    theirs = train(CASES[kind], change=CHANGES[name])
+    forced()
+    assert_equal(train(CASES[kind], change=CHANGES[name]), theirs)
+
+
+@pytest.mark.parametrize("by_kernels", [False, True])
+def test_blocks_that_were_put_into_other_slots_are_refused_with_the_state_of_the_old_ones(forced, by_kernels):
+    if by_kernels:
+        forced()
+    with pytest.raises(RuntimeError, match="weights of another topology were loaded into trunk, but the optimiser"):
+        train(CASES["SET, followers"], change=swap_slots)
 
 
 @pytest.mark.parametrize("name", [name for name in PRUNING if "already" not in name])
@@ -281,7 +350,7 @@ def test_an_event_of_a_whole_model_takes_at_most_eight_launches(forced, monkeypa
         monkeypatch.setattr(rule, "_send", downloads.append)
         work = 0.5
     else:
-        work = {path: rule._counts(path, 0.3)[0] for path in rule.layers}
+        work = rule._counts(0.3)[0]
     with operations, torch.no_grad():
         rule._event_on_device(work)
     of_all = kind == "GMP, global"

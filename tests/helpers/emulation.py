@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -49,15 +50,25 @@ class NamedLaunches:
 
 
 class Launches:
-    """Takes the place of `cuda.launch`: runs the kernel of the emulation, and remembers its name."""
+    """Takes the place of `cuda.prepare`: runs the kernels of the emulation, and remembers their names."""
 
-    def __init__(self, run: bool = True):
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, run: bool = True):
+        pytest.importorskip("sparsekern._cuda", reason="sparsekern was installed without sparsekern._cuda")
         self.names = []
         self.library = library("rewire.cpp") if run else None
+        monkeypatch.setattr(cuda, "prepare", self.prepare)
+        monkeypatch.setattr(cuda, "current", lambda device: nullcontext(0))
 
-    def __call__(self, file, kernel, blocks, threads, addresses, device):
+    def prepare(self, file, kernel, blocks, threads, tensors, device):
         assert blocks > 0 and threads == 512, "an empty grid is an error on a GPU"
-        self.names.append(kernel)
-        if self.library is not None:
-            number = cuda.KERNELS[file].index(kernel)
-            self.library.launch(number, blocks, *map(ctypes.c_void_p, addresses))
+        number = cuda.KERNELS[file].index(kernel)
+
+        def launch(*, tokens, stream, **arguments):
+            assert list(arguments) == list(tensors), "a prepared launch takes them in this order"
+            self.names.append(kernel)
+            if self.library is not None:
+                addresses = (ctypes.c_void_p(tensor.data_ptr()) for tensor in arguments.values())
+                self.library.launch(number, blocks, *addresses)
+            return True
+
+        return launch

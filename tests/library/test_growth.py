@@ -6,14 +6,14 @@ from oracle import random_topology
 
 import sparsekern as sk
 from sparsekern.backends import reference
-from sparsekern.rewire.growth import GrowthScores, best_candidates, float_bits, positions_of, scores_of
+from sparsekern.rewire.growth import GrowthScores, arm, best_candidates, float_bits, positions_of, scores_of
 
 
 def watched(topology):
     out, into = topology.shape
     layer = sk.SparseLinear(into, out, topology=topology)
     layer.growth = GrowthScores(layer.topology)
-    layer.growth.arm(True)
+    arm([layer.growth], True)
     return layer
 
 
@@ -110,13 +110,14 @@ def test_an_unarmed_watcher_scores_nothing_and_arming_starts_anew(backend):
     layer = watched(random_topology((5, 4), 4))
     layer(torch.randn(3, layer.in_features)).sum().backward()
     assert (keys_of(layer) >= 0).any()
-    for armed in (False, True):
-        layer.growth.arm(armed)
-        assert (keys_of(layer) == -1).all()
-        with torch.no_grad():
-            layer(torch.randn(3, layer.in_features))
-    layer.growth.arm(False)
+    arm([layer.growth], False)
+    before = layer.growth.scores.clone()
     layer(torch.randn(3, layer.in_features)).sum().backward()
+    assert torch.equal(layer.growth.scores, before)
+    arm([layer.growth], True)
+    assert (keys_of(layer) == -1).all()
+    with torch.no_grad():
+        layer(torch.randn(3, layer.in_features))
     assert (keys_of(layer) == -1).all()
 
 

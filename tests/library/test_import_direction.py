@@ -20,7 +20,7 @@ ORDER = (
     "handover",
     "convert",
     "summary load rewire.arguments rewire.scores",
-    "rewire.schedule rewire.select rewire.ranks",
+    "rewire.schedule rewire.select rewire.ranks rewire.watch",
     "rewire.on_device rewire.rule",
     "rewire.device_rule",
     "rewire.drop_and_grow rewire.gmp",

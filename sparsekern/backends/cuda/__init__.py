@@ -6,13 +6,18 @@ make products of blocks of 16 and 8 (`products`), which nothing chooses yet. `sp
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sparsekern.topology import Layout
+
+try:
+    from sparsekern import _cuda
+except ImportError:
+    _cuda = None
 
 OPERATIONS = ("dds", "sdd")
 BLOCK_SIZES = (16, 8)
@@ -56,6 +61,8 @@ def unavailable() -> str | None:
     if torch.cuda.get_device_capability() < (8, 0):
         name, capability = torch.cuda.get_device_name(), ".".join(map(str, torch.cuda.get_device_capability()))
         return f"the kernels need compute capability 8.0, and {name} has {capability}."
+    if _cuda is None:
+        return "sparsekern was built without sparsekern._cuda; install it again where a C++ compiler works."
     return None
 
 
@@ -110,6 +117,37 @@ def launch(
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         status = _driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, shared, stream, pointers, None)
     _check(status, f"{file}_{kernel}: launch of {blocks} blocks of {threads} threads")
+
+
+def prepare(
+    file: str, kernel: str, blocks: int, threads: int, tensors: Sequence[str], device: torch.device
+) -> Callable[..., bool]:
+    """A launch of a kernel whose parameters are the addresses of these tensors, ready to be made again and again.
+
+    Returns:
+        launch(tokens=0, stream=..., and the tensors by name), for inside of `current`.
+    """
+    name = f"{file}_{kernel}"
+    index, function = _loaded(file, name, device)
+    return _cuda.prepare(
+        name=name, function=function, device=index, threads=threads, shared=0, grid=(0, blocks, 1, 1),
+        tensors=list(tensors), parameters=[("address", tensor) for tensor in tensors], owner=None,
+    )  # fmt: skip
+
+
+def _loaded(file: str, kernel: str, device: torch.device) -> tuple[int, int]:
+    """The number of the device, and the kernel's handle there."""
+    with torch.cuda.device(device):
+        index = torch.cuda.current_device()
+        return index, _function(file, kernel, index, 0).value
+
+
+class current(torch.cuda.device):
+    """Makes a GPU the current device, and gives torch's current stream of it, as prepared launches take it."""
+
+    def __enter__(self) -> int:
+        super().__enter__()
+        return torch._C._cuda_getCurrentRawStream(self.idx)
 
 
 @functools.cache

@@ -5,15 +5,14 @@
 
 using namespace sparsekern;
 
-using Kernel = void (*)(const Layer*, const Tile*, char*, const LayerEvent*, const Segment*);
+using Kernel = void (*)(const Layer*, const Tile*, char*, const LayerEvent*);
 
 extern "C" void launch(
-    int kernel, int tiles, const Layer* layers, const Tile* tile_table, char* workspace, const LayerEvent* events,
-    const Segment* segments
+    int kernel, int tiles, const Layer* layers, const Tile* tile_table, char* workspace, const LayerEvent* events
 ) {
     static const Kernel kernels[] = {rewire_score, rewire_count,  rewire_scatter,
                                      rewire_rank,  rewire_assign, rewire_index};
-    emulated::launch([&] { kernels[kernel](layers, tile_table, workspace, events, segments); }, tiles, THREADS);
+    emulated::launch([&] { kernels[kernel](layers, tile_table, workspace, events); }, tiles, THREADS);
 }
 
 // For the test that the dtypes of on_device.py are these structures.
