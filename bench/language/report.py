@@ -66,37 +66,38 @@ def spread(values: pandas.Series) -> str:
 
 
 def draw_blocks(rows: DataFrame, path: Path) -> None:
-    """Bits per byte at the end against the block size: a line a rule, horizontal ones for the dense models."""
+    """Bits per byte at the end against the block size: lines of the first seed, which all arms have, and others."""
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.8), sharey=True, layout="constrained")
     last = ends(rows)
+    first = last.seed.min()
     for axis, (kind, title) in zip(axes, KINDS.items(), strict=True):
         runs = last[last.kind == kind]
         for name, style in (("dense", "-"), ("dense-narrow", "--")):
-            values = runs[runs.arm == name].bits_per_byte
-            if len(values):
+            own = runs[runs.arm == name].set_index("seed").bits_per_byte
+            if first in own:
                 label = name if name == "dense" else "dense, narrower: FLOPs of density 0.1"
-                axis.axhline(values.mean(), color="black", linestyle=style, label=label)
+                axis.axhline(own[first], color="black", linestyle=style, label=label)
+                axis.axhspan(own.min(), own.max(), color="black", alpha=0.15, linewidth=0)
         usual = (runs["drop"] == Arm.drop) & (runs.rewires == Arm.rewires)  # the table has the others
         sparse = runs[usual & ~runs.rule.str.startswith("dense")]
         for (rule, density, distribution, balanced), arms in sparse.groupby(
             ["rule", "density", "distribution", "balanced"]
         ):
-            by_block = arms.groupby("block_size").bits_per_byte
-            axis.errorbar(
-                by_block.mean().index,
-                by_block.mean(),
-                by_block.std().fillna(0),
-                color=COLOURS[rule],
-                linestyle="-" if density == 0.1 else ":",
-                marker="D" if balanced else "o" if distribution == "erk" else "s",
-                markersize=5,
-                capsize=3,
-                label=f"{rule}, density {density:g}, {distribution}{', balanced rows' if balanced else ''}",
-            )
+            style = {
+                "color": COLOURS[rule],
+                "linestyle": "-" if density == 0.1 else ":",
+                "marker": "D" if balanced else "o" if distribution == "erk" else "s",
+                "markerfacecolor": COLOURS[rule] if density == 0.1 else "white",
+            }
+            line = arms[arms.seed == first].sort_values("block_size")
+            label = f"{rule}, density {density:g}, {distribution}{', balanced rows' if balanced else ''}"
+            axis.plot(line.block_size, line.bits_per_byte, markersize=6, label=label, **style)
+            others = arms[arms.seed != first]
+            axis.plot(others.block_size, others.bits_per_byte, markersize=3, **style | {"linestyle": ""})
         axis.set_xscale("log", base=2)
         axis.set_xticks([1, 4, 16, 32], ["1", "4", "16", "32"])
         axis.set_xlabel("block size")
-        axis.set_title(title)
+        axis.set_title(f"{title} (lines: seed {first}; small points, bands: all)")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("held-out bits per byte")
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
