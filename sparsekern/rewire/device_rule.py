@@ -23,6 +23,9 @@ class DeviceRule(Rule):
 
     _prepared: "Prepared | None" = None
 
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"_prepared": None}  # the launches are of this process
+
     @functools.cached_property
     def _groups(self) -> dict[str, slice]:
         ends = np.cumsum([layer.groups for layer in self.layers.values()]).tolist()
@@ -68,7 +71,7 @@ class DeviceRule(Rule):
 
     def _prepare_kernels(self, layers: dict[str, SparseLayer], kinds: list[Growth]) -> "Prepared":
         """What kernels need of these layers: what is held, as long as nothing was replaced, else new."""
-        if (held := self._held()) is not None and held.kinds == kinds:
+        if (held := self._held()) is not None and held.kinds == kinds and held.seed == self.seed:
             return held
         held = self._prepared
         tensors = [self._layer_tensors(path, kind) for path, kind in zip(layers, kinds, strict=True)]
@@ -78,7 +81,9 @@ class DeviceRule(Rule):
                 self._nan[path] = nan.logical_or_(self._nan[path])
         streams = [stream(self.seed, self._index[path]) for path in layers]
         groups = [n for path in layers for n in range(self._groups[path].start, self._groups[path].stop)]
-        self._prepared = Prepared(self._watch, kinds, tables, streams, groups, list(layers), list(self.layers))
+        self._prepared = Prepared(
+            self._watch, kinds, tables, self.seed, streams, groups, list(layers), list(self.layers)
+        )
         return self._prepared
 
     def _layer_tensors(self, path: str, growth: Growth) -> LayerTensors:
@@ -97,12 +102,13 @@ class Prepared:
         watch: Watch | None,
         kinds: list[Growth],
         tables: ModelTables,
+        seed: int,
         streams: Sequence[int],
         groups: Sequence[int],
         paths: Sequence[str],
         all_paths: Sequence[str],
     ):
-        self.watch, self.kinds, self.tables = watch, kinds, tables
+        self.watch, self.kinds, self.tables, self.seed = watch, kinds, tables, seed
         self.streams = np.array(streams, np.uint64)
         self.groups = np.array(groups)
         """The numbers of their groups among those of all layers."""

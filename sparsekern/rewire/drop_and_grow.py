@@ -82,6 +82,9 @@ class DropAndGrow(DeviceRule):
         self._seen_growth: SeenTensors | None = None
         self._growth_kinds: list[Growth] = []
 
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"_seen_growth": None}
+
     def drop_scores(self, layer: SparseLayer) -> Tensor:
         """float32 [num_slots]; the live blocks with the smallest are dropped, NaN first. By default the L1 norm.
 

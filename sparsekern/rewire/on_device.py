@@ -153,9 +153,14 @@ class ModelTables:
             if len(tiles := _tiles(self._records, self.layers, kernel)):
                 launch = cuda.prepare("rewire", kernel, len(tiles), THREADS, _PARAMETERS, device)
                 self._launches.append((launch, _on(device, tiles)))
-        self._layouts = [layout for layer in self.layers for layout in layer.layouts]
+        self.hold(self.layers)
+
+    def hold(self, layers: Sequence[LayerTensors]) -> None:
+        """Take these objects for the layers, which lie where the tables say."""
+        self.layers = layers
+        self._layouts = [layout for layer in layers for layout in layer.layouts]
         self._full_layouts = [layout for layout in self._layouts if layout.full]
-        written = [tensor for layer in self.layers for tensor, _ in layer.tensors]
+        written = [tensor for layer in layers for tensor, _ in layer.tensors]
         self._written = [*written, *(tensor for layout in self._layouts for tensor in layout.tensors)]
 
     def event_table(self, event: ModelEvent) -> Tensor:
@@ -192,7 +197,10 @@ class ModelTables:
 
 def tables_for(layers: Sequence[LayerTensors], held: ModelTables | None) -> ModelTables:
     """The tables that are held, where they are still good for the layers; else new ones."""
-    return held if held is not None and held.describe(layers) else ModelTables(layers)
+    if held is None or not held.describe(layers):
+        return ModelTables(layers)
+    held.hold(layers)  # another object may have the memory of an earlier one
+    return held
 
 
 def rewire_model(tables: ModelTables, event: Tensor) -> None:

@@ -94,6 +94,9 @@ class Rule:
             if hasattr(one, "_optimizer_load_state_dict_post_hooks"):  # wrappers may lack what Optimizer.__init__ makes
                 one.register_load_state_dict_post_hook(self._note_state_load)
 
+    def __getstate__(self) -> dict:
+        return vars(self) | {"_watch": None}  # a copy has other objects
+
     def step(self, clock: float | None = None) -> bool:
         """Count one training step, and rewire if an event is due.
 

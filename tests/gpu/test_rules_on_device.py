@@ -4,6 +4,7 @@ The kernels run by their emulation on a CPU; on a GPU (marker gpu) the same case
 """
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -242,6 +243,14 @@ def renew_coordinates(model, optimizer, copies):
         layer.topology.replace(layer.topology.block_rows.clone(), layer.topology.block_cols.clone())
 
 
+def renew_parameter(model, optimizer, copies):
+    """Another parameter in the same memory."""
+    old, new = model.trunk.weight, nn.Parameter(model.trunk.weight.data)
+    new.grad, model.trunk.weight = old.grad, new
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    optimizer.state[new] = optimizer.state.pop(old)
+
+
 def swap_slots(model, optimizer, copies):
     """Written in place: the same blocks in other slots."""
     for one in (model, *copies):
@@ -252,6 +261,7 @@ def swap_slots(model, optimizer, copies):
 CHANGES = {
     "a weight's memory": lambda model, optimizer, copies: renew_memory(model.trunk.weight),
     "a weight's storage": lambda model, optimizer, copies: model.heads.weight.set_(model.heads.weight.clone()),
+    "a parameter, not its memory": renew_parameter,
     "a gradient": lambda model, optimizer, copies: setattr(model.trunk.weight, "grad", model.trunk.weight.grad.clone()),
     "no gradient": lambda model, optimizer, copies: setattr(model.trunk.weight, "grad", None),
     "a follower's memory": lambda model, optimizer, copies: renew_memory(copies[0].trunk.weight),
@@ -395,6 +405,44 @@ def test_tables_are_built_once_and_anew_when_a_tensor_has_moved(forced, monkeypa
         for layer in (model.trunk, model.heads):
             t = layer.topology
             assert torch.equal(sk.Topology(t.block_rows, t.block_cols, t.shape, t.block_size, t.groups).index, t.index)
+
+
+def test_torch_is_told_of_what_is_written_to_a_parameter_that_took_over_the_memory_of_another(forced):
+    forced()
+    model, optimizer, rule = trained_rule()
+    step(model, optimizer, rule)
+    renew_parameter(model, optimizer, [])
+    before = model.trunk.weight._version
+    assert rule.step() and model.trunk.weight._version > before
+
+
+def test_a_seed_that_is_changed_counts_from_the_next_event_as_without_kernels(forced):
+    found = []
+    for by_kernels in (False, True):
+        if by_kernels:
+            forced()
+        torch.manual_seed(0)
+        model, optimizer, rule = trained_rule()
+        step(model, optimizer, rule)
+        rule.seed = 7
+        step(model, optimizer, rule)
+        found.append(model.trunk.topology.block_rows.clone())
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
+@pytest.mark.parametrize("kind", [sk.SET, sk.RigL, partial(sk.GMP, end_step=9)])
+def test_a_copy_of_a_rule_that_has_rewired_goes_on_as_the_rule_does(forced, kind, copied):
+    forced()
+    model, optimizer, rule = trained_rule(kind)
+    for _ in range(2):
+        step(model, optimizer, rule)
+    found = []
+    for of_copy in (copied((model, optimizer, rule)), (model, optimizer, rule)):
+        torch.manual_seed(0)
+        step(*of_copy)
+        found.append(results(of_copy[0], [], *of_copy[1:]) | {"stats": of_copy[2].stats()})
+    assert_equal(found[:1], found[1:])
 
 
 def test_a_nan_that_was_dropped_is_named_by_stats_once_and_not_forgotten_with_the_tables(forced):
