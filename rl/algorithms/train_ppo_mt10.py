@@ -21,16 +21,15 @@ from rl.algorithms.gaussian import entropies, gaussian, log_probs, log_probs_of_
 from rl.algorithms.learner import Learner, sizes
 from rl.algorithms.ppo import explained_variance, gae, improve, normalised
 from rl.algorithms.rollout import TASKS, MT10Rollout, collect_mt10
-from rl.algorithms.trainer import Metrics, Trainer
+from rl.algorithms.trainer import Metrics
+from rl.algorithms.trainer_mt10 import MT10Trainer
 from rl.config import Config, MT10PPOConfig
-from rl.envs.metaworld import ACTIONS, MT10, OBSERVATIONS, make_mt10
-from rl.episodes import evaluate_mt10, mt10_metrics
-from rl.evaluators import mt10_evaluators
+from rl.envs.metaworld import ACTIONS, MT10, OBSERVATIONS
 from rl.reporting.logger import timed
 from rl.seeds import Stream, torch_generator
 
 
-class MT10PPOTrainer(Trainer):
+class MT10PPOTrainer(MT10Trainer):
     def __init__(self, config: Config, folder: Path, quiet: bool = False):
         super().__init__(config, folder, quiet)
         self.steps = config.ppo_mt10.rollout_steps
@@ -38,8 +37,7 @@ class MT10PPOTrainer(Trainer):
         self.actor = make_learner(config, self.buffer)
         self.learners = {"actor": self.actor}
         self.log_probs = log_probs_of_draws
-        self.envs = make_mt10(config.seed, config.workers)  # last: whatever fails before it leaves no process
-        self.evaluators = mt10_evaluators(config, best)
+        self.start_processes(best)
 
     def learn(self, steps: int) -> Metrics:
         config, metrics = self.config, {}
@@ -49,22 +47,8 @@ class MT10PPOTrainer(Trainer):
         self.buffer.add(rollout.observations.flatten(0, 1), TASKS.repeat(steps))
         return metrics | rollout.metrics([task.name for task in MT10]) | sizes(self.actor)
 
-    def play(self, policy: nn.Module) -> tuple[np.ndarray, np.ndarray]:
-        return evaluate_mt10(self.envs, partial(best, policy), self.config.episodes, self.config.seed, self.clock)
-
-    def act(self, observation: np.ndarray, task: int, generator: np.random.Generator) -> np.ndarray:
-        rows = np.tile(observation, (len(MT10), 1))  # of which one is of its task
-        return best(self.actor.network, rows)[task]
-
-    def metrics(self, returns: np.ndarray, solved: np.ndarray) -> Metrics:
-        return mt10_metrics([task.name for task in MT10], returns, solved)
-
     def parts(self) -> dict[str, Any]:
         return {**self.learners, "buffer": self.buffer}
-
-    def close(self) -> None:
-        super().close()
-        self.envs.close()
 
 
 def make_learner(config: Config, buffer: PlasticityBuffer) -> Learner:

@@ -5,29 +5,26 @@ longer: stepping overlaps learning, and a seed repeats its run.
 """
 
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from rl.algorithms.gaussian import log_probs_of_draws
 from rl.algorithms.learner import sizes
 from rl.algorithms.replay import Replay
 from rl.algorithms.sac import SAC, STATS, best
 from rl.algorithms.timestep import Timestep
-from rl.algorithms.trainer import Metrics, Trainer
+from rl.algorithms.trainer import Metrics
+from rl.algorithms.trainer_mt10 import MT10Trainer
 from rl.config import Config
-from rl.envs.metaworld import ACTIONS, MT10, OBSERVATIONS, STEPS, make_mt10
+from rl.envs.metaworld import ACTIONS, MT10, OBSERVATIONS, STEPS
 from rl.envs.workers import Workers
-from rl.episodes import evaluate_mt10, mt10_metrics
-from rl.evaluators import mt10_evaluators
 from rl.seeds import Stream, numpy_generator, torch_generator
 
 
-class SACTrainer(Trainer):
+class SACTrainer(MT10Trainer):
     def __init__(self, config: Config, folder: Path, quiet: bool = False):
         super().__init__(config, folder, quiet)
         device = config.sac.device
@@ -41,8 +38,7 @@ class SACTrainer(Trainer):
         self.learners = {"actor": self.agent.actor, "critic": self.agent.critic}
         self.log_probs = log_probs_of_draws
         self.observations = None  # what the environments show; None: they must be reset
-        self.envs = make_mt10(config.seed, config.workers)  # last: whatever fails before it leaves no process
-        self.evaluators = mt10_evaluators(config, best)
+        self.start_processes(best)
 
     def learn(self, steps: int) -> Metrics:
         config = self.config
@@ -52,28 +48,14 @@ class SACTrainer(Trainer):
         self.observations, metrics = episode(config, self.envs, self.timestep, self.observations, self.clock, steps)
         return metrics | sizes(*self.learners.values())
 
-    def play(self, policy: nn.Module) -> tuple[np.ndarray, np.ndarray]:
-        return evaluate_mt10(self.envs, partial(best, policy), self.config.episodes, self.config.seed, self.clock)
-
     def before_evaluation(self) -> None:
         self.observations = None
-
-    def act(self, observation: np.ndarray, task: int, generator: np.random.Generator) -> np.ndarray:
-        rows = np.tile(observation, (len(MT10), 1))  # of which one is of its task
-        return best(self.agent.actor.network, rows)[task]
-
-    def metrics(self, returns: np.ndarray, solved: np.ndarray) -> Metrics:
-        return mt10_metrics([task.name for task in MT10], returns, solved)
 
     def rewire(self) -> None:
         self.agent.rewire(self.clock)
 
     def parts(self) -> dict[str, Any]:
         return {"agent": self.agent, "replay": self.replay}
-
-    def close(self) -> None:
-        super().close()
-        self.envs.close()
 
 
 def episode(

@@ -16,7 +16,7 @@ from rl import checkpoint, run
 from rl.agents import AGENTS
 from rl.agents.encoder import StateEncoder
 from rl.agents.neurons import activity, hidden_layers
-from rl.algorithms import buffer, gaussian, train_ppo_mt10
+from rl.algorithms import buffer, gaussian, train_ppo_mt10, trainer_mt10
 from rl.algorithms.baseline import RIDGE, LinearBaseline
 from rl.algorithms.buffer import PlasticityBuffer
 from rl.algorithms.rollout import TASKS, MT10Rollout, collect_mt10, episode_sums
@@ -327,7 +327,7 @@ TREATMENTS = ["dense", "set", "gmp", "redo", "reset", "layer-norm", "pcgrad", "g
     + [("moore", treatment) for treatment in ("set", "redo", "layer-norm", "gmp+pcgrad")],
 )
 def test_every_agent_trains_with_every_treatment_repeats_and_resumes(tmp_path, monkeypatch, agent, treatment):
-    monkeypatch.setattr(train_ppo_mt10, "make_mt10", FakeEnvs)
+    monkeypatch.setattr(trainer_mt10, "make_mt10", FakeEnvs)
     settings = replace(SHORT, agent=agent, treatment=treatment, density=0.2, block_size=4 if agent == "moe" else 1)
     straight = trained(tmp_path / "straight", settings)
     assert straight["step"].unique().tolist() == [20, 40, 60, 80, 100]
@@ -359,7 +359,7 @@ def test_every_agent_trains_with_every_treatment_repeats_and_resumes(tmp_path, m
 
 @pytest.mark.parametrize("agent", AGENTS)
 def test_agents_learn_what_each_task_rewards(tmp_path, monkeypatch, agent):
-    monkeypatch.setattr(train_ppo_mt10, "make_mt10", FakeEnvs)
+    monkeypatch.setattr(trainer_mt10, "make_mt10", FakeEnvs)
     ppo = MT10PPOConfig(rollout_steps=100, epochs=10, minibatches=8, learning_rate=3e-3, gamma=0.0)
     table = trained(tmp_path, replace(SHORT, agent=agent, timesteps=1200, evaluate_every=1200, ppo_mt10=ppo))
     table = table.groupby("name")["value"]
@@ -368,7 +368,7 @@ def test_agents_learn_what_each_task_rewards(tmp_path, monkeypatch, agent):
 
 
 def test_a_lottery_ticket_is_the_pruned_actor(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_ppo_mt10, "make_mt10", FakeEnvs)
+    monkeypatch.setattr(trainer_mt10, "make_mt10", FakeEnvs)
     pruned = replace(SHORT, treatment="gmp", density=0.2)
     trained(tmp_path, pruned)
     winner, *_ = actor_of("mtppo", "gmp", density=0.2)
@@ -456,12 +456,12 @@ def test_a_run_on_meta_world_resumes_to_the_same_metrics_on_any_number_of_worker
             shown, rewards, _, _, infos = envs.step(act(shown))
         return rewards[:, None], infos["success"][:, None]
 
-    monkeypatch.setattr(train_ppo_mt10, "evaluate_mt10", a_few_steps)
+    monkeypatch.setattr(trainer_mt10, "evaluate_mt10", a_few_steps)
     ppo = MT10PPOConfig(rollout_steps=40, epochs=1, minibatches=4)
     short = replace(SHORT, agent="moore", treatment="set", timesteps=120, evaluate_every=60, ppo_mt10=ppo)
     straight = trained(tmp_path / "straight", replace(short, workers=2))
-    made, make_mt10 = [], train_ppo_mt10.make_mt10
-    monkeypatch.setattr(train_ppo_mt10, "make_mt10", lambda *arguments: made.append(make_mt10(*arguments)) or made[-1])
+    made, make_mt10 = [], trainer_mt10.make_mt10
+    monkeypatch.setattr(trainer_mt10, "make_mt10", lambda *arguments: made.append(make_mt10(*arguments)) or made[-1])
     fit = train_ppo_mt10.fit
 
     def die_in_the_third(actor, rollout, ppo, seed, clock):

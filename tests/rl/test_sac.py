@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sparsekern as sk
 from rl import checkpoint, run
 from rl.agents.mtsac import MTSACActor, MTSACCritics
-from rl.algorithms import train_sac
+from rl.algorithms import train_sac, trainer_mt10
 from rl.algorithms.gaussian import Squash, log_probs_of_draws
 from rl.algorithms.learner import sizes
 from rl.algorithms.replay import Batch, Recent, Replay
@@ -640,15 +640,15 @@ def test_a_run_evaluated_in_other_processes_equals_one_that_waits_also_after_an_
 
 
 def test_a_run_has_products_of_its_own_precision_whatever_ran_before_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(train_sac, "make_mt10", lambda *arguments: None)
+    monkeypatch.setattr(trainer_mt10, "make_mt10", lambda *arguments: None)
     for precision in ("high", "highest"):
         train_sac.SACTrainer(replace(SHORT, sac=replace(SHORT.sac, matmul_precision=precision)), tmp_path)
         assert torch.get_float32_matmul_precision() == precision
 
 
 def test_a_worker_that_dies_ends_the_run_with_its_tasks_and_leaves_no_process(run_folder, monkeypatch):
-    made, make_mt10 = [], train_sac.make_mt10
-    monkeypatch.setattr(train_sac, "make_mt10", lambda *arguments: made.append(make_mt10(*arguments)) or made[-1])
+    made, make_mt10 = [], trainer_mt10.make_mt10
+    monkeypatch.setattr(trainer_mt10, "make_mt10", lambda *arguments: made.append(make_mt10(*arguments)) or made[-1])
     step = SAC.step
 
     def kill(self, *arguments):
