@@ -34,18 +34,25 @@ class _Densify(Function):
     @staticmethod
     def backward(ctx, gradient):
         check_unchanged(ctx.layout, ctx.versions)
-        return _Gather.apply(gradient, ctx.layout), None
+        return gather(gradient, ctx.layout), None
+
+
+def gather(dense: Tensor, layout: Layout) -> Tensor:
+    """The blocks of dense matrices in the layout's slots: the gradient of `densify`, differentiable like it."""
+    if torch.is_grad_enabled() and dense.requires_grad:
+        return _Gather.apply(dense, layout)
+    # a full store of single weights is gathered in place, and this gradient is not ours
+    own = dense.clone(memory_format=torch.contiguous_format) if layout.full else dense.contiguous()
+    return choose.backend_for("gather", dense, layout).gather(own, layout)
 
 
 class _Gather(Function):
     @staticmethod
     def forward(ctx, dense, layout):
         ctx.layout, ctx.versions = layout, layout.versions()
-        # a full store of single weights is gathered in place, and this gradient is not ours
-        own = dense.clone(memory_format=torch.contiguous_format) if layout.full else dense.contiguous()
-        return choose.backend_for("gather", dense, layout).gather(own, layout)
+        return gather(dense, layout)  # without gradients here
 
     @staticmethod
     def backward(ctx, gradient):
         check_unchanged(ctx.layout, ctx.versions)
-        return _Densify.apply(gradient, ctx.layout), None
+        return densify(gradient, ctx.layout), None
