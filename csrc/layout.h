@@ -1,4 +1,4 @@
-// What C++ knows of a layout (sparsekern/topology.py: Layout) and of ragged groups: plain data, borrowed for one call,
+// What C++ knows of a layout (sparsekern/layout.py: Layout) and of ragged groups: plain data, borrowed for one call,
 // for kernels on the CPU and on a GPU alike.
 #pragma once
 #include <cstdint>

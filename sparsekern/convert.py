@@ -14,21 +14,14 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from sparsekern.conv import SparseConv2d
+from sparsekern.geometry import check_block_size, check_blocks, check_geometry, live_count, saved_geometry
 from sparsekern.handover import check_handover, hand_over, watch_stale
 from sparsekern.layer import SparseLayer, choose_topology
 from sparsekern.linear import SparseLinear
 from sparsekern.rewire.density import DISTRIBUTIONS, Dims
 from sparsekern.rewire.optimizer_state import unwrap
 from sparsekern.table import table
-from sparsekern.topology import (
-    COORDINATES,
-    Topology,
-    check_block_size,
-    check_blocks,
-    check_geometry,
-    live_count,
-    saved_geometry,
-)
+from sparsekern.topology import COORDINATES, Topology
 
 SPARSE = {nn.Linear: SparseLinear, nn.Conv2d: SparseConv2d}
 MAX_PADDING = 0.25  # of a layer's elements; a layer padded by more is larger and slower than its density says

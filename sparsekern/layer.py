@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
 from sparsekern.backends.reference import densify, gather
-from sparsekern.topology import Topology, check_geometry, live_count, live_counts
+from sparsekern.geometry import check_geometry, live_count, live_counts
+from sparsekern.topology import Topology
 from sparsekern.untrained import watch
 
 KEEP = ("magnitude", "random", "fresh")

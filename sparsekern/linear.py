@@ -4,10 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.backends import cpu
+from sparsekern.geometry import INTEGERS
 from sparsekern.layer import SparseLayer
 from sparsekern.operators import is_plain
 from sparsekern.products import dds
-from sparsekern.topology import INTEGERS, Topology
+from sparsekern.topology import Topology
 
 
 class SparseLinear(SparseLayer):

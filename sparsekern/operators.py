@@ -20,8 +20,10 @@ from torch.autograd import Function, forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from sparsekern import choose, quick
+from sparsekern.agreement import catch_up, is_current
 from sparsekern.backends import dense
-from sparsekern.topology import Layout, catch_up, check_block_size, is_current
+from sparsekern.geometry import check_block_size
+from sparsekern.layout import Layout
 
 _PLAIN = (Tensor, nn.Parameter)
 _LEGACY_VMAP = torch._C._dispatch_key_parse("VmapMode")

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsekern import operators, quick
-from sparsekern.topology import INTEGERS, Layout, Topology
+from sparsekern.geometry import INTEGERS
+from sparsekern.layout import Layout
+from sparsekern.topology import Topology
 
 _SIDES = {False: 0, True: 1}  # of a topology's shape that x has, by `transpose`
 

@@ -14,7 +14,7 @@ from torch._C import _is_any_autocast_enabled
 
 from sparsekern import choose
 from sparsekern.backends import triton
-from sparsekern.topology import Layout
+from sparsekern.layout import Layout
 
 learnt: dict[str, Callable[..., Tensor | None]] = {}
 """C++ functions by product, of plain tensors that nothing watches, without gradients:

@@ -1,4 +1,4 @@
-// Selections and the index of one layer, with the integers of the torch path in sparsekern/rewire and topology.py.
+// Selections and the index of one layer, with the integers of the torch path in sparsekern/rewire and layout.py.
 #pragma once
 #include <vector>
 

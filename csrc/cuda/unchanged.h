@@ -16,10 +16,10 @@ bool are_unchanged(PyObject* items, PyObject* attributes, PyObject* sizes, PyObj
 py::object describe(PyObject* tensor);
 
 // How often torch has seen the three tensors of each Layout being written, all numbers in one tuple; -1 for those of a
-// layout that has tensors of inference mode, which count nothing. As sparsekern.topology.Layout.versions.
+// layout that has tensors of inference mode, which count nothing. As sparsekern.layout.Layout.versions.
 py::tuple versions_of(PyObject* layouts);
 
-// sparsekern.topology.stamp of each Layout; returns their versions, which are noted there.
+// sparsekern.agreement.stamp of each Layout; returns their versions, which are noted there.
 py::tuple stamp(PyObject* layouts);
 
 }  // namespace sparsekern

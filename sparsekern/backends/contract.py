@@ -20,7 +20,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from sparsekern.topology import Layout
+from sparsekern.layout import Layout
 
 OPERATIONS = ("dds", "sdd", "block_norms", "add_block_norms", "densify", "gather")
 

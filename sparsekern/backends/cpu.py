@@ -7,7 +7,7 @@ stride, their elements lie side by side. Results do not depend on the number of 
 import torch
 from torch import Tensor
 
-from sparsekern.topology import Layout
+from sparsekern.layout import Layout
 
 try:
     from sparsekern import _C

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.backends import cpu, reference, triton
-from sparsekern.topology import Layout
+from sparsekern.layout import Layout
 
 # With more tokens a product hides the copy: 17 of 174 microseconds, as the model of an H200 has them at 4096 x 4096.
 MOST_TOKENS_TO_KEEP = 4096

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsekern.topology import Layout
+from sparsekern.layout import Layout
 
 OPERATIONS = ("dds", "sdd", "block_norms", "add_block_norms", "densify", "gather")
 # Elements of a gradient that are held at once while blocks are scored: 1 MB, about a core's cache.

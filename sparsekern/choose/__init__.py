@@ -16,7 +16,7 @@ from sparsekern import devices
 from sparsekern.backends import cpu, cuda, dense, reference, triton
 from sparsekern.backends.contract import Backend
 from sparsekern.choose import cost
-from sparsekern.topology import Layout
+from sparsekern.layout import Layout
 
 BACKENDS: dict[str, Backend] = {"reference": reference, "dense": dense, "cpu": cpu, "triton": triton, "cuda": cuda}
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
-from sparsekern.topology import live_count
+from sparsekern.geometry import live_count
 
 Dims = tuple[float, ...]  # sizes of one layer counted in blocks; their product is its number of blocks
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparsekern.geometry import check_balance
 from sparsekern.layer import SparseLayer
 from sparsekern.rewire.arguments import check_by_group, check_flag
 from sparsekern.rewire.device_rule import DeviceRule
@@ -18,7 +19,6 @@ from sparsekern.rewire.schedule import Constant, check_fraction
 from sparsekern.rewire.scores import block_l1
 from sparsekern.rewire.select import all_candidates, places, places_in_rows, random_candidates, weakest
 from sparsekern.rewire.watch import SeenTensors
-from sparsekern.topology import check_balance
 
 
 class DropAndGrow(DeviceRule):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsekern import choose
+from sparsekern.geometry import live_count
 from sparsekern.rewire.arguments import check_by_group, check_count, check_finite, check_flag
 from sparsekern.rewire.device_rule import DeviceRule
 from sparsekern.rewire.on_device import Growth
@@ -16,7 +17,6 @@ from sparsekern.rewire.ranks import distributed
 from sparsekern.rewire.schedule import cubic_density
 from sparsekern.rewire.scores import block_l1
 from sparsekern.rewire.select import relative_sizes, weakest, weakest_of_all
-from sparsekern.topology import live_count
 
 
 class GMP(DeviceRule):

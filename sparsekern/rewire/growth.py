@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsekern import choose
+from sparsekern.layout import Layout
 from sparsekern.operators import (
     LAYOUT_SCHEMA,
     check_devices,
@@ -20,7 +21,7 @@ from sparsekern.operators import (
     in_transform,
     library,
 )
-from sparsekern.topology import Layout, Topology
+from sparsekern.topology import Topology
 
 # Elements looked at in one go: 2 MB of keys, about a core's cache.
 STRIP = 2**18

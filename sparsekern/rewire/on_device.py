@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsekern.agreement import tell_shown
 from sparsekern.backends import cuda
-from sparsekern.topology import Layout, tell_shown
+from sparsekern.layout import Layout
 
 try:
     from sparsekern import _cuda

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from sparsekern.backends import cpu
+from sparsekern.layout import Layout
 from sparsekern.rewire.growth import best_candidates, pack, positions_of
 from sparsekern.rewire.hash import uniform_hash
 from sparsekern.rewire.scores import sortable
-from sparsekern.topology import Layout
 
 
 def weakest(scores: Tensor, layout: Layout, live: list[int], counts: list[int]) -> Tensor:

@@ -12,9 +12,10 @@ import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparsekern.agreement import shown_by
 from sparsekern.layer import SparseLayer
+from sparsekern.layout import Layout
 from sparsekern.rewire.optimizer_state import settings_of_fresh
-from sparsekern.topology import Layout, shown_by
 
 try:
     from sparsekern import _cuda

@@ -19,7 +19,7 @@ from torch import Tensor
 import sparsekern as sk
 from sparsekern.backends import cuda
 from sparsekern.backends.cuda import products
-from sparsekern.topology import Layout
+from sparsekern.layout import Layout
 
 RANDOM_CASES = 80
 # float32 sums in another order than float64's, then the rounding of the output

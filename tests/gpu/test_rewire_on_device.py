@@ -13,14 +13,14 @@ import torch
 from emulation import Launches, library
 from torch import Tensor
 
-from sparsekern import topology
 from sparsekern.backends import cpu, cuda
+from sparsekern.layout import Layout, build_index
 from sparsekern.rewire import on_device
 from sparsekern.rewire.growth import best_candidates, float_bits
 from sparsekern.rewire.hash import stream
 from sparsekern.rewire.on_device import Growth, LayerTensors, ModelEvent, ModelTables, rewire_model
 from sparsekern.rewire.select import places, random_candidates, relative_sizes, weakest, weakest_of_all
-from sparsekern.topology import Layout, Topology, build_index
+from sparsekern.topology import Topology
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 RANDOM_CASES = 240
@@ -31,7 +31,7 @@ def torch_operations(monkeypatch):
     """The truth is what torch computes, not the C++ of a CPU."""
     monkeypatch.setattr(cpu, "_C", None)
     monkeypatch.setattr(cpu, "_import_error", "a test is without it", raising=False)
-    monkeypatch.setattr(topology, "_C", None)
+    monkeypatch.setattr("sparsekern.layout._C", None)
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import sparsekern as sk
+from sparsekern.agreement import stamp
 from sparsekern.rewire.watch import SeenTensors, watch
-from sparsekern.topology import Topology, stamp
+from sparsekern.topology import Topology
 
 _cuda = pytest.importorskip("sparsekern._cuda", reason="sparsekern was installed without sparsekern._cuda")
 ROOT = Path(__file__).parent.parent.parent

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import topologies
 
-from sparsekern import topology
 from sparsekern.backends import cpu
+from sparsekern.layout import build_index
 from sparsekern.rewire.select import random_candidates, weakest
-from sparsekern.topology import build_index
+from sparsekern.topology import Topology
 
 pytestmark = pytest.mark.skipif(bool(cpu.unavailable()), reason=str(cpu.unavailable()))
 
@@ -22,7 +22,7 @@ def both(function, *args):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "_C", None)
         patch.setattr(cpu, "_import_error", "a test is without it", raising=False)
-        patch.setattr(topology, "_C", None)
+        patch.setattr("sparsekern.layout._C", None)
         return found, function(*args)
 
 
@@ -42,7 +42,7 @@ def test_selections_and_index_are_those_of_torch(topology, start, draw):
 
 
 def test_a_large_unstructured_layer_is_rewired_as_by_torch():
-    own = topology.Topology.random((500, 700), 0.05, 1)
+    own = Topology.random((500, 700), 0.05, 1)
     scores = torch.randn(own.num_slots).abs()
     for found, expected in (
         both(weakest, scores, own.layout, [own.num_slots], [own.num_slots // 3]),
@@ -53,6 +53,6 @@ def test_a_large_unstructured_layer_is_rewired_as_by_torch():
 
 
 def test_more_blocks_than_are_live_are_refused():
-    own = topology.Topology.random((32, 32), 0.25, 16)
+    own = Topology.random((32, 32), 0.25, 16)
     with pytest.raises(ValueError, match="asked for 2 blocks of group 0, which has 1"):
         weakest(torch.zeros(1), own.layout, [1], [2])

@@ -6,7 +6,9 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 # A module imports modules of earlier lines only. A folder's name stands for all its files.
 ORDER = (
-    "topology devices table untrained rewire.hash",
+    "geometry layout devices table untrained rewire.hash",
+    "agreement",
+    "topology",
     "backends.contract rewire.density",
     "backends.reference backends.cpu backends.triton backends.cuda",
     "backends.dense",

@@ -135,11 +135,11 @@ def test_compiled_code_follows_too(block_size):
 
 
 def test_unchanged_coordinates_cost_no_check(monkeypatch):
-    from sparsekern import topology
+    from sparsekern import agreement
 
     model, _, x = trained(4)
     model(x)
-    monkeypatch.setattr(topology, "check_blocks", lambda *_: pytest.fail("checked again"))
+    monkeypatch.setattr(agreement, "check_blocks", lambda *_: pytest.fail("checked again"))
     model(x).sum().backward()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparsekern.topology import Layout
+from sparsekern.layout import Layout
 
 try:
     from sparsekern import _cuda

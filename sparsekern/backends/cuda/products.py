@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.backends import cuda
-from sparsekern.topology import Layout
+from sparsekern.layout import Layout
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 """Of dtypes, in the names of kernels."""

@@ -11,7 +11,7 @@ import os
 import torch
 from torch import Tensor
 
-from sparsekern.topology import Layout
+from sparsekern.layout import Layout
 
 BLOCK_SIZES = (16, 32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsekern.topology import Layout
+from sparsekern.layout import Layout
 
 BLOCK = 2048  # elements of a program
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsekern.backends.triton import copies
-from sparsekern.topology import Layout
+from sparsekern.layout import Layout
 
 TILE = 4096  # elements of a program: 16 bytes of 16-bit numbers, four times, by each of 128 threads
 MOST_ROWS = 32  # of a tile, so that it is wide where blocks are large

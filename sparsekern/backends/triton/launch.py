@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from sparsekern.backends.triton import kernels, tiles
 from sparsekern.backends.triton.prepare import current_device, current_stream, prepare
 from sparsekern.backends.triton.tiles import Tile
-from sparsekern.topology import Layout
+from sparsekern.layout import Layout
 
 PROGRAMS_PER_SM = 2
 # An sdd with fewer than this many programs per multiprocessor is split over tokens, while every part has SPLIT_TOKENS.
