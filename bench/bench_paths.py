@@ -31,6 +31,7 @@ def bench_step(compare, record, case, instruction_set, monkeypatch):
 
     def step(path):
         monkeypatch.setattr(choose, "backend_for", lambda *_: path)
+        monkeypatch.setattr(choose, "is_surely_for_cpu", lambda *_: path is cpu)
         ours.step()
 
     found = compare(lambda: step(cpu), lambda: step(dense))

@@ -26,8 +26,9 @@ inline int bytes_of(Dtype dtype) {
 
 // Python objects that every call needs, made once.
 struct Interned {
-    PyObject *data_ptr, *numel, *nbytes, *stride, *shape, *dtype, *is_cpu;
+    PyObject *data_ptr, *numel, *nbytes, *stride, *shape, *dtype, *is_cpu, *is_contiguous, *new_empty;
     PyObject* dtypes[NUM_DTYPES];
+    PyObject *tensor, *parameter;  // classes
 
     Interned() {
         data_ptr = PyUnicode_InternFromString("data_ptr");
@@ -37,13 +38,22 @@ struct Interned {
         shape = PyUnicode_InternFromString("shape");
         dtype = PyUnicode_InternFromString("dtype");
         is_cpu = PyUnicode_InternFromString("is_cpu");
+        is_contiguous = PyUnicode_InternFromString("is_contiguous");
+        new_empty = PyUnicode_InternFromString("new_empty");
         const py::module_ torch = py::module_::import("torch");
         for (int d = 0; d < NUM_DTYPES; d++) dtypes[d] = py::object(torch.attr(DTYPE_NAMES[d])).release().ptr();
+        tensor = py::object(torch.attr("Tensor")).release().ptr();
+        parameter = py::object(torch.attr("nn").attr("Parameter")).release().ptr();
     }
 };
 inline const Interned& interned() {
     static const Interned* objects = new Interned();  // never freed: the interpreter may be gone by then
     return *objects;
+}
+
+inline py::object owned(PyObject* found) {
+    if (!found) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(found);
 }
 
 // One argument of a call; `value` is borrowed.
@@ -79,6 +89,12 @@ struct Argument {
     }
     std::string dtype_name() const { return py::str(dtype_object()); }
     bool is_cpu() const { return attribute(interned().is_cpu).ptr() == Py_True; }
+    bool is_contiguous() const { return ask(interned().is_contiguous).ptr() == Py_True; }
+    // Whether it is a tensor or parameter of torch's own class, no subclass of it, which may see what happens to it.
+    bool is_plain() const {
+        PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(value));
+        return type == interned().tensor || type == interned().parameter;
+    }
     // Of a matrix [rows, columns]: how many rows; `wanted` of them where that is known.
     int64_t rows(int64_t columns, int64_t wanted = -1) const {
         const py::object shape = this->shape();
@@ -100,7 +116,7 @@ struct Argument {
         return item(strides, 0);
     }
     void must_lie_side_by_side() const {
-        if (!py::handle(value).attr("is_contiguous")().cast<bool>()) refuse("must be contiguous");
+        if (!is_contiguous()) refuse("must be contiguous");
     }
     // An address that may be followed for `count` elements.
     void* memory(int64_t count) const {
@@ -128,10 +144,6 @@ private:
         return owned(PyObject_VectorcallMethod(method, self, 1, nullptr));
     }
     py::object attribute(PyObject* name) const { return owned(PyObject_GetAttr(value, name)); }
-    static py::object owned(PyObject* found) {
-        if (!found) throw py::error_already_set();
-        return py::reinterpret_steal<py::object>(found);
-    }
 };
 
 // The arguments of a call as the interpreter hands them over.

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
@@ -25,14 +25,13 @@ from sparsekern.backends import dense
 from sparsekern.geometry import check_block_size
 from sparsekern.layout import Layout
 
-_PLAIN = (Tensor, nn.Parameter)
 _LEGACY_VMAP = torch._C._dispatch_key_parse("VmapMode")
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether these are ordinary tensors, and nothing watches or transforms what happens to them."""
     for tensor in tensors:
-        if tensor is not None and type(tensor) not in _PLAIN:
+        if tensor is not None and type(tensor) not in quick.PLAIN:
             return False
     return not is_watched()
 
@@ -64,23 +63,24 @@ def dds(
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return Dds.apply(x, weight, bias, token_offsets, layout, transpose)
-    if quick.learnt and token_offsets is None and quick.is_open():
-        y = quick.learnt["dds"](x=x, weight=weight, bias=bias, layout=layout, transpose=transpose)
-        if y is not None:
-            return y
+    if quick.is_open() and (y := quick.dds(x, weight, bias, token_offsets, layout, transpose)) is not None:
+        return y
     backend = choose.backend_for("dds", x, layout, token_offsets)
     return _multiply(backend, x, weight, bias, token_offsets, layout, transpose)
 
 
-def quick_dds(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, transpose: bool) -> Tensor | None:
-    """dds by the short way of a GPU, with gradients, on x [..., features]; None where it must go the long way."""
+def quick_dds(
+    x: Tensor, weight: Tensor, bias: Tensor | None, token_offsets: Tensor | None, layout: Layout, transpose: bool
+) -> Tensor | None:
+    """dds by the short way, with gradients, on x [..., features]; None where it must go the long way."""
     if is_watched() or not quick.is_open():
         return None
-    y = quick.learnt["dds"](x=x, weight=weight, bias=bias, layout=layout, transpose=transpose)
+    y = quick.dds(x, weight, bias, token_offsets, layout, transpose)
     if y is None or not torch.is_grad_enabled():
         return y
     if x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad):
-        return _apply_quick_dds(x, weight, bias, (layout, layout.index.built_from[2], transpose), [y])
+        walk = layout, layout.index.built_from[2], transpose
+        return _apply_quick_dds(x, weight, bias, token_offsets, walk, [y])
     return y
 
 
@@ -101,10 +101,8 @@ def sdd(dy: Tensor, x: Tensor, token_offsets: Tensor | None, layout: Layout) -> 
         return torch.ops.sparsekern.sdd(dy, x, token_offsets, *layout)
     if torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad):
         return Sdd.apply(dy, x, token_offsets, layout)
-    if quick.learnt and token_offsets is None and quick.is_open():
-        grad = quick.learnt["sdd"](dy=dy, x=x, layout=layout)
-        if grad is not None:
-            return grad
+    if quick.is_open() and (grad := quick.sdd(dy, x, token_offsets, layout)) is not None:
+        return grad
     product = choose.backend_for("sdd", x, layout, token_offsets).sdd
     grad = product(dy, x, layout, token_offsets)
     if product.__module__ == quick.LAUNCHERS and token_offsets is None:
@@ -198,24 +196,24 @@ class QuickDds(Function):
     """Of what the short way has multiplied, x [..., features]."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, walk, made):
+    def forward(ctx, x, weight, bias, token_offsets, walk, made):
         """`made` is a list that holds y: in a list, it is no input of this node."""
         ctx.walk = walk
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight, token_offsets)
         return made[0]
 
     @staticmethod
     def backward(ctx, dy):
         layout, versions, transpose = ctx.walk
         check_unchanged(layout, versions)
-        x, weight = ctx.saved_tensors
+        x, weight, token_offsets = ctx.saved_tensors
         leading = dy.shape[:-1]
         if len(leading) > 1:
             dy, x = dy.flatten(0, -2), x.flatten(0, -2)
-        dx, dw, db = dds_gradients(ctx.needs_input_grad, dy, x, weight, None, layout, transpose)
+        dx, dw, db = dds_gradients(ctx.needs_input_grad, dy, x, weight, token_offsets, layout, transpose)
         if len(leading) > 1 and dx is not None:
             dx = dx.reshape(*leading, dx.shape[1])
-        return dx, dw, db, None, None
+        return dx, dw, db, None, None, None
 
 
 # Function.apply itself first looks for torch.func's wrappers, for 2 microseconds; the short way has looked already.

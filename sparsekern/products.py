@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsekern import operators, quick
+from sparsekern import operators
 from sparsekern.geometry import INTEGERS
 from sparsekern.layout import Layout
 from sparsekern.topology import Topology
@@ -54,18 +54,18 @@ def dds(
         >>> dds(torch.randn(5, 32), torch.randn(2, 16, 16), topology, transpose=True).shape
         torch.Size([5, 64])
     """
-    if quick.learnt and token_offsets is None and not torch.compiler.is_compiling():
-        y = _quick_dds(x, weight, topology, bias, transpose, growth)
-        if y is not None:
-            return y
     try:
+        layout = topology.layout
+        if not (topology.padded or torch.compiler.is_compiling() or growth is not None and x.dim() != 2):
+            y = operators.quick_dds(x, weight, bias, token_offsets, layout, transpose)
+            if y is not None:
+                return _watched(y, x, token_offsets, layout, growth)
         x, weight, bias = _autocast(x, weight, bias)
         if token_offsets is not None:
             token_offsets = _as_offsets("dds", token_offsets, topology, x)
         _check("dds", topology, x, weight, bias, topology.shape[_SIDES[transpose]], token_offsets)
         if bias is not None and not transpose:
             raise ValueError("dds: bias belongs to x Wᵀ, but transpose is False")
-        layout = topology.layout
         groups = 1 if token_offsets is not None else topology.groups
         rows, weight = _pad(x, topology, int(transpose), groups), weight.contiguous()
         if bias is not None:
@@ -73,8 +73,7 @@ def dds(
                 bias = _pad(bias, topology, 0, topology.groups).flatten()
             bias = bias.contiguous()
         y = operators.dds(rows, weight, bias, token_offsets, layout, transpose)
-        if growth is not None and y.requires_grad:
-            y = growth.watch(y, rows, token_offsets, layout)
+        y = _watched(y, rows, token_offsets, layout, growth)
     except (AttributeError, RuntimeError, KeyError, TypeError):  # looking at the types first would cost every call
         _check_types("dds", topology, x=x, weight=weight, bias=bias, token_offsets=token_offsets)
         if not isinstance(transpose, bool):
@@ -118,13 +117,8 @@ def sdd(dy: Tensor, x: Tensor, topology: Topology, token_offsets: Tensor | None 
         raise
 
 
-def _quick_dds(x, weight, topology: Topology, bias, transpose: bool, growth: Growth | None) -> Tensor | None:
-    """`dds` by the short way of a GPU; None where it must go the long way."""
-    if topology.padded or (growth is not None and x.dim() != 2):
-        return None
-    layout = topology.eager_layout()
-    y = operators.quick_dds(x, weight, bias, layout, transpose)
-    return growth.watch(y, x, None, layout) if y is not None and growth is not None and y.requires_grad else y
+def _watched(y: Tensor, x: Tensor, token_offsets: Tensor | None, layout: Layout, growth: Growth | None) -> Tensor:
+    return growth.watch(y, x, token_offsets, layout) if growth is not None and y.requires_grad else y
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

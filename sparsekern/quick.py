@@ -1,25 +1,29 @@
-"""The short way of a product on a GPU: one call into C++ that looks at the operands, makes the output and launches.
+"""The short way of a product: one call into C++ that looks at the operands, makes the output and multiplies.
 
-All that does not depend on the values of a call (which backend is fastest, the kernel's tile, its grid and constants)
-is decided when a product first goes the long way, through the checks of `products`, `choose` and Triton, and is kept
-for its geometry. Later calls come here first. C++ looks whether the operands are of a geometry that was learnt, and
-answers None where they are not: then the long way says what is wrong with them, or takes them.
+It takes plain tensors that fit together. Where they are anything else it answers None: then the long way, through the
+checks of `products`, says what is wrong with them, or takes them.
+
+On a GPU all that does not depend on the values of a call (which backend is fastest, the kernel's tile, its grid and
+constants) is decided when a product first goes the long way, and is kept for its geometry. On a CPU it depends on the
+number of slots only, which is looked at in every call.
 """
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import _is_any_autocast_enabled
+from torch.nn import functional as F
 
 from sparsekern import choose
-from sparsekern.backends import triton
+from sparsekern.backends import cpu, triton
 from sparsekern.layout import Layout
 
+PLAIN = (Tensor, nn.Parameter)
+"""Classes whose tensors nothing but a mode watches: a subclass may see what happens to it."""
 learnt: dict[str, Callable[..., Tensor | None]] = {}
-"""C++ functions by product, of plain tensors that nothing watches, without gradients:
-dds(x=, weight=, bias=, layout=, transpose=), x Wᵀ + bias or x W, [..., features], and sdd(dy=, x=, layout=), the live
-blocks of dyᵀx; None where it must go the long way. The dictionary is empty until a GPU has multiplied."""
+"""C++ functions of a GPU by product: dds(x=, weight=, bias=, layout=, transpose=) and sdd(dy=, x=, layout=). The
+dictionary is empty until a GPU has multiplied."""
 _add: dict[str, Callable[..., None]] = {}
 _known: set[tuple] = set()
 LAUNCHERS = "sparsekern.backends.triton.launch"
@@ -29,6 +33,53 @@ LAUNCHERS = "sparsekern.backends.triton.launch"
 def is_open() -> bool:
     """Whether plain tensors may go the short way: nothing casts them, and no backend is forced."""
     return not (_is_any_autocast_enabled() or choose.forced() is not None)
+
+
+def dds(
+    x: Tensor, weight: Tensor, bias: Tensor | None, token_offsets: Tensor | None, layout: Layout, transpose: bool
+) -> Tensor | None:
+    """x Wᵀ + bias or x W of x [..., features], without gradients; None where it must go the long way."""
+    if learnt and token_offsets is None:
+        y = learnt["dds"](x=x, weight=weight, bias=bias, layout=layout, transpose=transpose)
+        if y is not None:
+            return y
+    if layout.full and layout.block_size == 1:
+        return _by_linear(x, weight, bias, token_offsets, layout, transpose)
+    if choose.is_surely_for_cpu(x, layout):
+        return cpu.quick_dds(x, weight, layout, bias, transpose, token_offsets)
+    return None
+
+
+def _by_linear(x, weight, bias, token_offsets, layout: Layout, transpose: bool) -> Tensor | None:
+    """By the vendor's GEMM, which nothing beats where the store is the dense matrix itself; on any device."""
+    bare = bias is None
+    if token_offsets is not None or layout.groups > 1 or not (type(x) in PLAIN and type(weight) in PLAIN):
+        return None
+    rows, cols, dtype = layout.num_rows, layout.num_cols, x.dtype
+    try:
+        fit = (
+            x.layout is torch.strided and x.dim() > 1 and x.shape[-1] == (cols if transpose else rows)
+            and dtype.is_floating_point and weight.dtype is dtype and weight.shape == (rows * cols, 1, 1)
+            and x.device == weight.device == layout.index.device
+            and (bare or transpose is True and type(bias) in PLAIN and bias.dtype is dtype and bias.shape == (rows,))
+        )  # fmt: skip
+        if not fit:
+            return None
+        matrix = weight.view(rows, cols)
+        return F.linear(x, matrix if transpose else matrix.t(), bias)
+    except RuntimeError:  # a nested tensor, a weight with gaps, a bias elsewhere
+        return None
+
+
+def sdd(dy: Tensor, x: Tensor, token_offsets: Tensor | None, layout: Layout) -> Tensor | None:
+    """The live blocks of dyᵀx, without gradients; None where it must go the long way."""
+    if learnt and token_offsets is None:
+        grad = learnt["sdd"](dy=dy, x=x, layout=layout)
+        if grad is not None:
+            return grad
+    if choose.is_surely_for_cpu(x, layout):
+        return cpu.quick_sdd(dy, x, layout, token_offsets)
+    return None
 
 
 def learn_dds(x: Tensor, weight: Tensor, layout: Layout, bias: Tensor | None, transpose: bool) -> None:

@@ -157,10 +157,6 @@ class Topology(nn.Module):
         """
         if torch.compiler.is_compiling():
             return Layout(self._rows, self._cols, self.index, *self.grid, self.groups, self.block_size, self.full)
-        return self.eager_layout()
-
-    def eager_layout(self) -> Layout:
-        """`layout` for whoever knows that nothing is being compiled."""
         layout = self._layout()
         if (self.full and shown_by(layout) is not None) or not is_current(layout):
             self._follow()

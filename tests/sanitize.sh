@@ -3,7 +3,7 @@
 # `bash tests/sanitize.sh [pytest arguments]`; PYTHON and CXX name the interpreter and the compiler.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-test $# -gt 0 || set -- tests/library/test_cpu_kernels.py tests/library/test_cpu_rewire.py tests/library/test_native_arguments.py
+test $# -gt 0 || set -- tests/library/test_cpu_kernels.py tests/library/test_cpu_rewire.py tests/library/test_native_arguments.py tests/library/test_quick_on_cpu.py
 python=${PYTHON:-python} cxx=${CXX:-g++} library=build/sanitize/lib
 SPARSEKERN_SANITIZE=1 SPARSEKERN_CUDA=0 "$python" setup.py -q build --build-base build/sanitize --build-lib "$library"
 preload=

@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include "../bind.h"
+#include "../rows.h"
 #include "kernels.h"
 #include "rewire.h"
 #include "tokens.h"
@@ -93,6 +94,101 @@ PyObject* call_sdd(const Call& call) {
         sdd(s, layout, offsets, type, num_threads);
     }
     Py_RETURN_NONE;
+}
+
+// The short way: the result of operands that are plain and fit together, made in this one call. None where they are
+// anything else, and must go through Python, which copes with it or says what is wrong.
+template <class Product>
+PyObject* or_none(const Product& product) {
+    try {
+        return product().release().ptr();
+    } catch (py::error_already_set&) {
+    } catch (const py::builtin_exception&) {
+    }
+    Py_RETURN_NONE;
+}
+bool is_at_hand(const Argument& tensor, Dtype dtype) {
+    return tensor.is_plain() && tensor.is_cpu() && tensor.dtype() == dtype;
+}
+bool is_at_hand(const Argument& layout) {
+    const bool is_tuple = PyTuple_Check(layout.value) && PyTuple_GET_SIZE(layout.value) == 8;
+    for (int part = 0; is_tuple && part < 3; part++) {
+        const Argument tensor{layout.function, "layout", PyTuple_GET_ITEM(layout.value, part)};
+        if (!tensor.is_plain() || !tensor.is_cpu()) return false;
+    }
+    return is_tuple;
+}
+bool is_whole(const Argument& tensor, Dtype dtype, const py::tuple& shape) {
+    return is_at_hand(tensor, dtype) && tensor.shape().equal(shape) && tensor.is_contiguous();
+}
+bool are_offsets(const Argument& token_offsets, int groups) {
+    return token_offsets.is_none() ||
+           (token_offsets.is_plain() && token_offsets.shape().equal(py::make_tuple(groups + 1)));
+}
+
+PyObject* call_quick_dds(const Call& call) {
+    static const auto& keywords =
+        *new Keywords<7>("dds", {"layout", "x", "weight", "bias", "transpose", "token_offsets", "threads"});
+    const auto [layout_, x, weight, bias, transpose_, token_offsets, threads] = keywords.read(call);
+    return or_none([&]() -> py::object {
+        if (!PyBool_Check(transpose_.value) || !x.is_plain() || !is_at_hand(layout_)) return py::none();
+        const Layout layout = read_layout(layout_);
+        const Dtype dtype = x.dtype();
+        const Type type = type_of(x);
+        Dds d;
+        d.transpose = transpose_.truth();
+        const int num_outputs = d.transpose ? layout.num_rows : layout.num_cols;
+        const int outputs = features(num_outputs, layout, token_offsets);
+        Rows rows;
+        if (!is_at_hand(x, dtype) || !are_offsets(token_offsets, layout.groups) ||
+            !read_rows(x, features(d.transpose ? layout.num_cols : layout.num_rows, layout, token_offsets), rows) ||
+            !is_whole(weight, dtype, py::make_tuple(layout.num_slots, layout.block, layout.block)) ||
+            !(bias.is_none() ||
+              (d.transpose && is_whole(bias, dtype, py::make_tuple(int64_t(num_outputs) * layout.block)))))
+            return py::none();
+        d.tokens = rows.tokens, d.x_stride = rows.stride;
+        d.x = x.filled(d.tokens);
+        d.weight = weight.address();
+        d.bias = bias.is_none() ? nullptr : bias.address();
+        const TokenOffsets offsets = offsets_of(token_offsets, layout, d.tokens);
+        const int num_threads = threads_of(threads);
+        const py::object y = new_empty(x, x.shape(), outputs);
+        d.y = Argument{"dds", "y", y.ptr()}.address();
+        {
+            py::gil_scoped_release others_may_run;
+            dds(d, layout, offsets, type, num_threads);
+        }
+        return y;
+    });
+}
+
+PyObject* call_quick_sdd(const Call& call) {
+    static const auto& keywords = *new Keywords<5>("sdd", {"layout", "dy", "x", "token_offsets", "threads"});
+    const auto [layout_, dy, x, token_offsets, threads] = keywords.read(call);
+    return or_none([&]() -> py::object {
+        if (!x.is_plain() || !is_at_hand(layout_)) return py::none();
+        const Layout layout = read_layout(layout_);
+        const Dtype dtype = x.dtype();
+        const Type type = type_of(x);
+        Rows dy_rows, x_rows;
+        if (!is_at_hand(x, dtype) || !is_at_hand(dy, dtype) || !are_offsets(token_offsets, layout.groups) ||
+            !read_rows(dy, features(layout.num_rows, layout, token_offsets), dy_rows) ||
+            !read_rows(x, features(layout.num_cols, layout, token_offsets), x_rows) || dy_rows.tokens != x_rows.tokens)
+            return py::none();
+        Sdd s;
+        s.tokens = x_rows.tokens, s.dy_stride = dy_rows.stride, s.x_stride = x_rows.stride;
+        s.dy = dy.filled(s.tokens);
+        s.x = x.filled(s.tokens);
+        const TokenOffsets offsets = offsets_of(token_offsets, layout, s.tokens);
+        const int num_threads = threads_of(threads);
+        const py::object grad = new_empty(x, py::make_tuple(layout.num_slots, layout.block, layout.block));
+        s.grad = Argument{"sdd", "grad", grad.ptr()}.address();
+        {
+            py::gil_scoped_release others_may_run;
+            sdd(s, layout, offsets, type, num_threads);
+        }
+        return grad;
+    });
 }
 
 // densify and gather move elements of 2 or 4 bytes, whatever they mean.
@@ -201,6 +297,11 @@ PyMethodDef METHODS[] = {
                             "y [tokens, outputs] = x Wᵀ + bias if `transpose`, else x W."),
     method<call_sdd>("sdd", "sdd($module, *, layout, dy, x, grad, token_offsets, threads)\n--\n\n"
                             "grad [num_slots, B, B] = the live blocks of dyᵀx."),
+    method<call_quick_dds>("quick_dds",
+                           "quick_dds($module, *, layout, x, weight, bias, transpose, token_offsets, threads)\n--\n\n"
+                           "The y of dds for x [..., inputs], or None where it must go the long way."),
+    method<call_quick_sdd>("quick_sdd", "quick_sdd($module, *, layout, dy, x, token_offsets, threads)\n--\n\n"
+                                        "The grad of sdd, or None where it must go the long way."),
     method<call_densify>("densify", "densify($module, *, layout, weight, dense, threads)\n--\n\n"
                                     "dense = the blocks of weight in their places, and zeros."),
     method<call_gather>("gather", "gather($module, *, layout, dense, weight, threads)\n--\n\n"

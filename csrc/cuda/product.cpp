@@ -1,5 +1,7 @@
 #include "product.h"
 
+#include "../rows.h"
+
 namespace sparsekern {
 
 namespace {
@@ -8,15 +10,10 @@ py::object interned_word(const std::string& word) {
     return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(word.c_str()));
 }
 py::object torch_name(const char* module, const char* name) { return py::module_::import(module).attr(name); }
-py::object owned(PyObject* made) {
-    if (!made) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(made);
-}
 
 // Python objects that every call needs, made once and never freed: the interpreter may be gone by then.
 struct Names {
-    const py::object new_empty = interned_word("new_empty"), is_contiguous = interned_word("is_contiguous"),
-                     get_device = interned_word("get_device"), float32 = torch_name("torch", "float32"),
+    const py::object get_device = interned_word("get_device"), float32 = torch_name("torch", "float32"),
                      dtype_keyword = py::make_tuple(interned_word("dtype"));
 };
 const Names& names() {
@@ -28,44 +25,22 @@ py::object method_result(PyObject* self, const py::object& method) {
     return owned(PyObject_VectorcallMethod(method.ptr(), &self, 1, nullptr));
 }
 int64_t device_of(PyObject* tensor) { return PyLong_AsLong(method_result(tensor, names().get_device).ptr()); }
-bool is_contiguous(PyObject* tensor) { return method_result(tensor, names().is_contiguous).ptr() == Py_True; }
+bool is_plain(PyObject* tensor) { return Argument{"", "", tensor}.is_plain(); }
+bool is_contiguous(PyObject* tensor) { return Argument{"", "", tensor}.is_contiguous(); }
 PyObject* dtype_of(PyObject* tensor) { return Argument{"", "", tensor}.dtype_object().ptr(); }
 int64_t bytes_of(PyObject* tensor) { return Argument{"", "", tensor}.nbytes(); }
 uintptr_t address_of(PyObject* tensor) { return reinterpret_cast<uintptr_t>(Argument{"", "", tensor}.address()); }
 int bucket_of(int64_t tokens) { return 63 - __builtin_clzll(uint64_t(tokens)); }
 
-struct Rows {
-    int64_t tokens, stride;
-};
-bool read_rows(PyObject* tensor, int64_t features, Rows& rows) {
-    const Argument argument{"", "", tensor};
-    const py::object shape = argument.shape();
-    const Py_ssize_t axes = PyTuple_GET_SIZE(shape.ptr());
-    const auto size = [&](Py_ssize_t axis) { return PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), axis)); };
-    if (axes < 2 || axes >= MAX_PARAMETERS || size(axes - 1) != features) return false;
-    rows = {1, features};
-    for (Py_ssize_t axis = 0; axis + 1 < axes; axis++) rows.tokens *= size(axis);
-    if (axes > 2) return is_contiguous(tensor);
-    const py::object found = argument.strides();
-    rows.stride = PyLong_AsLongLong(PyTuple_GET_ITEM(found.ptr(), 0));
-    return PyLong_AsLongLong(PyTuple_GET_ITEM(found.ptr(), 1)) == 1;
-}
-
-// torch takes sizes one by one in two thirds of the time that it takes for a tuple of them.
 py::object new_output(const Product& product, PyObject* like) {
-    const py::object shape = product.features ? Argument{"", "", like}.shape() : py::object(product.blocks);
-    const Py_ssize_t axes = PyTuple_GET_SIZE(shape.ptr());
-    PyObject* arguments[MAX_PARAMETERS] = {like};
-    const py::int_ last(product.features);
-    for (Py_ssize_t axis = 0; axis < axes; axis++) arguments[axis + 1] = PyTuple_GET_ITEM(shape.ptr(), axis);
-    if (product.features) arguments[axes] = last.ptr();
-    return owned(PyObject_VectorcallMethod(names().new_empty.ptr(), arguments, axes + 1, nullptr));
+    const Argument argument{"", "", like};
+    return new_empty(argument, product.features ? argument.shape() : py::object(product.blocks), product.features);
 }
 
 py::object new_parts(const Product& product, PyObject* like, int parts) {
     const py::tuple shape = py::make_tuple(parts) + product.blocks;
     PyObject* const arguments[] = {like, shape.ptr(), names().float32.ptr()};
-    return owned(PyObject_VectorcallMethod(names().new_empty.ptr(), arguments, 2, names().dtype_keyword.ptr()));
+    return owned(PyObject_VectorcallMethod(interned().new_empty, arguments, 2, names().dtype_keyword.ptr()));
 }
 
 }  // namespace
@@ -100,15 +75,7 @@ void Product::add(int bucket, SharedLaunch launch, int parts, SharedLaunch sum) 
 Products::Products(py::function current_device, py::function current_stream, py::function precision)
     : current_device(std::move(current_device)),
       current_stream(std::move(current_stream)),
-      precision(std::move(precision)),
-      plain_tensor(torch_name("torch", "Tensor")),
-      parameter(torch_name("torch.nn", "Parameter")),
-      float32(torch_name("torch", "float32")) {}
-
-bool Products::is_plain(PyObject* tensor) const {
-    PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
-    return type == plain_tensor.ptr() || type == parameter.ptr();
-}
+      precision(std::move(precision)) {}
 
 py::object Products::multiply(PyObject* const* values, PyObject* layout, bool transpose, bool bare) const {
     if (!is_plain(values[0]) || !PyTuple_Check(layout) || PyTuple_GET_SIZE(layout) != 8) return py::none();
@@ -116,7 +83,7 @@ py::object Products::multiply(PyObject* const* values, PyObject* layout, bool tr
     if (!is_plain(index)) return py::none();
     Geometry geometry;
     geometry.dtype = dtype_of(values[0]);
-    if (geometry.dtype == float32.ptr()) geometry.precision = precision().cast<std::string>();
+    if (geometry.dtype == names().float32.ptr()) geometry.precision = precision().cast<std::string>();
     geometry.device = device_of(values[0]);
     geometry.index_bytes = bytes_of(index);
     for (size_t n = 0; n < geometry.layout.size(); n++)
@@ -138,7 +105,8 @@ py::object Products::multiply(const Product& product, const Geometry& geometry, 
         if (o && !(is_plain(tensor) && dtype_of(tensor) == geometry.dtype && device_of(tensor) == geometry.device))
             return py::none();
         Rows rows;
-        if (!read_rows(tensor, product.operands[o].size, rows) || (o && rows.tokens != tokens)) return py::none();
+        if (!read_rows(Argument{"", "", tensor}, product.operands[o].size, rows) || (o && rows.tokens != tokens))
+            return py::none();
         tokens = rows.tokens;
         strides[o] = rows.stride;
         addresses[o] = address_of(tensor);

@@ -76,12 +76,10 @@ public:
     py::object multiply(PyObject* const* values, PyObject* layout, bool transpose, bool bare) const;
 
 private:
-    bool is_plain(PyObject* tensor) const;
     py::object multiply(const Product& product, const Geometry& geometry, PyObject* const* values,
                         PyObject* layout) const;
 
     const py::function current_device, current_stream, precision;
-    const py::object plain_tensor, parameter, float32;
     std::unordered_map<Geometry, Product, GeometryHash> learnt;
 };
 

@@ -8,11 +8,6 @@ namespace sparsekern {
 
 namespace {
 
-py::object owned(PyObject* made) {
-    if (!made) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(made);
-}
-
 PyObject* interned(const char* word) { return PyUnicode_InternFromString(word); }
 
 // Calls visit(tuple) for each tuple of a list, as long as it says true.

@@ -70,6 +70,21 @@ def dds(
     return y
 
 
+def quick_dds(
+    x: Tensor, weight: Tensor, layout: Layout, bias: Tensor | None, transpose: bool, token_offsets: Tensor | None
+) -> Tensor | None:
+    """`dds` of x [..., features] that nobody has checked; None where these are not plain tensors that fit together."""
+    return _C.quick_dds(
+        layout=layout, x=x, weight=weight, bias=bias, transpose=transpose, token_offsets=token_offsets,
+        threads=torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def quick_sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None) -> Tensor | None:
+    """`sdd` likewise."""
+    return _C.quick_sdd(layout=layout, dy=dy, x=x, token_offsets=token_offsets, threads=torch.get_num_threads())
+
+
 def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = None) -> Tensor:
     """The live blocks of dyᵀx, [num_slots, B, B]. See `sparsekern.products.sdd`; here both are 2-D and padded."""
     grad = x.new_empty(layout.num_slots, layout.block_size, layout.block_size)

@@ -99,11 +99,12 @@ def multiply(x: Tensor, dense: Tensor, bias: Tensor | None, transpose: bool, tok
     groups = len(dense)
     if token_offsets is not None:
         biases = groups * (None,) if bias is None else bias.view(groups, -1)
-        y = x.new_empty(len(x), dense.shape[1 if transpose else 2])
-        for (a, b), matrix, own in zip(_spans(token_offsets), dense, biases, strict=True):
-            if a < b:  # of few tokens, most groups have none
-                y[a:b] = F.linear(x[a:b], matrix if transpose else matrix.t(), own)
-        return y
+        parts = [
+            F.linear(x[a:b], dense[group] if transpose else dense[group].t(), biases[group])
+            for group, (a, b) in enumerate(_spans(token_offsets))
+            if a < b  # of few tokens, most groups have none
+        ]
+        return torch.cat(parts) if parts else x.new_empty(0, dense.shape[1 if transpose else 2])
     if groups == 1:
         return F.linear(x, dense[0] if transpose else dense[0].t(), bias)
     matrices = dense.transpose(1, 2) if transpose else dense

@@ -94,6 +94,16 @@ def backend_for(operation: str, x: Tensor, layout: Layout, token_offsets: Tensor
     return cpu if _is_sparser(layout, density * (1 + COPY_TOKENS / max(1, len(x)))) else dense
 
 
+def is_surely_for_cpu(x: Tensor, layout: Layout) -> bool:
+    """Whether the number of slots alone says that the C++ kernels multiply x, which nobody has checked."""
+    if not x.is_cpu or x.dtype not in cpu.DTYPES or cpu.unavailable():
+        return False
+    density = break_even(layout.block_size, x.dtype)
+    if layout.full:
+        return density >= 1
+    return layout.num_slots * layout.groups <= density * layout.num_rows * layout.num_cols
+
+
 def sparse_is_faster(layout: Layout, dtype: torch.dtype) -> bool:
     """Whether the C++ kernels beat the vendor's GEMM at the present density; reads a CPU tensor, and no other.
 
