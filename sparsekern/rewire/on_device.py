@@ -209,10 +209,11 @@ def rewire_model(tables: ModelTables, event: Tensor) -> None:
     workspace = torch.empty(tables._workspace_bytes, dtype=torch.uint8, device=device)
     workspace[: tables._cleared_bytes].zero_()
     layers = tables._layer_table
+    if event.data_ptr() % 16:
+        raise ValueError(f"rewire_model: the event must lie at 16 bytes, got {event.data_ptr():#x}")
     with cuda.current(device) as stream:
         for launch, tiles in tables._launches:
-            if not launch(tokens=0, stream=stream, layers=layers, tiles=tiles, workspace=workspace, events=event):
-                raise ValueError(f"rewire_model: the event must lie at 16 bytes, got {event.data_ptr():#x}")
+            launch(tokens=0, stream=stream, layers=layers, tiles=tiles, workspace=workspace, events=event)
     # torch is told what the kernels have written, so that a backward that needs the old values raises
     torch.autograd.graph.increment_version(tables._written)
     _cuda.stamp(layouts=tables._layouts)

@@ -12,7 +12,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from emulation import NamedLaunches
+from emulation import Launches
 from oracle import random_topology
 from torch import Tensor
 
@@ -28,9 +28,7 @@ BOUND = {dtype: oracle.BOUND[dtype] for dtype in products.NAMES}
 
 @pytest.fixture
 def launches(monkeypatch):
-    launches = NamedLaunches()
-    monkeypatch.setattr(cuda, "launch", launches)
-    return launches
+    return Launches(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

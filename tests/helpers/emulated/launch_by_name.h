@@ -1,4 +1,4 @@
-// Launches of emulated kernels by their names, whose arguments come as 8 bytes each, as cuda.launch passes them.
+// Launches of emulated kernels by their names, whose arguments come as 8 bytes each, as prepared launches pass them.
 #pragma once
 #include <map>
 #include <string>

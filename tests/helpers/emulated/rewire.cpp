@@ -1,18 +1,21 @@
-// csrc/cuda/rewire.cu as a CPU library for tests: kernel by kernel, with the arguments of a launch.
+// csrc/cuda/rewire.cu as a CPU library for tests. A launch passes the kernel's arguments as 8 bytes each.
 #include "emulate.h"
 
 #include "cuda/rewire.cu"
+#include "launch_by_name.h"
 
 using namespace sparsekern;
 
-using Kernel = void (*)(const Layer*, const Tile*, char*, const LayerEvent*);
+#define ENTRY(name) {#name, by_words(name)}
 
-extern "C" void launch(
-    int kernel, int tiles, const Layer* layers, const Tile* tile_table, char* workspace, const LayerEvent* events
+extern "C" int launch(
+    const char* name, int blocks, int threads, int shared, const uint64_t* words, int num_words
 ) {
-    static const Kernel kernels[] = {rewire_score, rewire_count,  rewire_scatter,
-                                     rewire_rank,  rewire_assign, rewire_index};
-    emulated::launch([&] { kernels[kernel](layers, tile_table, workspace, events); }, tiles, THREADS);
+    static const std::map<std::string, ByWords> kernels = {
+        ENTRY(rewire_score), ENTRY(rewire_count),  ENTRY(rewire_scatter),
+        ENTRY(rewire_rank),  ENTRY(rewire_assign), ENTRY(rewire_index),
+    };
+    return launch_by_name(kernels, name, blocks, threads, shared, words, num_words);
 }
 
 // For the test that the dtypes of on_device.py are these structures.
