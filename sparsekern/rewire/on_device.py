@@ -23,7 +23,7 @@ try:
 except ImportError:  # backends/cuda says so, to whoever asks for it
     _cuda = None
 
-THREADS, ITEMS, TILE_PLACES = 512, 64, 1024  # as in csrc/cuda/rewire.h
+THREADS, ITEMS, TILE_PLACES = 512, 64, 1024  # as in csrc/cuda/rewire.h, like what follows
 MAX_TENSORS, MAX_COPIES = 12, 4
 DIGITS = 2**16
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}

@@ -31,6 +31,15 @@ def library(source: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(target))
 
 
+def constant(source: str, expression: str) -> int:
+    """What an expression is in csrc/cuda/<source>.cu, of those that tests/helpers/emulated/<source>.cpp lists."""
+    ask = library(f"{source}.cpp").constant
+    ask.restype = ctypes.c_int64
+    found = ask(expression.encode())
+    assert found >= 0, f"tests/helpers/emulated/{source}.cpp does not list {expression}"
+    return found
+
+
 class Launches:
     """Takes the place of `cuda.prepare`: runs the kernels of an emulation by their names, and remembers these."""
 

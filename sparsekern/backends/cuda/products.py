@@ -16,9 +16,11 @@ from sparsekern.topology import Layout
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 """Of dtypes, in the names of kernels."""
+# As in csrc/cuda/ring.h, and in dds.cu and sdd.cu; a test compares what is said here of the kernels with their source.
 NUM_WARPS = 11  # of a program, that multiply; one more copies
 THREADS = 32 * (NUM_WARPS + 1)
 MOST_STAGES = 8
+PACK_THREADS = SUM_THREADS = 256
 SDD_BARRIER_BYTES = 4096  # at most, of barriers and lists beside the stages
 
 
@@ -108,7 +110,7 @@ def dds(
     shape = plan.shape
     parts = max(1, 2 * num_sms // plan.tiles)  # two programs are on a multiprocessor at once
     pack = cuda.prepare(
-        "dds", f"pack_{b}", plan.tiles * parts, 256,
+        "dds", f"pack_{b}", plan.tiles * parts, PACK_THREADS,
         ("weight", "index", *STREAMS, layout.num_slots, layout.num_rows, layout.num_cols, groups, int(transpose),
          shape.rows, parts),
         x.device, plan.pack_bytes,
@@ -186,7 +188,7 @@ class SddShape(NamedTuple):
 
 SDD_SHAPES = (SddShape(512, 1024, 16), SddShape(512, 512, 32), SddShape(512, 256, 32))
 """The widest first: it reads the least."""
-SDD_UNITS = {16: 11 * 13, 8: 11 * 24}
+SDD_UNITS = {16: NUM_WARPS * 13, 8: NUM_WARPS * 24}
 """Units that the warps of a program hold, by block size; a tile with more of them is streamed twice."""
 SPLIT_TOKENS = 256  # that a part of an sdd has at least
 PARTS_PER_OPERANDS = 0.5  # bytes of all float32 parts, which are written and read once more
@@ -214,7 +216,7 @@ def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = No
         if splits > 1:
             quads = num_slots * b * b // 4
             total = cuda.prepare(
-                "sdd", f"sum_{name}", -(-quads // 256), 256, ("parts", "grad", quads, splits), x.device
+                "sdd", f"sum_{name}", -(-quads // SUM_THREADS), SUM_THREADS, ("parts", "grad", quads, splits), x.device
             )
             total(tokens=0, stream=stream, parts=parts, grad=grad)
     return grad

@@ -18,10 +18,17 @@ extern "C" int launch(
     return launch_by_name(kernels, name, blocks, threads, shared, words, num_words);
 }
 
-// For the test that the dtypes of on_device.py are these structures.
-extern "C" int64_t bytes_of(int which) {
-    const int64_t sizes[] = {sizeof(Layer), sizeof(List), sizeof(Tensor),  sizeof(Coordinates),
-                             sizeof(LayerEvent), sizeof(Segment), sizeof(Tile), sizeof(Selection),
-                             offsetof(Layer, weight), offsetof(Layer, num_tensors), offsetof(Layer, first_segment)};
-    return sizes[which];
+extern "C" int64_t constant(const char* text) {
+    static const std::map<std::string, int64_t> constants = {
+        CONSTANT(THREADS), CONSTANT(ITEMS), CONSTANT(TILE_WORDS * 32), CONSTANT(MAX_TENSORS),
+        CONSTANT(MAX_COPIES), CONSTANT(DIGITS), CONSTANT(sizeof(Layer)), CONSTANT(sizeof(List)),
+        CONSTANT(sizeof(Tensor)), CONSTANT(sizeof(Coordinates)), CONSTANT(sizeof(LayerEvent)),
+        CONSTANT(sizeof(Segment)), CONSTANT(sizeof(Tile)), CONSTANT(sizeof(Selection)),
+        CONSTANT(sizeof(Threshold)), CONSTANT(offsetof(Layer, weight)), CONSTANT(offsetof(Layer, num_tensors)),
+        CONSTANT(offsetof(Layer, first_segment)), CONSTANT(ELEMENT_FLOAT32), CONSTANT(ELEMENT_FLOAT16),
+        CONSTANT(ELEMENT_BFLOAT16), CONSTANT(GROW_BY_HASH), CONSTANT(GROW_BY_SCORES), CONSTANT(GROW_BY_KEYS),
+        CONSTANT(MARK_DEAD), CONSTANT(MARK_DEAD_OF_ALL), CONSTANT(OF_SLOTS), CONSTANT(OF_PLACES),
+        CONSTANT(MOVE), CONSTANT(FILL), CONSTANT(PAIRS), CONSTANT(ROW_ORDER), CONSTANT(COL_ORDER),
+    };
+    return constant_by_text(constants, text);
 }
