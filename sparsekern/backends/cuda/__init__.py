@@ -44,14 +44,13 @@ ARCHITECTURES = ("sm_80", "sm_90a", "compute_80")
 
 def built() -> str | None:
     """Which of the files were compiled when sparsekern was built, and for what; None where none was."""
-    files = [name for name in KERNELS if (FATBIN / f"{name}.fatbin").exists()]
+    files = _files(FATBIN)
     return f"{', '.join(files)} for {', '.join(ARCHITECTURES)}" if files else None
 
 
 def unavailable() -> str | None:
     """Why these kernels cannot run here, in a sentence; None when they can."""
-    missing = [f"{name}.fatbin" for name in KERNELS if not (FATBIN / f"{name}.fatbin").exists()]
-    if missing:
+    if missing := [f"{name}.fatbin" for name in KERNELS if name not in _files(FATBIN)]:
         return (
             f"sparsekern was built without {', '.join(missing)}; install it again with nvcc on the PATH "
             "(SPARSEKERN_CUDA=1 says what is missing)."
@@ -64,6 +63,12 @@ def unavailable() -> str | None:
     if _cuda is None:
         return "sparsekern was built without sparsekern._cuda; install it again where a C++ compiler works."
     return None
+
+
+@functools.cache
+def _files(folder: Path) -> list[str]:
+    """Those of KERNELS that are there, looked up once: whether they are is asked at every event of rewiring."""
+    return [name for name in KERNELS if (folder / f"{name}.fatbin").exists()]
 
 
 def refusal(x: Tensor, layout: Layout) -> str | None:

@@ -1,5 +1,5 @@
-// Launches of emulated kernels by their names, with arguments of 8 bytes each as prepared launches pass them; and constants
-// of their sources, by the text of an expression.
+// Launches of emulated kernels by their names, with arguments of 8 bytes each as prepared launches pass them; and
+// constants of their sources, by the text of an expression.
 #pragma once
 #include <map>
 #include <string>
