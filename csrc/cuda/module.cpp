@@ -55,12 +55,10 @@ PyObject* call_launch(const Call& call) {
     return PyBool_FromLong(launched);
 }
 const Keywords<5>& dds_words() {
-    static const auto* words = new Keywords<5>("dds", {"x", "weight", "bias", "layout", "transpose"});
-    return *words;
+    return made_once([] { return Keywords<5>("dds", {"x", "weight", "bias", "layout", "transpose"}); });
 }
 const Keywords<3>& sdd_words() {
-    static const auto* words = new Keywords<3>("sdd", {"dy", "x", "layout"});
-    return *words;
+    return made_once([] { return Keywords<3>("sdd", {"dy", "x", "layout"}); });
 }
 PyObject* call_dds(const Call& call) {
     const auto [x, weight, bias, layout, transpose] = dds_words().read(call);
@@ -75,9 +73,10 @@ PyObject* call_sdd(const Call& call) {
 }
 
 const Keywords<10>& write_event_words() {
-    static const auto* words = new Keywords<10>("write_event", {"table", "layers", "counts", "live", "streams", "number",
-                                                                "gradients", "scores", "growth", "target"});
-    return *words;
+    return made_once([] {
+        return Keywords<10>("write_event", {"table", "layers", "counts", "live", "streams", "number", "gradients",
+                                            "scores", "growth", "target"});
+    });
 }
 PyObject* call_write_event(const Call& call) {
     const auto [table, layers, counts, live, streams, number, gradients, scores, growth, target] =
@@ -86,22 +85,18 @@ PyObject* call_write_event(const Call& call) {
         write_event(table, layers, counts, live, streams, number, gradients, scores, growth, target));
 }
 const Keywords<5>& unchanged_words() {
-    static const auto* words =
-        new Keywords<5>("unchanged", {"items", "attributes", "sizes", "types", "tensors"});
-    return *words;
+    return made_once([] { return Keywords<5>("unchanged", {"items", "attributes", "sizes", "types", "tensors"}); });
 }
 PyObject* call_unchanged(const Call& call) {
     const auto [items, attributes, sizes, types, tensors] = unchanged_words().read(call);
     return PyBool_FromLong(are_unchanged(items.value, attributes.value, sizes.value, types.value, tensors.value));
 }
 const Keywords<1>& describe_words() {
-    static const auto* words = new Keywords<1>("describe", {"tensor"});
-    return *words;
+    return made_once([] { return Keywords<1>("describe", {"tensor"}); });
 }
 PyObject* call_describe(const Call& call) { return describe(describe_words().read(call)[0].value).release().ptr(); }
 const Keywords<1>& layouts_words() {
-    static const auto* words = new Keywords<1>("versions and stamp", {"layouts"});
-    return *words;
+    return made_once([] { return Keywords<1>("versions and stamp", {"layouts"}); });
 }
 PyObject* call_versions(const Call& call) { return versions_of(layouts_words().read(call)[0].value).release().ptr(); }
 PyObject* call_stamp(const Call& call) { return stamp(layouts_words().read(call)[0].value).release().ptr(); }

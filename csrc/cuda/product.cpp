@@ -13,15 +13,14 @@ py::object owned(PyObject* made) {
     return py::reinterpret_steal<py::object>(made);
 }
 
-// Python objects that every call needs, made once and never freed: the interpreter may be gone by then.
+// Python objects that every call needs.
 struct Names {
     const py::object new_empty = interned_word("new_empty"), is_contiguous = interned_word("is_contiguous"),
                      get_device = interned_word("get_device"), float32 = torch_name("torch", "float32"),
                      dtype_keyword = py::make_tuple(interned_word("dtype"));
 };
 const Names& names() {
-    static const Names* made = new Names();
-    return *made;
+    return made_once([] { return Names(); });
 }
 
 py::object method_result(PyObject* self, const py::object& method) {
