@@ -3,6 +3,7 @@
 // call is `_C.sdd(layout=layout, dy=dy, x=x, ...)`, never a row of anonymous integers. py::arg would do the same, but
 // pybind11 takes 1.4 us to sort out eleven names, and this 0.2 (a whole dds of 16 tokens takes 8).
 #pragma once
+#include <pybind11/gil_safe_call_once.h>
 #include <pybind11/pybind11.h>
 
 #include <array>
@@ -22,6 +23,15 @@ constexpr const char* DTYPE_NAMES[] = {"float32", "bfloat16", "float16", "int16"
 inline int bytes_of(Dtype dtype) {
     constexpr int BYTES[] = {4, 2, 2, 2, 4, 8, 0};
     return BYTES[int(dtype)];
+}
+
+// What `make` returns at the first call, never freed: the interpreter may be gone by then. Where it calls Python,
+// another thread may go on; a plain static would make that one wait here for the first, which waits for Python's lock.
+template <class Make>
+const auto& made_once(const Make& make) {
+    using Made = decltype(make());
+    PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<const Made*> made;
+    return *made.call_once_and_store_result([&] { return new Made(make()); }).get_stored();
 }
 
 // Python objects that every call needs, made once.
@@ -47,8 +57,7 @@ struct Interned {
     }
 };
 inline const Interned& interned() {
-    static const Interned* objects = new Interned();  // never freed: the interpreter may be gone by then
-    return *objects;
+    return made_once([] { return Interned(); });
 }
 
 inline py::object owned(PyObject* found) {

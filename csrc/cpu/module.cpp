@@ -45,8 +45,9 @@ int features(int blocks, const Layout& layout, const Argument& token_offsets) {
 }
 
 PyObject* call_dds(const Call& call) {
-    static const auto& keywords = *new Keywords<8>(
-        "dds", {"layout", "x", "weight", "bias", "y", "transpose", "token_offsets", "threads"});
+    const auto& keywords = made_once([] {
+        return Keywords<8>("dds", {"layout", "x", "weight", "bias", "y", "transpose", "token_offsets", "threads"});
+    });
     const auto [layout_, x, weight, bias, y, transpose_, token_offsets, threads] = keywords.read(call);
     const Layout layout = read_layout(layout_);
     const Type type = type_of(x);
@@ -72,7 +73,8 @@ PyObject* call_dds(const Call& call) {
 }
 
 PyObject* call_sdd(const Call& call) {
-    static const auto& keywords = *new Keywords<6>("sdd", {"layout", "dy", "x", "grad", "token_offsets", "threads"});
+    const auto& keywords =
+        made_once([] { return Keywords<6>("sdd", {"layout", "dy", "x", "grad", "token_offsets", "threads"}); });
     const auto [layout_, dy, x, grad, token_offsets, threads] = keywords.read(call);
     const Layout layout = read_layout(layout_);
     const Type type = type_of(x);
@@ -211,11 +213,11 @@ PyObject* call_copy(const Keywords<4>& keywords, const Call& call, decltype(dens
     Py_RETURN_NONE;
 }
 PyObject* call_densify(const Call& call) {
-    static const auto& keywords = *new Keywords<4>("densify", {"layout", "weight", "dense", "threads"});
+    const auto& keywords = made_once([] { return Keywords<4>("densify", {"layout", "weight", "dense", "threads"}); });
     return call_copy(keywords, call, densify, true);
 }
 PyObject* call_gather(const Call& call) {
-    static const auto& keywords = *new Keywords<4>("gather", {"layout", "dense", "weight", "threads"});
+    const auto& keywords = made_once([] { return Keywords<4>("gather", {"layout", "dense", "weight", "threads"}); });
     return call_copy(keywords, call, gather, false);
 }
 
@@ -226,7 +228,7 @@ void* elements(const Argument& tensor, int64_t count, Dtype dtype, const char* n
 }
 
 PyObject* call_weakest(const Call& call) {
-    static const auto& keywords = *new Keywords<4>("weakest", {"layout", "scores", "counts", "slots"});
+    const auto& keywords = made_once([] { return Keywords<4>("weakest", {"layout", "scores", "counts", "slots"}); });
     const auto [layout_, scores_, counts_, slots_] = keywords.read(call);
     const Layout layout = read_layout(layout_);
     const auto counts = py::handle(counts_.value).cast<std::vector<int64_t>>();
@@ -247,7 +249,8 @@ PyObject* call_weakest(const Call& call) {
 }
 
 PyObject* call_random_candidates(const Call& call) {
-    static const auto& keywords = *new Keywords<4>("random_candidates", {"layout", "count", "start", "keys"});
+    const auto& keywords =
+        made_once([] { return Keywords<4>("random_candidates", {"layout", "count", "start", "keys"}); });
     const auto [layout_, count_, start_, keys_] = keywords.read(call);
     const Layout layout = read_layout(layout_);
     const int64_t count = count_.integer();
@@ -262,7 +265,7 @@ PyObject* call_random_candidates(const Call& call) {
 }
 
 PyObject* call_build_index(const Call& call) {
-    static const auto& keywords = *new Keywords<1>("build_index", {"layout"});
+    const auto& keywords = made_once([] { return Keywords<1>("build_index", {"layout"}); });
     const Layout layout = read_layout(keywords.read(call)[0]);
     {
         py::gil_scoped_release others_may_run;
@@ -272,8 +275,8 @@ PyObject* call_build_index(const Call& call) {
 }
 
 PyObject* call_order_by_group(const Call& call) {
-    static const auto& keywords =
-        *new Keywords<4>("order_by_group", {"ids", "offsets", "order", "inverse"});
+    const auto& keywords =
+        made_once([] { return Keywords<4>("order_by_group", {"ids", "offsets", "order", "inverse"}); });
     const auto [ids_, offsets_, order_, inverse_] = keywords.read(call);
     const int64_t tokens = ids_.numel(), groups = offsets_.numel() - 1;
     if (groups < 1) offsets_.refuse("must have groups + 1 elements, got " + std::to_string(groups + 1));

@@ -30,9 +30,6 @@
 
 namespace sparsekern {
 
-// That multiply; one more copies x. Of 12 warps, each may have 168 registers; of 9, no more.
-constexpr int NUM_WARPS = 11;
-constexpr int THREADS = (NUM_WARPS + 1) * 32;
 constexpr int TOKENS = 64, TOKEN_TILES = TOKENS / 16;  // of a tile
 constexpr int CHUNK = 256;                             // features of x in a stage
 constexpr int PITCH = 2 * CHUNK + 16;                  // bytes of a token: rows of a matrix lie in different banks
@@ -210,8 +207,6 @@ struct DdsShape {
     static constexpr int GROUP_BYTES = Units<B>::GROUP * Units<B>::BYTES, WARP_BYTES = Units<B>::RING * GROUP_BYTES;
     static constexpr int TILES = B / 8;  // tensor-core tiles side by side
 };
-
-constexpr int MOST_STAGES = 8;
 
 struct DdsShared {
     uint64_t full[MOST_STAGES], empty[MOST_STAGES];

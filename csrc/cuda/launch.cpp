@@ -41,17 +41,23 @@ bool Launch::operator()(int64_t tokens, uintptr_t stream, const uintptr_t* addre
             }
             case Parameter::MAP_STRIDE: values[p] = strides[parameter.tensor]; break;
             case Parameter::TOKENS: values[p] = tokens; break;
-            case Parameter::NUMBER: values[p] = parameter.number; break;
+            case Parameter::NUMBER:
+                values[p] = parameter.number;
+                large |= uint64_t(values[p]);
+                break;
             case Parameter::NOTHING: values[p] = 0; break;
         }
     }
-    if (unaligned % ALIGNMENT || large > INT32_MAX) return false;
+    if (specialised && (unaligned % ALIGNMENT || large > INT32_MAX)) return false;
     void *const kernel = reinterpret_cast<void*>(function), *const queue = reinterpret_cast<void*>(stream);
     const LaunchKernel launch = driver::launch_kernel();
     const int code = driver::in_context(device, [&] {
         return launch(kernel, unsigned(x), unsigned(grid.y), 1, threads, 1, 1, shared, queue, places, nullptr);
     });
-    if (code) throw std::runtime_error(name + " was not launched: " + driver::error_text(code));
+    if (code)
+        throw std::runtime_error(name + " was not launched: " + driver::error_text(code) + " (" + std::to_string(x) +
+                                 " x " + std::to_string(grid.y) + " programs of " + std::to_string(threads) +
+                                 " threads and " + std::to_string(shared) + " dynamic bytes)");
     return true;
 }
 

@@ -17,8 +17,8 @@ constexpr int MAX_PARAMETERS = 32, MAX_MAPS = 4;
 struct Parameter {
     // MAP is the tensor map of a tensor; MAP_STRIDE the stride that belongs to it, for which no variant is compiled
     enum Kind { ADDRESS, STRIDE, MAP, MAP_STRIDE, TOKENS, NUMBER, NOTHING } kind;
-    int tensor;                           // ADDRESS, STRIDE, MAP and MAP_STRIDE: which of the call's tensors
-    int32_t number;                       // NUMBER
+    int tensor;                          // ADDRESS, STRIDE, MAP and MAP_STRIDE: which of the call's tensors
+    int64_t number;                      // NUMBER
     std::shared_ptr<TensorMaps> maps{};  // MAP
 };
 
@@ -40,6 +40,7 @@ struct Launch {
     Grid grid;
     std::vector<Parameter> parameters;
     std::vector<bool> has_stride;  // by tensor: whether a parameter wants it
+    bool specialised;  // by Triton: for addresses and strides that are multiples of 16, and numbers of 31 bits
 
     // Whether the kernel was launched; false where a value does not fit what the kernel was compiled for.
     bool operator()(int64_t tokens, uintptr_t stream, const uintptr_t* addresses, const int64_t* strides) const;

@@ -55,12 +55,10 @@ PyObject* call_launch(const Call& call) {
     return PyBool_FromLong(launched);
 }
 const Keywords<5>& dds_words() {
-    static const auto* words = new Keywords<5>("dds", {"x", "weight", "bias", "layout", "transpose"});
-    return *words;
+    return made_once([] { return Keywords<5>("dds", {"x", "weight", "bias", "layout", "transpose"}); });
 }
 const Keywords<3>& sdd_words() {
-    static const auto* words = new Keywords<3>("sdd", {"dy", "x", "layout"});
-    return *words;
+    return made_once([] { return Keywords<3>("sdd", {"dy", "x", "layout"}); });
 }
 PyObject* call_dds(const Call& call) {
     const auto [x, weight, bias, layout, transpose] = dds_words().read(call);
@@ -75,9 +73,10 @@ PyObject* call_sdd(const Call& call) {
 }
 
 const Keywords<10>& write_event_words() {
-    static const auto* words = new Keywords<10>("write_event", {"table", "layers", "counts", "live", "streams", "number",
-                                                                "gradients", "scores", "growth", "target"});
-    return *words;
+    return made_once([] {
+        return Keywords<10>("write_event", {"table", "layers", "counts", "live", "streams", "number", "gradients",
+                                            "scores", "growth", "target"});
+    });
 }
 PyObject* call_write_event(const Call& call) {
     const auto [table, layers, counts, live, streams, number, gradients, scores, growth, target] =
@@ -86,22 +85,18 @@ PyObject* call_write_event(const Call& call) {
         write_event(table, layers, counts, live, streams, number, gradients, scores, growth, target));
 }
 const Keywords<5>& unchanged_words() {
-    static const auto* words =
-        new Keywords<5>("unchanged", {"items", "attributes", "sizes", "types", "tensors"});
-    return *words;
+    return made_once([] { return Keywords<5>("unchanged", {"items", "attributes", "sizes", "types", "tensors"}); });
 }
 PyObject* call_unchanged(const Call& call) {
     const auto [items, attributes, sizes, types, tensors] = unchanged_words().read(call);
     return PyBool_FromLong(are_unchanged(items.value, attributes.value, sizes.value, types.value, tensors.value));
 }
 const Keywords<1>& describe_words() {
-    static const auto* words = new Keywords<1>("describe", {"tensor"});
-    return *words;
+    return made_once([] { return Keywords<1>("describe", {"tensor"}); });
 }
 PyObject* call_describe(const Call& call) { return describe(describe_words().read(call)[0].value).release().ptr(); }
 const Keywords<1>& layouts_words() {
-    static const auto* words = new Keywords<1>("versions and stamp", {"layouts"});
-    return *words;
+    return made_once([] { return Keywords<1>("versions and stamp", {"layouts"}); });
 }
 PyObject* call_versions(const Call& call) { return versions_of(layouts_words().read(call)[0].value).release().ptr(); }
 PyObject* call_stamp(const Call& call) { return stamp(layouts_words().read(call)[0].value).release().ptr(); }
@@ -134,7 +129,7 @@ int place_of(const std::string& name, const std::vector<std::string>& tensors) {
 
 Parameter parameter(const std::string& kind, const py::object& value, const std::vector<std::string>& tensors,
                     const Launch& launch) {
-    if (kind == "number") return {Parameter::NUMBER, 0, value.cast<int32_t>()};
+    if (kind == "number") return {Parameter::NUMBER, 0, value.cast<int64_t>()};
     if (kind == "tokens") return {Parameter::TOKENS, 0, 0};
     if (kind == "nothing") return {Parameter::NOTHING, 0, 0};
     if (kind == "map") {
@@ -154,13 +149,15 @@ Parameter parameter(const std::string& kind, const py::object& value, const std:
 
 py::object prepare(std::string name, uintptr_t function, int device, int threads, int shared,
                    std::array<int64_t, 4> grid, const std::vector<std::string>& tensors,
-                   const std::vector<std::pair<std::string, py::object>>& parameters, py::object owner) {
+                   const std::vector<std::pair<std::string, py::object>>& parameters, bool specialised,
+                   py::object owner) {
     if (parameters.size() > MAX_PARAMETERS || tensors.size() > MAX_PARAMETERS)
         throw py::value_error("prepare: " + name + " has more than " + std::to_string(MAX_PARAMETERS) + " parameters");
     auto named = std::make_shared<NamedLaunch>();
     named->owner = std::move(owner);
     Launch& launch = named->launch;
-    launch = {std::move(name), function, device, threads, shared, {grid[0], grid[1], grid[2], grid[3]}, {}, {}};
+    launch = {std::move(name), function, device, threads, shared, {grid[0], grid[1], grid[2], grid[3]}, {}, {},
+              specialised};
     launch.has_stride.resize(tensors.size());
     int num_maps = 0;
     for (const auto& [kind, value] : parameters) {
@@ -231,18 +228,19 @@ PYBIND11_MODULE(_cuda, m) {
     m.doc() = "Prepared launches on an NVIDIA GPU, and what an event of rewiring asks of a whole model in one call.";
     if (PyModule_AddFunctions(m.ptr(), sk::METHODS)) throw py::error_already_set();
     m.def("prepare", sk::prepare, py::kw_only(), arg("name"), arg("function"), arg("device"), arg("threads"),
-          arg("shared"), arg("grid"), arg("tensors"), arg("parameters"), arg("owner"),
+          arg("shared"), arg("grid"), arg("tensors"), arg("parameters"), arg("specialised"), arg("owner"),
           "A function that launches a kernel: launch(tokens=..., stream=..., and every tensor by its name) -> bool.\n\n"
           "grid: (tokens of a program, or 0; programs more; outputs; programs along y): x is\n"
           "    (ceil(tokens / tokens of a program) + programs more) * outputs.\n"
           "parameters: those of the kernel, in order: (\"address\", tensor), (\"stride\", tensor),\n"
-          "    (\"tokens\", None), (\"number\", int32) or (\"nothing\", None), which is a null pointer; and\n"
+          "    (\"tokens\", None), (\"number\", int64) or (\"nothing\", None), which is a null pointer; and\n"
           "    (\"map\", {tensor, data_type, element_bytes, swizzle, box_rows, box_width, rows, width}), a\n"
           "    CUtensorMap of so many rows side by side, or of a row for each token where that is 0,\n"
           "    (\"map_stride\", tensor) elements apart.\n"
+          "specialised: False comes back, and nothing is launched, where an address or a stride is no multiple of 16\n"
+          "    or a number has over 31 bits: Triton compiles another variant for those.\n"
           "owner: what keeps the function loaded; it lives as long as the launch.\n"
-          "False comes back, and nothing is launched, where an address or a stride is no multiple of 16 or a number\n"
-          "has over 31 bits: Triton compiles another variant for those; or where no tensor map describes a matrix.");
+          "False also comes back where no tensor map describes a matrix.");
     m.def("products", sk::products, py::kw_only(), arg("current_device"), arg("current_stream"), arg("precision"),
           "Four functions: dds(x=, weight=, bias=, layout=, transpose=) -> the output, or None where such operands\n"
           "were not learnt; add, which learns them; and sdd(dy=, x=, layout=) with an add of its own.\n\n"

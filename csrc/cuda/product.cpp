@@ -11,14 +11,13 @@ py::object interned_word(const std::string& word) {
 }
 py::object torch_name(const char* module, const char* name) { return py::module_::import(module).attr(name); }
 
-// Python objects that every call needs, made once and never freed: the interpreter may be gone by then.
+// Python objects that every call needs.
 struct Names {
     const py::object get_device = interned_word("get_device"), float32 = torch_name("torch", "float32"),
                      dtype_keyword = py::make_tuple(interned_word("dtype"));
 };
 const Names& names() {
-    static const Names* made = new Names();
-    return *made;
+    return made_once([] { return Names(); });
 }
 
 py::object method_result(PyObject* self, const py::object& method) {

@@ -23,10 +23,6 @@
 
 namespace sparsekern {
 
-// That multiply; one more copies. Of 12 warps, each may have 168 registers; of 9, no more.
-constexpr int NUM_WARPS = 11;
-constexpr int THREADS = (NUM_WARPS + 1) * 32;
-
 // What a launch passes, each as 8 bytes.
 struct SddCall {
     const uint16_t *dy, *x;      // [T, features of all groups], of one group if ragged
@@ -53,8 +49,6 @@ struct SddShape {
 #endif
     static constexpr int USUAL = B == 16 ? 10 : 16;  // or fewer; each number of units has code of its own
 };
-
-constexpr int MOST_STAGES = 8;
 
 template <class Shape>
 struct SddShared {

@@ -10,14 +10,14 @@ namespace sparsekern {
 
 // Looks at a torch.Tensor or Parameter; false, with a Python error, where it has no memory to look at.
 inline bool view(PyObject* tensor, TensorView& to) {
-    static const TensorExchange* const exchange = [] {
+    const TensorExchange* const exchange = made_once([] {
         const py::object offered = py::module_::import("torch").attr("Tensor").attr("__dlpack_c_exchange_api__");
         const auto* found = static_cast<TensorExchange*>(PyCapsule_GetPointer(offered.ptr(), "dlpack_exchange_api"));
         if (!found) throw py::error_already_set();
         while (found && found->major != 1) found = found->earlier;
         if (!found || !found->view) throw std::runtime_error("torch offers no exchange API of DLPack 1 for its tensors");
         return found;
-    }();
+    });
     return !exchange->view(tensor, &to);
 }
 inline TensorView view_of(PyObject* tensor) {

@@ -69,7 +69,7 @@ constexpr Py_ssize_t TENSORS = 3, NUMBERS = 5;  // of a Layout
 // Calls visit(layout, version of each tensor as an int) for each layout, and returns all versions in one tuple.
 template <class Visit>
 py::tuple versions_and(PyObject* layouts, const Visit& visit) {
-    static PyObject* const version = interned("_version");
+    PyObject* const version = made_once([] { return interned("_version"); });
     if (!PyList_Check(layouts)) throw py::type_error("layouts must be a list");
     py::tuple all(TENSORS * PyList_GET_SIZE(layouts));
     for (Py_ssize_t n = 0; n < PyList_GET_SIZE(layouts); n++) {
@@ -132,8 +132,9 @@ py::tuple versions_of(PyObject* layouts) {
 }
 
 py::tuple stamp(PyObject* layouts) {
-    static PyObject *const built_from = interned("built_from"), *const built_for = interned("built_for");
-    return versions_and(layouts, [](PyObject* layout, py::object* versions) {
+    PyObject* const built_from = made_once([] { return interned("built_from"); });
+    PyObject* const built_for = made_once([] { return interned("built_for"); });
+    return versions_and(layouts, [=](PyObject* layout, py::object* versions) {
         PyObject *const rows = PyTuple_GET_ITEM(layout, 0), *const cols = PyTuple_GET_ITEM(layout, 1);
         PyObject* const index = PyTuple_GET_ITEM(layout, 2);
         const py::object counts = owned(PyTuple_Pack(TENSORS, versions[0].ptr(), versions[1].ptr(), versions[2].ptr()));

@@ -24,7 +24,7 @@ try:
 except ImportError:  # backends/cuda says so, to whoever asks for it
     _cuda = None
 
-THREADS, ITEMS, TILE_PLACES = 512, 64, 1024  # as in csrc/cuda/rewire.h
+THREADS, ITEMS, TILE_PLACES = 512, 64, 1024  # as in csrc/cuda/rewire.h, like what follows
 MAX_TENSORS, MAX_COPIES = 12, 4
 DIGITS = 2**16
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -210,10 +210,11 @@ def rewire_model(tables: ModelTables, event: Tensor) -> None:
     workspace = torch.empty(tables._workspace_bytes, dtype=torch.uint8, device=device)
     workspace[: tables._cleared_bytes].zero_()
     layers = tables._layer_table
+    if event.data_ptr() % 16:
+        raise ValueError(f"rewire_model: the event must lie at 16 bytes, got {event.data_ptr():#x}")
     with cuda.current(device) as stream:
         for launch, tiles in tables._launches:
-            if not launch(tokens=0, stream=stream, layers=layers, tiles=tiles, workspace=workspace, events=event):
-                raise ValueError(f"rewire_model: the event must lie at 16 bytes, got {event.data_ptr():#x}")
+            launch(tokens=0, stream=stream, layers=layers, tiles=tiles, workspace=workspace, events=event)
     # torch is told what the kernels have written, so that a backward that needs the old values raises
     torch.autograd.graph.increment_version(tables._written)
     _cuda.stamp(layouts=tables._layouts)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulation import NamedLaunches
+from emulation import Launches
 
 from bench import compare, contenders, cost_model, limits, measure, plot, report, results
 from bench.case import KEYS, Case
@@ -178,7 +178,7 @@ def test_a_contender_that_loses_one_block_is_not_timed(product):
 
 @pytest.mark.parametrize("block", cuda.BLOCK_SIZES)
 def test_the_kernels_of_cuda_are_a_contender_whose_products_are_right(monkeypatch, block):
-    monkeypatch.setattr(cuda, "launch", NamedLaunches())  # by emulation on a CPU
+    Launches(monkeypatch)  # by emulation on a CPU
     problem = Problem(Case(128, 192, 40, 0.3, block, 1, arithmetic="bfloat16"))
     contenders.right(problem, contenders.by_cuda, contenders.STEP)(*problem.next_set())
 

@@ -12,7 +12,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from emulation import NamedLaunches
+from emulation import Launches, constant
 from oracle import random_topology
 from torch import Tensor
 
@@ -28,9 +28,7 @@ BOUND = {dtype: oracle.BOUND[dtype] for dtype in products.NAMES}
 
 @pytest.fixture
 def launches(monkeypatch):
-    launches = NamedLaunches()
-    monkeypatch.setattr(cuda, "launch", launches)
-    return launches
+    return Launches(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -154,6 +152,24 @@ def check_sdd(case: Case, device: str = "cpu") -> None:
     case.check("sdd", grad, lambda x, dy, *_: oracle.gather_blocks(oracle.outer(dy, x, groups, case.ends), topology))
 
 
+def test_the_launchers_count_with_the_numbers_of_the_kernels():
+    dds = {name: getattr(products, name) for name in ("NUM_WARPS", "THREADS", "MOST_STAGES", "PACK_THREADS", "CHUNK")}
+    dds["TOKENS"] = products.TILE_TOKENS
+    for b, shapes in products.DDS_SHAPES.items():
+        dds |= {f"Units<{b}>::BYTES": shapes[0].unit_bytes}
+        dds |= {f"Units<{b}>::GROUP * Units<{b}>::RING": products.RING_UNITS[b]}
+        dds |= {f"DdsShape<{b}, BFLOAT16, {shape.rows}>::STAGE": shape.stage_bytes for shape in shapes}
+    sdd = {name: getattr(products, name) for name in ("NUM_WARPS", "THREADS", "MOST_STAGES", "SUM_THREADS")}
+    shapes = {f"SddShape<{b}, BFLOAT16, {', '.join(map(str, shape))}>": (b, shape) for b in cuda.BLOCK_SIZES
+              for shape in products.SDD_SHAPES}  # fmt: skip
+    sdd |= {f"{name}::STAGE": shape.stage_bytes for name, (_, shape) in shapes.items()}
+    sdd |= {f"{name}::MOST": products.SDD_UNITS[b] // products.NUM_WARPS for name, (b, _) in shapes.items()}
+    for source, ours in (("dds", dds), ("sdd", sdd)):
+        assert ours == {expression: constant(source, expression) for expression in ours}
+    assert constant("dds", "sizeof(DdsShared)") <= products.DDS_BARRIER_BYTES
+    assert all(constant("sdd", f"sizeof(SddShared<{name}>)") <= products.SDD_BARRIER_BYTES for name in shapes)
+
+
 @pytest.mark.parametrize("first", range(0, RANDOM_CASES, 20))
 def test_dds_of_random_layers_matches_float64(launches, monkeypatch, first):
     for number in range(first, first + 20):
@@ -179,8 +195,7 @@ def test_a_dds_of_a_layer_without_live_blocks_is_its_bias(launches):
 def test_a_dds_takes_groups_of_as_many_features_as_it_says(launches, monkeypatch):
     monkeypatch.setattr(products, "_num_sms", lambda device: 1)
     check_dds(make((1, cuda.MOST_FEATURES // 8), 8, torch.bfloat16, 3, live=0.02))
-    lists = 2048  # static bytes, at most
-    assert launches.shared["pack_8"] + lists <= cuda.NEEDED_SHARED
+    assert launches.shared["pack_8"] + constant("dds", "sizeof(PackShared)") <= cuda.NEEDED_SHARED
 
 
 def test_a_kernel_may_have_the_most_shared_memory_that_a_launch_of_it_wanted(monkeypatch):

@@ -3,14 +3,12 @@
 On a GPU (marker gpu) the same cases run on the device itself.
 """
 
-import ctypes
 import random
 from dataclasses import dataclass, replace
 
-import numpy as np
 import pytest
 import torch
-from emulation import Launches, library
+from emulation import Launches, constant
 from torch import Tensor
 
 from sparsekern.backends import cpu, cuda
@@ -398,13 +396,29 @@ def test_an_event_says_when_it_dropped_a_nan(launches):
     assert tables.stats[:, 1].tolist() == [1, 0]
 
 
-def test_the_tables_have_the_layout_of_the_kernels():
-    bytes_of = library("rewire.cpp").bytes_of
-    bytes_of.restype = ctypes.c_int64
-    sizes = [np.dtype(getattr(on_device, name)).itemsize for name in ("_LAYER", "_LIST", "_TENSOR", "_COORDINATES")]
-    sizes += [on_device._EVENT_BYTES, on_device._SEGMENT_BYTES, on_device._TILE.itemsize, on_device._SELECTION_BYTES]
-    offsets = [on_device._LAYER.fields[name][1] for name in ("weight", "num_tensors", "first_segment")]
-    assert [bytes_of(i) for i in range(len(sizes) + 3)] == sizes + offsets
+def test_the_tables_have_the_layout_and_the_numbers_of_the_kernels():
+    ours = {
+        "sizeof(Layer)": on_device._LAYER.itemsize,
+        "sizeof(List)": on_device._LIST.itemsize,
+        "sizeof(Tensor)": on_device._TENSOR.itemsize,
+        "sizeof(Coordinates)": on_device._COORDINATES.itemsize,
+        "sizeof(Tile)": on_device._TILE.itemsize,
+        "sizeof(LayerEvent)": on_device._EVENT_BYTES,
+        "sizeof(Segment)": on_device._SEGMENT_BYTES,
+        "sizeof(Selection)": on_device._SELECTION_BYTES,
+        "sizeof(Threshold)": on_device._THRESHOLD_BYTES,
+        "TILE_WORDS * 32": on_device.TILE_PLACES,
+        "MARK_DEAD": Growth.MARK_DEAD,
+        "MARK_DEAD_OF_ALL": Growth.MARK_DEAD_OF_ALL,
+    }
+    fields = "weight", "num_tensors", "first_segment"
+    ours |= {f"offsetof(Layer, {name})": on_device._LAYER.fields[name][1] for name in fields}
+    ours |= {name: getattr(on_device, name) for name in ("THREADS", "ITEMS", "MAX_TENSORS", "MAX_COPIES", "DIGITS")}
+    ours |= {f"GROW_{growth.name}": growth for growth in Growth if not growth.marks}
+    ours |= {f"ELEMENT_{str(dtype)[6:].upper()}": number for dtype, number in on_device.TYPES.items()}
+    parts = "OF_SLOTS", "OF_PLACES", "MOVE", "FILL", "PAIRS", "ROW_ORDER", "COL_ORDER"
+    ours |= {part: getattr(on_device, f"_{part}") for part in parts}
+    assert ours == {expression: constant("rewire", expression) for expression in ours}
 
 
 @pytest.mark.parametrize(

@@ -31,44 +31,47 @@ def library(source: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(target))
 
 
-class NamedLaunches:
-    """Takes the place of `cuda.launch`: runs kernels of an emulation by their names, and remembers these."""
-
-    def __init__(self):
-        self.names = []
-        self.shared = {}  # dynamic bytes of the last launch of each
-
-    def __call__(self, file, kernel, blocks, threads, addresses, device, shared=0):
-        assert blocks > 0 and threads % 32 == 0 and shared <= SHARED_BYTES
-        assert kernel in cuda.KERNELS[file], f"{kernel} is not in the table of kernels"
-        self.names.append(kernel)
-        self.shared[kernel] = shared
-        words = (ctypes.c_uint64 * len(addresses))(*addresses)
-        name = f"{file}_{kernel}".encode()
-        status = library(f"{file}.cpp").launch(name, blocks, threads, shared, words, len(words))
-        assert status == 0, f"{file}_{kernel} does not take {len(words)} arguments"
+def constant(source: str, expression: str) -> int:
+    """What an expression is in csrc/cuda/<source>.cu, of those that tests/helpers/emulated/<source>.cpp lists."""
+    ask = library(f"{source}.cpp").constant
+    ask.restype = ctypes.c_int64
+    found = ask(expression.encode())
+    assert found >= 0, f"tests/helpers/emulated/{source}.cpp does not list {expression}"
+    return found
 
 
 class Launches:
-    """Takes the place of `cuda.prepare`: runs the kernels of the emulation, and remembers their names."""
+    """Takes the place of `cuda.prepare`: runs the kernels of an emulation by their names, and remembers these."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, run: bool = True):
         pytest.importorskip("sparsekern._cuda", reason="sparsekern was installed without sparsekern._cuda")
-        self.names = []
-        self.library = library("rewire.cpp") if run else None
+        self.names, self.run = [], run
+        self.shared = {}  # dynamic bytes of the last launch of each
         monkeypatch.setattr(cuda, "prepare", self.prepare)
         monkeypatch.setattr(cuda, "current", lambda device: nullcontext(0))
 
-    def prepare(self, file, kernel, blocks, threads, tensors, device):
-        assert blocks > 0 and threads == 512, "an empty grid is an error on a GPU"
-        number = cuda.KERNELS[file].index(kernel)
+    def prepare(self, file, kernel, blocks, threads, parameters, device, shared=0):
+        assert blocks > 0, "an empty grid is an error on a GPU"
+        assert threads % 32 == 0 and shared <= SHARED_BYTES
+        assert kernel in cuda.KERNELS[file], f"{kernel} is not in the table of kernels"
+        sources = [cuda.source(parameter) for parameter in parameters]
 
-        def launch(*, tokens, stream, **arguments):
-            assert list(arguments) == list(tensors), "a prepared launch takes them in this order"
+        def launch(*, tokens, stream, **tensors):
+            assert list(tensors) == [value for kind, value in sources if kind == "address"], "in this order"
             self.names.append(kernel)
-            if self.library is not None:
-                addresses = (ctypes.c_void_p(tensor.data_ptr()) for tensor in arguments.values())
-                self.library.launch(number, blocks, *addresses)
+            self.shared[kernel] = shared
+            if not self.run:
+                return True
+            read = {
+                "number": lambda number: number,
+                "tokens": lambda _: tokens,
+                "stride": lambda tensor: tensors[tensor].stride(0),
+                "address": lambda tensor: 0 if tensors[tensor] is None else tensors[tensor].data_ptr(),
+            }
+            words = (ctypes.c_uint64 * len(sources))(*(read[kind](value) for kind, value in sources))
+            name = f"{file}_{kernel}".encode()
+            status = library(f"{file}.cpp").launch(name, blocks, threads, shared, words, len(words))
+            assert status == 0, f"{file}_{kernel} does not take {len(words)} arguments"
             return True
 
         return launch

@@ -8,6 +8,7 @@ import gc
 import itertools
 import threading
 import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,8 @@ from triton.runtime import driver
 import sparsekern as sk
 from bench.call_overhead import Driver
 from sparsekern import choose, operators, products, quick
-from sparsekern.backends import triton
+from sparsekern.backends import cuda, triton
+from sparsekern.backends.cuda import products as cuda_products
 from sparsekern.backends.triton import launch, prepare, tiles
 
 STREAM = 77
@@ -428,6 +430,92 @@ def test_a_thread_without_a_context_enters_the_devices(compiled):
     thread.join()
     assert [r["triton"] for r in found] == [0, 0]  # refused, and launched
     assert entered_contexts.value == entered + 1
+
+
+# Kernels of csrc/cuda, whose parameters are of 8 bytes each and of any value.
+
+
+@pytest.fixture
+def own_kernels(monkeypatch):
+    """Kernels of csrc/cuda by their functions, as `records` takes them; the stub is told of their parameters."""
+    found = {}
+
+    def loaded(file, kernel, device, shared):
+        function = 1 + len(found)
+        found[function] = counts[kernel] * ["i64"]
+        num_parameters[function], map_places[function] = counts[kernel], 0
+        return 0, function
+
+    counts = {"dds_pack_16": 13, "dds_16_bf16_few": 17, "sdd_16_bf16_512x256": 15, "sdd_sum_bf16": 4, "dds_a_test": 3}
+    monkeypatch.setattr(cuda, "_loaded", loaded)
+    monkeypatch.setattr(cuda, "current", lambda device: nullcontext(STREAM))
+    cuda.prepare.cache_clear()
+    yield found
+    cuda.prepare.cache_clear()
+
+
+def ragged_operands():
+    """At addresses and with strides for which Triton compiles other variants."""
+    layout = sk.Topology.random((256, 128), 0.5, 16, 2).layout
+    x, dy = (torch.zeros(600, n + 8, dtype=torch.bfloat16)[:, :n] for n in (64, 128))
+    weight, bias = torch.zeros(layout.num_slots, 16, 16, dtype=x.dtype), torch.zeros(257, dtype=x.dtype)[1:]
+    return layout, x, dy, weight, bias, torch.tensor([9, 0, 200, 600])[1:]
+
+
+def test_a_dds_of_csrc_cuda_passes_what_its_kernels_take(own_kernels):
+    layout, x, _, weight, bias, offsets = ragged_operands()
+    made = []
+    pack, multiply = records(
+        lambda: made.append(cuda_products.dds(x, weight, layout, bias, True, offsets)), own_kernels
+    )
+    plan = cuda_products.dds_plan(16, 16, 8, 2, layout.num_slots, 600, True, 132)
+    parts, streams = 2 * 132 // plan.tiles, pack["parameters"][2:6]
+    assert pack["parameters"] == [
+        *(weight.data_ptr(), layout.index.data_ptr()), *streams, layout.num_slots, 16, 8, 2, 1, 1, parts
+    ]  # fmt: skip
+    assert (pack["grid"], pack["block"]) == ([plan.tiles * parts, 1, 1], [256, 1, 1])
+    assert pack["shared"] == plan.pack_bytes
+    stages = multiply["parameters"][-1]
+    assert multiply["parameters"] == [
+        *(x.data_ptr(), bias.data_ptr(), made[0].data_ptr()), *streams, offsets.data_ptr(), 8, 72, 256 // 2, 600,
+        16, 8, 2, plan.tiles_of_group, stages,
+    ]  # fmt: skip
+    assert (multiply["grid"], multiply["block"]) == ([plan.tiles * plan.programs, 1, 1], [384, 1, 1])
+    assert multiply["shared"] == stages * plan.shape.stage_bytes + plan.shape.ring_bytes
+    assert pack["stream"] == multiply["stream"] == STREAM
+    sizes = [end - start for start, end in itertools.pairwise(streams)]
+    assert all(size > 0 and size % 128 == 0 for size in sizes) and streams[0] % 16 == 0
+
+
+def test_an_sdd_of_csrc_cuda_passes_what_its_kernels_take(own_kernels, monkeypatch):
+    monkeypatch.setattr(cuda_products, "SPLIT_TOKENS", 200)
+    monkeypatch.setattr(cuda_products, "PARTS_PER_OPERANDS", 1e9)
+    layout, x, dy, _, _, offsets = ragged_operands()
+    made = []
+    multiply, total = records(lambda: made.append(cuda_products.sdd(dy, x, layout, offsets)), own_kernels)
+    slots, (parts, stages) = layout.num_slots, (multiply["parameters"][n] for n in (2, -1))
+    assert multiply["parameters"] == [
+        *(dy.data_ptr(), x.data_ptr(), parts, layout.index.data_ptr(), offsets.data_ptr()), 8, 136, 72, 600,
+        slots, 16, 8, 2, 3, stages,
+    ]  # fmt: skip
+    assert (multiply["grid"], multiply["block"]) == ([2 * 3, 1, 1], [384, 1, 1])
+    assert multiply["shared"] == stages * cuda_products.SDD_SHAPES[-1].stage_bytes
+    assert total["parameters"] == [parts, made[0].data_ptr(), slots * 64, 3]
+    assert (total["grid"], total["block"], total["shared"]) == ([-(-slots * 64 // 256), 1, 1], [256, 1, 1], 0)
+    assert multiply["stream"] == total["stream"] == STREAM
+
+
+def test_a_kernel_of_csrc_cuda_takes_numbers_of_64_bits_and_is_prepared_once(own_kernels):
+    x = torch.zeros(3, 5)
+    for _ in range(2):
+        launch_of = cuda.prepare("dds", "a_test", 7, 96, ("x", 2**40 + 1, "num_tokens"), x.device, 11)
+        (record,) = records(lambda launch_of=launch_of: launch_of(tokens=2**33, stream=STREAM, x=x), own_kernels)
+        assert record["parameters"] == [x.data_ptr(), 2**40 + 1, 2**33]
+    assert len(own_kernels) == 1
+    results[num_launches.value % 8] = 700
+    match = r"dds_a_test was not launched: the error's own words \(7 x 1 programs of 96 threads and 11 dynamic bytes\)"
+    with pytest.raises(RuntimeError, match=match):
+        launch_of(tokens=1, stream=STREAM, x=x)
 
 
 # The short way (sparsekern.quick): the same launches as by the long way, for whole layers.

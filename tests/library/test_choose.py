@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,6 +138,23 @@ def test_kernels_rewire_unforced_only_on_the_very_device_whose_table_says_so(mon
             answers[name, missing is None] = choose.rewires_by_cuda(GPU)
     devices.known.cache_clear()
     assert [key for key, answer in answers.items() if answer] == [("Fast GPU", True)]
+
+
+def test_events_of_rewiring_look_for_the_kernels_files_once(monkeypatch, capturing, tmp_path):
+    for name in cuda.KERNELS:
+        (tmp_path / f"{name}.fatbin").touch()
+    looked, exists = [], Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: looked.append(path.name) or exists(path))
+    monkeypatch.setattr(cuda, "FATBIN", tmp_path)
+    monkeypatch.setattr(cuda, "_cuda", object())
+    monkeypatch.setattr(devices, "known", lambda name: {"rewire_by_cuda": True})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Fast GPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert [choose.rewires_by_cuda(GPU) for _ in range(3)] == 3 * [True]
+    assert looked == [f"{name}.fatbin" for name in cuda.KERNELS]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # what may change is asked again
+    assert not choose.rewires_by_cuda(GPU)
 
 
 @pytest.mark.skipif(cuda.unavailable() is None, reason="the kernels of backend 'cuda' can run here")

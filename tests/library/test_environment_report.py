@@ -64,8 +64,10 @@ def test_the_cuda_kernels_that_were_built_are_named_with_their_architectures(mon
     files = list(cuda.KERNELS)
     missing = ", ".join(f"{name}.fatbin" for name in files)
     assert line("backend cuda").startswith(f"sparsekern was built without {missing}; install it again with nvcc")
+    monkeypatch.setattr(cuda, "FATBIN", tmp_path / "built")
+    cuda.FATBIN.mkdir()
     for name in files:
-        (tmp_path / f"{name}.fatbin").touch()
+        (cuda.FATBIN / f"{name}.fatbin").touch()
     assert line("cuda kernels") == f"{', '.join(files)} for sm_80, sm_90a, compute_80"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert line("backend cuda") == "torch sees no NVIDIA GPU."

@@ -1,6 +1,9 @@
 """What the native CPU module refuses by itself: tensors that it would read wrongly, or beyond their end."""
 
 import inspect
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from sparsekern.topology import Topology
 
 _C = pytest.importorskip("sparsekern._C", reason=str(cpu.unavailable()))
 
+ROOT = Path(__file__).parent.parent.parent
 GROUPS, BLOCK, TOKENS, OUT, INTO = 2, 4, 6, 8, 12  # features of one group
 
 
@@ -154,3 +158,34 @@ def test_token_orders_that_cannot_be_written_are_refused(argument, change, messa
     assert given["inverse"].tolist() == [2, 0, 3, 1, 4, 5]
     with pytest.raises(ValueError, match=f"^order_by_group: {message}"):
         _C.order_by_group(**given | {argument: change(given[argument])})
+
+
+@pytest.mark.parametrize(
+    ("module", "call"),
+    [
+        ("_C", "_C.order_by_group(ids=zeros(3), offsets=zeros(2), order=zeros(3), inverse=zeros(3))"),
+        ("_cuda", "_cuda.describe(tensor=zeros(3))"),
+    ],
+)
+def test_the_first_calls_of_two_threads_do_not_wait_for_each_other(module, call):
+    """A first call imports torch, where the other thread may go on."""
+    pytest.importorskip(f"sparsekern.{module}")
+    script = f"""
+import builtins, functools, threading, time, torch
+from sparsekern import {module}
+zeros = functools.partial(torch.zeros, dtype=torch.int64)
+real, slow = builtins.__import__, []
+def slow_import(name, *rest):
+    if name == "torch":
+        slow.append(name)
+        time.sleep(0.5)
+    return real(name, *rest)
+builtins.__import__ = slow_import
+threads = [threading.Thread(target=lambda: {call}) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert slow, "no import of a first call was seen"
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=60)

@@ -6,7 +6,7 @@ make products of blocks of 16 and 8 (`products`), which nothing chooses yet. `sp
 
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -44,14 +44,13 @@ ARCHITECTURES = ("sm_80", "sm_90a", "compute_80")
 
 def built() -> str | None:
     """Which of the files were compiled when sparsekern was built, and for what; None where none was."""
-    files = [name for name in KERNELS if (FATBIN / f"{name}.fatbin").exists()]
+    files = _files(FATBIN)
     return f"{', '.join(files)} for {', '.join(ARCHITECTURES)}" if files else None
 
 
 def unavailable() -> str | None:
     """Why these kernels cannot run here, in a sentence; None when they can."""
-    missing = [f"{name}.fatbin" for name in KERNELS if not (FATBIN / f"{name}.fatbin").exists()]
-    if missing:
+    if missing := [f"{name}.fatbin" for name in KERNELS if name not in _files(FATBIN)]:
         return (
             f"sparsekern was built without {', '.join(missing)}; install it again with nvcc on the PATH "
             "(SPARSEKERN_CUDA=1 says what is missing)."
@@ -64,6 +63,12 @@ def unavailable() -> str | None:
     if _cuda is None:
         return "sparsekern was built without sparsekern._cuda; install it again where a C++ compiler works."
     return None
+
+
+@functools.cache
+def _files(folder: Path) -> list[str]:
+    """Those of KERNELS that are there, looked up once: whether they are is asked at every event of rewiring."""
+    return [name for name in KERNELS if (folder / f"{name}.fatbin").exists()]
 
 
 def refusal(x: Tensor, layout: Layout) -> str | None:
@@ -97,49 +102,50 @@ def __getattr__(name: str):
     return getattr(products, name)
 
 
-def launch(
+@functools.lru_cache(maxsize=4096)
+def prepare(
     file: str,
     kernel: str,
     blocks: int,
     threads: int,
-    addresses: Sequence[int],
+    parameters: tuple[str | int, ...],
     device: torch.device,
     shared: int = 0,
-) -> None:
-    """Launch a kernel whose parameters are all addresses or int64, on torch's current stream of the device.
-
-    `shared` are the bytes of dynamic shared memory.
-    """
-    with torch.cuda.device(device):
-        function = _function(file, f"{file}_{kernel}", torch.cuda.current_device(), shared)
-        values = [ctypes.c_void_p(address) for address in addresses]
-        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        status = _driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, shared, stream, pointers, None)
-    _check(status, f"{file}_{kernel}: launch of {blocks} blocks of {threads} threads")
-
-
-def prepare(
-    file: str, kernel: str, blocks: int, threads: int, tensors: Sequence[str], device: torch.device
 ) -> Callable[..., bool]:
-    """A launch of a kernel whose parameters are the addresses of these tensors, ready to be made again and again.
+    """A launch of a kernel, ready to be made again and again.
 
+    Args:
+        parameters: of the kernel, in order, all of 8 bytes. A tensor's name stands for its address, "x_stride" for the
+            elements from row to row of x, "num_tokens" for the tokens of a launch, and a number for itself.
+        shared: bytes of dynamic shared memory.
     Returns:
-        launch(tokens=0, stream=..., and the tensors by name), for inside of `current`.
+        launch(tokens=..., stream=..., and the tensors by name), for inside of `current`.
     """
-    name = f"{file}_{kernel}"
-    index, function = _loaded(file, name, device)
+    name, sources = f"{file}_{kernel}", [source(parameter) for parameter in parameters]
+    index, function = _loaded(file, name, device, shared)
     return _cuda.prepare(
-        name=name, function=function, device=index, threads=threads, shared=0, grid=(0, blocks, 1, 1),
-        tensors=list(tensors), parameters=[("address", tensor) for tensor in tensors], owner=None,
+        name=name, function=function, device=index, threads=threads, shared=shared, grid=(0, blocks, 1, 1),
+        tensors=[value for kind, value in sources if kind == "address"], parameters=sources, specialised=False,
+        owner=None,
     )  # fmt: skip
 
 
-def _loaded(file: str, kernel: str, device: torch.device) -> tuple[int, int]:
+def source(parameter: str | int) -> tuple[str, str | int | None]:
+    """Where a launch has a kernel's parameter from, as `_cuda.prepare` takes it."""
+    if not isinstance(parameter, str):
+        return "number", parameter
+    if parameter == "num_tokens":
+        return "tokens", None
+    if parameter.endswith("_stride"):
+        return "stride", parameter.removesuffix("_stride")
+    return "address", parameter
+
+
+def _loaded(file: str, kernel: str, device: torch.device, shared: int) -> tuple[int, int]:
     """The number of the device, and the kernel's handle there."""
     with torch.cuda.device(device):
         index = torch.cuda.current_device()
-        return index, _function(file, kernel, index, 0).value
+        return index, _function(file, kernel, index, shared).value
 
 
 class current(torch.cuda.device):

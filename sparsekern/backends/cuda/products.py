@@ -16,9 +16,11 @@ from sparsekern.layout import Layout
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 """Of dtypes, in the names of kernels."""
+# As in csrc/cuda/ring.h, and in dds.cu and sdd.cu; a test compares what is said here of the kernels with their source.
 NUM_WARPS = 11  # of a program, that multiply; one more copies
 THREADS = 32 * (NUM_WARPS + 1)
 MOST_STAGES = 8
+PACK_THREADS = SUM_THREADS = 256
 SDD_BARRIER_BYTES = 4096  # at most, of barriers and lists beside the stages
 
 
@@ -57,6 +59,7 @@ DDS_SHAPES = {b: (DdsShape("many", 48 // b, b), DdsShape("few", 16 // b, b)) for
 TILE_TOKENS, CHUNK = 64, 256  # tokens of a tile, features of a stage
 RING_UNITS = {16: 16, 8: 32}  # of a warp; a fourth of them is copied at once
 DDS_BARRIER_BYTES = 512
+STREAMS = ("units", "counts", "rows", "first_units")
 START_TILES = 0.5  # how many tiles a program could make until its first stage is full: assumed
 
 
@@ -105,22 +108,24 @@ def dds(
     num_sms = _num_sms(x.device)
     plan = dds_plan(b, outputs, inputs, groups, layout.num_slots, len(x), ragged, num_sms)
     shape = plan.shape
-    buffer, streams = _streams(plan, layout.num_slots, x.device)
     parts = max(1, 2 * num_sms // plan.tiles)  # two programs are on a multiprocessor at once
-    cuda.launch(
-        "dds", f"pack_{b}", plan.tiles * parts, 256,
-        (weight.data_ptr(), layout.index.data_ptr(), *streams, layout.num_slots, layout.num_rows, layout.num_cols,
-         groups, int(transpose), shape.rows, parts),
+    pack = cuda.prepare(
+        "dds", f"pack_{b}", plan.tiles * parts, PACK_THREADS,
+        ("weight", "index", *STREAMS, layout.num_slots, layout.num_rows, layout.num_cols, groups, int(transpose),
+         shape.rows, parts),
         x.device, plan.pack_bytes,
     )  # fmt: skip
     stages = _stages(shape.stage_bytes, x.device, DDS_BARRIER_BYTES + shape.ring_bytes)
-    cuda.launch(
+    multiply = cuda.prepare(
         "dds", f"{b}_{NAMES[x.dtype]}_{shape.name}", plan.tiles * plan.programs, THREADS,
-        (x.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), *streams, *_offsets(token_offsets),
-         x.stride(0), y.stride(0), len(x), outputs, inputs, groups, plan.tiles_of_group, stages),
+        ("x", "bias", "y", *STREAMS, "token_offsets", _offset_bytes(token_offsets), "x_stride", "y_stride",
+         "num_tokens", outputs, inputs, groups, plan.tiles_of_group, stages),
         x.device, stages * shape.stage_bytes + shape.ring_bytes,
     )  # fmt: skip
-    del buffer  # not before both are launched: whoever gets this memory next, writes to it after them
+    streams = _streams(plan, layout.num_slots, x.device)
+    with cuda.current(x.device) as stream:
+        pack(tokens=0, stream=stream, weight=weight, index=layout.index, **streams)
+        multiply(tokens=len(x), stream=stream, x=x, bias=bias, y=y, **streams, token_offsets=token_offsets)
     return y
 
 
@@ -148,8 +153,8 @@ def dds_plan(
     return best
 
 
-def _streams(plan: DdsPlan, num_slots: int, device: torch.device) -> tuple[Tensor, tuple[int, ...]]:
-    """Memory for what dds_pack leaves to dds, and the addresses in it: units, their counts, rows, first units."""
+def _streams(plan: DdsPlan, num_slots: int, device: torch.device) -> dict[str, Tensor]:
+    """Memory for what dds_pack leaves to dds, by the names of STREAMS."""
     shape, tiles = plan.shape, plan.tiles
     # two blocks of 8 are a unit, and the last of a row and chunk may be alone; the last group is copied as a whole
     units = num_slots if shape.block_size == 16 else (num_slots + plan.outputs * plan.chunks) // 2
@@ -159,11 +164,9 @@ def _streams(plan: DdsPlan, num_slots: int, device: torch.device) -> tuple[Tenso
         4 * tiles * NUM_WARPS * shape.rows,
         4 * tiles * (NUM_WARPS + 1),
     )
-    starts = [0]
-    for size in sizes:
-        starts.append(starts[-1] + -(-size // 128) * 128)
-    buffer = torch.empty(starts[-1], dtype=torch.uint8, device=device)
-    return buffer, tuple(buffer.data_ptr() + start for start in starts[:-1])
+    sizes = [-(-size // 128) * 128 for size in sizes]
+    parts = torch.empty(sum(sizes), dtype=torch.uint8, device=device).split(sizes)
+    return dict(zip(STREAMS, parts, strict=True))
 
 
 class SddShape(NamedTuple):
@@ -185,7 +188,7 @@ class SddShape(NamedTuple):
 
 SDD_SHAPES = (SddShape(512, 1024, 16), SddShape(512, 512, 32), SddShape(512, 256, 32))
 """The widest first: it reads the least."""
-SDD_UNITS = {16: 11 * 13, 8: 11 * 24}
+SDD_UNITS = {16: NUM_WARPS * 13, 8: NUM_WARPS * 24}
 """Units that the warps of a program hold, by block size; a tile with more of them is streamed twice."""
 SPLIT_TOKENS = 256  # that a part of an sdd has at least
 PARTS_PER_OPERANDS = 0.5  # bytes of all float32 parts, which are written and read once more
@@ -202,16 +205,20 @@ def sdd(dy: Tensor, x: Tensor, layout: Layout, token_offsets: Tensor | None = No
     tiles, stages = shape.tiles(layout), _stages(shape.stage_bytes, x.device, SDD_BARRIER_BYTES)
     splits = sdd_splits(tiles, x.shape[0], (dy.shape[1] + x.shape[1]) * 2, num_slots * b * b, _num_sms(x.device))
     parts = grad if splits == 1 else x.new_empty(splits, num_slots, b, b, dtype=torch.float32)
-    cuda.launch(
+    multiply = cuda.prepare(
         "sdd", f"{b}_{name}_{shape.rows}x{shape.cols}", tiles * splits, THREADS,
-        (dy.data_ptr(), x.data_ptr(), parts.data_ptr(), layout.index.data_ptr(), *_offsets(token_offsets), dy.stride(0),
-         x.stride(0), x.shape[0], num_slots, layout.num_rows, layout.num_cols, layout.groups, splits, stages),
+        ("dy", "x", "parts", "index", "token_offsets", _offset_bytes(token_offsets), "dy_stride", "x_stride",
+         "num_tokens", num_slots, layout.num_rows, layout.num_cols, layout.groups, splits, stages),
         x.device, stages * shape.stage_bytes,
     )  # fmt: skip
-    if splits > 1:
-        quads = num_slots * b * b // 4
-        addresses = parts.data_ptr(), grad.data_ptr(), quads, splits
-        cuda.launch("sdd", f"sum_{name}", -(-quads // 256), 256, addresses, x.device)
+    with cuda.current(x.device) as stream:
+        multiply(tokens=len(x), stream=stream, dy=dy, x=x, parts=parts, index=layout.index, token_offsets=token_offsets)
+        if splits > 1:
+            quads = num_slots * b * b // 4
+            total = cuda.prepare(
+                "sdd", f"sum_{name}", -(-quads // SUM_THREADS), SUM_THREADS, ("parts", "grad", quads, splits), x.device
+            )
+            total(tokens=0, stream=stream, parts=parts, grad=grad)
     return grad
 
 
@@ -243,9 +250,8 @@ def _aligned(x: Tensor) -> Tensor:
     return x if usual else x.clone(memory_format=torch.contiguous_format)
 
 
-def _offsets(token_offsets: Tensor | None) -> tuple[int, int]:
-    """Address and bytes of an element, as the kernels take them."""
-    return (0, 0) if token_offsets is None else (token_offsets.data_ptr(), token_offsets.element_size())
+def _offset_bytes(token_offsets: Tensor | None) -> int:
+    return 0 if token_offsets is None else token_offsets.element_size()
 
 
 def _stages(stage_bytes: int, device: torch.device, beside: int) -> int:

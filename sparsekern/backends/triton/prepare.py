@@ -83,7 +83,7 @@ def prepare(
     parameters += [("nothing", None), ("nothing", None)]
     return _cuda.prepare(
         name=metadata.name, function=compiled.function, device=current_device(), threads=32 * warps, shared=shared,
-        grid=grid, tensors=tensors, parameters=parameters, owner=compiled,
+        grid=grid, tensors=tensors, parameters=parameters, specialised=True, owner=compiled,
     )  # fmt: skip
 
 

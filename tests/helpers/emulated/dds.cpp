@@ -17,3 +17,16 @@ extern "C" int launch(
     };
     return launch_by_name(kernels, name, blocks, threads, shared, words, num_words);
 }
+
+#define CONSTANTS_OF(block, many, few)                                                                    \
+    CONSTANT(Units<block>::BYTES), CONSTANT(Units<block>::GROUP * Units<block>::RING),                      \
+    CONSTANT(DdsShape<block, BFLOAT16, many>::STAGE), CONSTANT(DdsShape<block, BFLOAT16, few>::STAGE)
+
+extern "C" int64_t constant(const char* text) {
+    static const std::map<std::string, int64_t> constants = {
+        CONSTANT(NUM_WARPS), CONSTANT(THREADS), CONSTANT(MOST_STAGES), CONSTANT(PACK_THREADS), CONSTANT(TOKENS),
+        CONSTANT(CHUNK), CONSTANTS_OF(16, 3, 1), CONSTANTS_OF(8, 6, 2), CONSTANT(sizeof(DdsShared)),
+        CONSTANT(sizeof(PackShared)),
+    };
+    return constant_by_text(constants, text);
+}

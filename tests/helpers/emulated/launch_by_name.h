@@ -1,4 +1,5 @@
-// Launches of emulated kernels by their names, whose arguments come as 8 bytes each, as cuda.launch passes them.
+// Launches of emulated kernels by their names, with arguments of 8 bytes each as prepared launches pass them; and
+// constants of their sources, by the text of an expression.
 #pragma once
 #include <map>
 #include <string>
@@ -38,4 +39,12 @@ inline int launch_by_name(
     emulated::dynamic_bytes = unsigned(shared);
     emulated::launch([&] { found->second.run(words); }, blocks, threads);
     return 0;
+}
+
+#define CONSTANT(...) {#__VA_ARGS__, int64_t(__VA_ARGS__)}
+
+// Of a kernel's source; -1 where it is not listed.
+inline int64_t constant_by_text(const std::map<std::string, int64_t>& constants, const char* text) {
+    const auto found = constants.find(text);
+    return found == constants.end() ? -1 : found->second;
 }

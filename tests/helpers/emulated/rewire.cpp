@@ -1,24 +1,34 @@
-// csrc/cuda/rewire.cu as a CPU library for tests: kernel by kernel, with the arguments of a launch.
+// csrc/cuda/rewire.cu as a CPU library for tests. A launch passes the kernel's arguments as 8 bytes each.
 #include "emulate.h"
 
 #include "cuda/rewire.cu"
+#include "launch_by_name.h"
 
 using namespace sparsekern;
 
-using Kernel = void (*)(const Layer*, const Tile*, char*, const LayerEvent*);
+#define ENTRY(name) {#name, by_words(name)}
 
-extern "C" void launch(
-    int kernel, int tiles, const Layer* layers, const Tile* tile_table, char* workspace, const LayerEvent* events
+extern "C" int launch(
+    const char* name, int blocks, int threads, int shared, const uint64_t* words, int num_words
 ) {
-    static const Kernel kernels[] = {rewire_score, rewire_count,  rewire_scatter,
-                                     rewire_rank,  rewire_assign, rewire_index};
-    emulated::launch([&] { kernels[kernel](layers, tile_table, workspace, events); }, tiles, THREADS);
+    static const std::map<std::string, ByWords> kernels = {
+        ENTRY(rewire_score), ENTRY(rewire_count),  ENTRY(rewire_scatter),
+        ENTRY(rewire_rank),  ENTRY(rewire_assign), ENTRY(rewire_index),
+    };
+    return launch_by_name(kernels, name, blocks, threads, shared, words, num_words);
 }
 
-// For the test that the dtypes of on_device.py are these structures.
-extern "C" int64_t bytes_of(int which) {
-    const int64_t sizes[] = {sizeof(Layer), sizeof(List), sizeof(Tensor),  sizeof(Coordinates),
-                             sizeof(LayerEvent), sizeof(Segment), sizeof(Tile), sizeof(Selection),
-                             offsetof(Layer, weight), offsetof(Layer, num_tensors), offsetof(Layer, first_segment)};
-    return sizes[which];
+extern "C" int64_t constant(const char* text) {
+    static const std::map<std::string, int64_t> constants = {
+        CONSTANT(THREADS), CONSTANT(ITEMS), CONSTANT(TILE_WORDS * 32), CONSTANT(MAX_TENSORS),
+        CONSTANT(MAX_COPIES), CONSTANT(DIGITS), CONSTANT(sizeof(Layer)), CONSTANT(sizeof(List)),
+        CONSTANT(sizeof(Tensor)), CONSTANT(sizeof(Coordinates)), CONSTANT(sizeof(LayerEvent)),
+        CONSTANT(sizeof(Segment)), CONSTANT(sizeof(Tile)), CONSTANT(sizeof(Selection)),
+        CONSTANT(sizeof(Threshold)), CONSTANT(offsetof(Layer, weight)), CONSTANT(offsetof(Layer, num_tensors)),
+        CONSTANT(offsetof(Layer, first_segment)), CONSTANT(ELEMENT_FLOAT32), CONSTANT(ELEMENT_FLOAT16),
+        CONSTANT(ELEMENT_BFLOAT16), CONSTANT(GROW_BY_HASH), CONSTANT(GROW_BY_SCORES), CONSTANT(GROW_BY_KEYS),
+        CONSTANT(MARK_DEAD), CONSTANT(MARK_DEAD_OF_ALL), CONSTANT(OF_SLOTS), CONSTANT(OF_PLACES),
+        CONSTANT(MOVE), CONSTANT(FILL), CONSTANT(PAIRS), CONSTANT(ROW_ORDER), CONSTANT(COL_ORDER),
+    };
+    return constant_by_text(constants, text);
 }

@@ -18,3 +18,18 @@ extern "C" int launch(
     };
     return launch_by_name(kernels, name, blocks, threads, shared, words, num_words);
 }
+
+#define CONSTANTS_OF(block, rows, cols, tokens)                        \
+    CONSTANT(SddShape<block, BFLOAT16, rows, cols, tokens>::STAGE),    \
+    CONSTANT(SddShape<block, BFLOAT16, rows, cols, tokens>::MOST),     \
+    CONSTANT(sizeof(SddShared<SddShape<block, BFLOAT16, rows, cols, tokens>>))
+#define CONSTANTS(block) \
+    CONSTANTS_OF(block, 512, 1024, 16), CONSTANTS_OF(block, 512, 512, 32), CONSTANTS_OF(block, 512, 256, 32)
+
+extern "C" int64_t constant(const char* text) {
+    static const std::map<std::string, int64_t> constants = {
+        CONSTANT(NUM_WARPS), CONSTANT(THREADS), CONSTANT(MOST_STAGES), CONSTANT(SUM_THREADS), CONSTANTS(16),
+        CONSTANTS(8),
+    };
+    return constant_by_text(constants, text);
+}
