@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 
 from sparsekern.layer import SparseLayer
 from sparsekern.rewire.arguments import (
+    LARGEST,
+    check_between,
     check_count,
     check_finite,
     check_flag,
@@ -163,35 +165,31 @@ class Rule:
 
     def load_state_dict(self, state: dict) -> None:
         """Continue where `state_dict` was taken. Load the model's and the optimiser's state first."""
+        where = f"{type(self).__name__}.load_state_dict"
         missing = self.state_dict().keys() - {"covered"} - (state.keys() if isinstance(state, dict) else set())
         if missing:
-            raise ValueError(
-                f"{type(self).__name__}.load_state_dict: this is no state of a {type(self).__name__}; "
-                f"it lacks {', '.join(sorted(missing))}"
-            )
-        where = f"{type(self).__name__}.load_state_dict"
-        check_finite(where, "clock", state["clock"])
-        if state["clock"] < 0:
-            raise ValueError(f"{where}: clock must not be negative, got {state['clock']}")
-        for name in ("events", "next"):
-            check_count(where, name, state[name])
+            lacks = ", ".join(sorted(missing))
+            raise ValueError(f"{where}: this is no state of a {type(self).__name__}; it lacks {lacks}")
+        check_between(where, "clock", state["clock"], 0, LARGEST)
+        check_count(where, "events", state["events"])
+        check_count(where, "next", state["next"], least=1)
         if not isinstance(state["moved"], dict):
             raise ValueError(f"{where}: moved must be a dictionary by layer, got {state['moved']!r}")
         for path, moved in state["moved"].items():
-            if not isinstance(moved, tuple | list) or len(moved) != 2 or not all(isinstance(m, int) for m in moved):
+            if not isinstance(moved, tuple | list) or len(moved) != 2:
                 raise ValueError(f"{where}: moved of layer {path!r} must be two integers, got {moved!r}")
+            for count in moved:
+                check_count(where, f"moved of layer {path!r}", count)
         if set(state["moved"]) != set(self.layers):
-            raise ValueError(
-                f"{type(self).__name__}.load_state_dict: the state is for layers {sorted(state['moved'])}, "
-                f"but the model has {sorted(self.layers)}"
-            )
+            found = sorted(map(str, state["moved"]))
+            raise ValueError(f"{where}: the state is for layers {found}, but the model has {sorted(self.layers)}")
         if self._covered is not None and "covered" in state:
             self._check_covered(where, state["covered"])
         self._check_adoptions()
         self.clock, self.events, self._next = state["clock"], state["events"], state["next"]
         self._moved = {path: tuple(moved) for path, moved in state["moved"].items()}
         if self._covered is not None and "covered" in state:
-            self._covered = {path: state["covered"][path].to(mask.device) for path, mask in self._covered.items()}
+            self._covered = {p: state["covered"][p].to(mask.device, copy=True) for p, mask in self._covered.items()}
 
     # What a subclass fills in.
 
@@ -318,6 +316,9 @@ class Rule:
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != own.shape:
                 got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
                 raise ValueError(f"{where}: covered of layer {path!r} must be a boolean {tuple(own.shape)}, got {got}")
+            if mask.layout != torch.strided or mask.is_meta:
+                got = f"{mask.layout} on {mask.device}"
+                raise ValueError(f"{where}: covered of layer {path!r} must be dense and have values, got {got}")
 
     def _adoptions(self) -> dict[str, int]:
         return {path: layer.topology.adoptions for path, layer in self.layers.items()}
