@@ -67,14 +67,9 @@ class Rule:
         self._index = {path: i for i, path in enumerate(layers)}
         self.optimizer = optimizer
         self._optimizers = self._checked_optimizers(name)
-        self.followers = [self._follower(f) for f in list_of_modules(name, followers)]
-        for path in self.layers:
-            copies = self._copies(path)
-            if len({id(copy) for copy in copies} | {id(copy.weight) for copy in copies}) < 2 * len(copies):
-                raise ValueError(
-                    f"{name}: layer {path!r} of a follower is that of the model or of another follower, or shares its "
-                    "weight; give each copy (copy.deepcopy) once"
-                )
+        # What the checks of the last event have seen; None where something may be another than then.
+        self._watch: Watch | None = None
+        self.followers = followers
         self.clock = 0.0
         self.events = 0
         """Events that fired so far."""
@@ -83,10 +78,6 @@ class Rule:
         self._moved: dict[str, tuple[int | Tensor, int | Tensor]] = dict.fromkeys(self.layers, (0, 0))
         self._nan = {path: torch.zeros((), dtype=torch.bool, device=l.weight.device) for path, l in self.layers.items()}
         self._covered = {path: l.topology.mask() for path, l in self.layers.items()} if coverage else None
-        # What the checks of the last event have seen; None where something may be another than then.
-        self._watch: Watch | None = None
-        # Versions of the coordinates when layers and their followers were last known to have one topology.
-        self._compared = self._versions()
         self._seen = self._adoptions()
         self._with_state = self._layers_with_state()
         self._state_loads = self._state_loads_seen = 0
@@ -98,6 +89,28 @@ class Rule:
 
     def __getstate__(self) -> dict:
         return vars(self) | {"_watch": None}  # a copy has other objects
+
+    @property
+    def followers(self) -> tuple[nn.Module, ...]:
+        """The copies of the model that take over its topology. Others that are assigned do so from the next event."""
+        return self._followers
+
+    @followers.setter
+    def followers(self, followers: Iterable[nn.Module]) -> None:
+        name = type(self).__name__
+        modules = tuple(list_of_modules(name, followers))
+        layers_of_each = [self._layers_of(module) for module in modules]
+        for path, layer in self.layers.items():
+            copies = [layer, *(layers[path] for layers in layers_of_each)]
+            if len({id(copy) for copy in copies} | {id(copy.weight) for copy in copies}) < 2 * len(copies):
+                raise ValueError(
+                    f"{name}: layer {path!r} of a follower is that of the model or of another follower, or shares its "
+                    "weight; give each copy (copy.deepcopy) once"
+                )
+        self._followers, self._layers_of_followers = modules, layers_of_each
+        self._watch = None  # it has seen others
+        # Versions of the coordinates when layers and their followers were last known to have one topology.
+        self._compared = self._versions()
 
     def step(self, clock: float | None = None) -> bool:
         """Count one training step, and rewire if an event is due.
@@ -246,8 +259,9 @@ class Rule:
                 )
         return optimizers
 
-    def _follower(self, model: nn.Module) -> dict[str, SparseLayer]:
-        modules = {_bare(path): module for path, module in model.named_modules()}
+    def _layers_of(self, follower: nn.Module) -> dict[str, SparseLayer]:
+        """The layers of a copy of the model, by the names that they have in the model."""
+        modules = {_bare(path): module for path, module in follower.named_modules()}
         for path, layer in self.layers.items():
             other = modules.get(_bare(path))
             if not isinstance(other, SparseLayer) or other.topology.shape != layer.topology.shape:
@@ -275,7 +289,7 @@ class Rule:
     def _check_copies(self) -> None:
         """Refuse layers whose weight, or whose follower's topology, is no longer what the rule was made for."""
         where, held = f"{type(self).__name__}.step", held_by(self._optimizers)
-        versions, size = self._versions(), 3 * (1 + len(self.followers))
+        versions, size = self._versions(), 3 * (1 + len(self._followers))
         for number, (path, layer) in enumerate(self.layers.items()):
             own_versions = slice(size * number, size * (number + 1))
             if self._moves and id(layer.weight) not in held:
@@ -293,8 +307,7 @@ class Rule:
                 # somebody wrote coordinates; otherwise none are read
                 own = layer.topology
                 coordinates = own.layout.coordinates()
-                for follower in self.followers:
-                    other = follower[path].topology
+                for other in (copy.topology for copy in self._copies(path)[1:]):
                     if not other.is_at(*coordinates):
                         raise RuntimeError(
                             f"{where}: layer {path!r} of a follower no longer has the topology of the model, with "
@@ -374,7 +387,7 @@ class Rule:
     # Acting on a layer, its followers and its optimiser state alike.
 
     def _copies(self, path: str) -> list[SparseLayer]:
-        return [self.layers[path], *(follower[path] for follower in self.followers)]
+        return [self.layers[path], *(layers[path] for layers in self._layers_of_followers)]
 
     def _element_tensors(self, path: str) -> list[tuple[Tensor, float]]:
         """Weight, gradient and optimiser state of a layer, with the value that a rewired slot starts from."""
