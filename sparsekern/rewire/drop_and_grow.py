@@ -124,6 +124,7 @@ class DropAndGrow(DeviceRule):
         if self._is_on_device():
             self._event_on_device(counts)
         else:
+            self._check_gradients()
             of_layers = self._by_layer(counts)
             chosen = {path: self._choose(path, layer, of_layers[path]) for path, layer in self.layers.items()}
             for path, moves in chosen.items():

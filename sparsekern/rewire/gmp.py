@@ -111,6 +111,7 @@ class GMP(DeviceRule):
         if self._is_on_device():
             self._event_on_device(progress)
             return True
+        self._check_gradients()
         dead = self._weakest_of_all(progress) if self.scope == "global" else self._weakest_of_each(progress)
         for path, mask in dead.items():
             self._mark(path, mask)

@@ -23,7 +23,7 @@ from sparsekern.rewire.arguments import (
     list_of_modules,
     sparse_layers,
 )
-from sparsekern.rewire.optimizer_state import element_state, held_by, unwrap
+from sparsekern.rewire.optimizer_state import element_state, held_by, shares_memory, unwrap
 from sparsekern.rewire.ranks import checksum, distributed, gathered
 from sparsekern.rewire.watch import Watch, watch
 
@@ -313,6 +313,20 @@ class Rule:
                             f"{where}: layer {path!r} of a follower no longer has the topology of the model, with "
                             f"{other.num_slots} and {own.num_slots} slots; load the model's state_dict into it"
                         )
+
+    def _check_gradients(self) -> None:
+        """Refuse gradients whose rewired slots cannot be reset alone, before the first layer changes."""
+        for path, layer in self.layers.items():
+            if (grad := layer.weight.grad) is None:
+                continue
+            where = f"{type(self).__name__}.step: the gradient of layer {path!r}"
+            if grad.layout != torch.strided:
+                raise ValueError(f"{where} is {grad.layout}, and a rewire resets slots of a dense one; use to_dense()")
+            if shares_memory(grad):
+                raise ValueError(
+                    f"{where} has strides {grad.stride()}, so its elements share memory and cannot be reset one by "
+                    "one; give the weight a clone() of it"
+                )
 
     def _versions(self) -> tuple[int, ...]:
         """How often the coordinates and the index of each layer and of its followers were written."""
