@@ -9,7 +9,9 @@ above it. Without an argument README.md gets one plot and one table, too, betwee
 import argparse
 import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas
 from pandas import DataFrame, Series
@@ -333,31 +335,41 @@ def failures(rows: DataFrame) -> str:
 
 
 EVERY_SUITE = ("forward", "layer", "gradients", "bfloat16", "products", "gmp", "models", "rl", "sac", "overhead")
-CHOOSER = "The chooser's model"
-# Title -> (suites it shows, on which devices, what writes it)
+
+
+class Section(NamedTuple):
+    suites: tuple[str, ...]  # whose results it shows
+    devices: str
+    write: Callable[[DataFrame], str]  # its table; the docstring stands above
+    picture: tuple[str, Callable[[Path], Path]] | None = None  # what it shows, and where it lies beside a results file
+
+
 SECTIONS = {
-    "A layer": (("forward", "layer"), "cpu", headlines),
-    "A layer by block size and density": (("layer",), "cpu", blocks),
-    "A layer by density": (("gradients",), "cuda", steps_by_density),
-    "A layer in bfloat16": (("bfloat16",), "cpu", bfloat16),
-    "When dense is faster": (EVERY_SUITE, "cpu cuda", dense_is_faster),
-    "What this device allows": (("limits",), "cpu cuda", limits),
-    "Products": (("products",), "cpu", products),
-    "A layer, forward and both gradients": (("gradients",), "cuda", gradients),
-    "Memory": (("memory",), "cpu cuda", memory),
-    "Rewiring": (("rewire",), "cpu cuda", rewire),
-    "Captured steps": (("captured",), "cuda", captured),
-    "Whole models": (("models",), "cpu", models),
-    "Updates of reinforcement learning": (("rl",), "cpu", rl),
-    "MTSAC": (("sac",), "cpu cuda", sac),
-    "Topologies": (("topology",), "cpu", topology),
-    "Gradual pruning": (("gmp",), "cpu", gmp),
-    "Other ways to train a sparse layer": (("masked", "sparselab"), "cpu", others),
-    "torch's sparse matrices": (("torch_sparse",), "cpu", torch_sparse),
-    "Other libraries": (("rivals",), "cuda", rivals),
-    "Products by path": (("products",), "cuda", paths),
-    "The vendor's GEMM": (("gemm",), "cuda", gemm),
-    "Host time of a call": (("overhead",), "cpu cuda", overhead),
+    "A layer": Section(("forward", "layer"), "cpu", headlines),
+    "A layer by block size and density": Section(("layer",), "cpu", blocks),
+    "A layer by density": Section(("gradients",), "cuda", steps_by_density),
+    "A layer in bfloat16": Section(("bfloat16",), "cpu", bfloat16),
+    "When dense is faster": Section(EVERY_SUITE, "cpu cuda", dense_is_faster),
+    "What this device allows": Section(("limits",), "cpu cuda", limits),
+    "Products": Section(("products",), "cpu", products),
+    "A layer, forward and both gradients": Section(("gradients",), "cuda", gradients),
+    "Memory": Section(("memory",), "cpu cuda", memory),
+    "Rewiring": Section(("rewire",), "cpu cuda", rewire),
+    "Captured steps": Section(("captured",), "cuda", captured),
+    "Whole models": Section(("models",), "cpu", models),
+    "Updates of reinforcement learning": Section(("rl",), "cpu", rl),
+    "MTSAC": Section(("sac",), "cpu cuda", sac),
+    "Topologies": Section(("topology",), "cpu", topology),
+    "Gradual pruning": Section(("gmp",), "cpu", gmp),
+    "Other ways to train a sparse layer": Section(("masked", "sparselab"), "cpu", others),
+    "torch's sparse matrices": Section(("torch_sparse",), "cpu", torch_sparse),
+    "Other libraries": Section(("rivals",), "cuda", rivals),
+    "Products by path": Section(("products",), "cuda", paths),
+    "The vendor's GEMM": Section(("gemm",), "cuda", gemm),
+    "The chooser's model": Section(
+        ("products", "gemm"), "cuda", chooser, ("Model against measurement", cost_model.path_for)
+    ),
+    "Host time of a call": Section(("overhead",), "cpu cuda", overhead),
 }
 RIVAL_NAMES = (
     "mask x dense", "STK", "torch BSR", "torch BSR, tuned", "2:4", "torchao", "torch CSR", "CuPy CSR", "blksprs"
@@ -369,11 +381,14 @@ def page(path: Path, rows: DataFrame) -> str:
     """All tables of one device, those without a record left out."""
     parts = [f"# {rows.device_name.iloc[-1]}", f"{conditions(rows)}.", f"![Speed-up]({plot.path_for(path).name})"]
     device = "cuda" if plot.of_gpu(rows) else "cpu"
-    for title, (suites, where, write) in SECTIONS.items():
-        shown = rows[rows.suite.isin(suites)]
-        if device in where.split() and len(shown) and (text := write(shown)):
-            parts += [f"## {title}", inspect.getdoc(write)]
-            parts += [f"![Model against measurement]({cost_model.path_for(path).name})"] * (title == CHOOSER) + [text]
+    for title, section in SECTIONS.items():
+        shown = rows[rows.suite.isin(section.suites)]
+        if device in section.devices.split() and len(shown) and (text := section.write(shown)):
+            parts += [f"## {title}", inspect.getdoc(section.write)]
+            if section.picture is not None:
+                name, path_for = section.picture
+                parts.append(f"![{name}]({path_for(path).name})")
+            parts.append(text)
     failed = rows[~rows.suite.isin(SHOW_THEIR_REASONS)]
     failed = failed.dropna(subset="reason") if "reason" in failed else failed[:0]
     if len(failed):
@@ -488,8 +503,15 @@ def conditions(rows: DataFrame) -> str:
 
 
 def written(text: str, measured: dict[Path, DataFrame]) -> str:
-    """The README with its plot and its table filled in, where it has the markers."""
+    """The README with its plot and its table filled in, where it has the markers.
+
+    Raises:
+        ValueError: it lacks a marker, or has it twice.
+    """
     fills = {"plot": picture, "table": table}
+    for name in fills:
+        if (count := text.count(marker := f"<!-- bench:{name} -->")) != 1:
+            raise ValueError(f"bench.report: README.md must have one {marker}, it has {count}")
 
     def fill(match: re.Match) -> str:
         return f"<!-- bench:{match[1]} -->\n{fills[match[1]](measured)}\n<!-- /bench -->"

@@ -44,6 +44,9 @@ def catch_up(layout: Layout) -> bool:
             "model once without torch.compile, or load a state_dict"
         )
     check_blocks(layout.block_rows, layout.block_cols, (layout.num_rows, layout.num_cols), layout.groups)
+    for name, tensor in zip(layout._fields, layout.tensors, strict=False):
+        if not tensor.is_contiguous():  # kernels would read on without the gaps
+            raise ValueError(f"Topology: {name} must be contiguous, got strides {tensor.stride()}")
     if layout.full and len(layout.block_rows):
         raise ValueError(f"Topology: a full store has no coordinates, got those of {len(layout.block_rows)} slots")
     index = build_index(layout)

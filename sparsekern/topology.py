@@ -219,6 +219,9 @@ class Topology(nn.Module):
     @torch.no_grad()
     def mark_dead(self, dead: Tensor) -> None:
         """Mark slots dead where the boolean [num_slots] says so, in place and without a host synchronisation."""
+        if not isinstance(dead, Tensor) or dead.dtype != torch.bool or dead.shape != (self.num_slots,):
+            got = f"{dead.dtype} {tuple(dead.shape)}" if isinstance(dead, Tensor) else type(dead).__name__
+            raise ValueError(f"mark_dead: dead must be boolean ({self.num_slots},), got {got}")
         if not self.full:
             self._rows.masked_fill_(dead, -1)
             self._cols.masked_fill_(dead, -1)

@@ -129,8 +129,9 @@ bool are_offsets(const Argument& token_offsets, int groups) {
 }
 
 PyObject* call_quick_dds(const Call& call) {
-    static const auto& keywords =
-        *new Keywords<7>("dds", {"layout", "x", "weight", "bias", "transpose", "token_offsets", "threads"});
+    const auto& keywords = made_once([] {
+        return Keywords<7>("dds", {"layout", "x", "weight", "bias", "transpose", "token_offsets", "threads"});
+    });
     const auto [layout_, x, weight, bias, transpose_, token_offsets, threads] = keywords.read(call);
     return or_none([&]() -> py::object {
         if (!PyBool_Check(transpose_.value) || !x.is_plain() || !is_at_hand(layout_)) return py::none();
@@ -165,7 +166,8 @@ PyObject* call_quick_dds(const Call& call) {
 }
 
 PyObject* call_quick_sdd(const Call& call) {
-    static const auto& keywords = *new Keywords<5>("sdd", {"layout", "dy", "x", "token_offsets", "threads"});
+    const auto& keywords =
+        made_once([] { return Keywords<5>("sdd", {"layout", "dy", "x", "token_offsets", "threads"}); });
     const auto [layout_, dy, x, token_offsets, threads] = keywords.read(call);
     return or_none([&]() -> py::object {
         if (!x.is_plain() || !is_at_hand(layout_)) return py::none();

@@ -28,8 +28,8 @@ class Replay:
     def __init__(self, capacity: int, num_tasks: int, features: int, actions: int, device: str = "cpu"):
         self.num_tasks = num_tasks
         self.widths = (features, actions, 1, features, 1)
-        self.capacity = self.nowhere = capacity
-        """Timesteps that have a place, and the place of one that shall be lost."""
+        self.capacity = capacity
+        """Timesteps that have a place, from 0 on. A timestep that is written behind them, to this place, is lost."""
         # empty: memory is taken as it is filled
         self.storage = torch.empty(capacity + 1, num_tasks, sum(self.widths), device=device)
         self._tasks = torch.arange(num_tasks, device=device)

@@ -49,7 +49,7 @@ class Timestep:
         """Begin to act; the generator, on the CPU, draws for the updates."""
         self._generator = generator
         self.stats.zero_()
-        self._parcel.host.place.fill_(self.replay.nowhere)  # nothing has arrived yet
+        self._parcel.host.place.fill_(self.replay.capacity)  # where it is lost: nothing has arrived yet
         self._draw()
 
     def start(self, observations: np.ndarray, noise: Tensor) -> np.ndarray:

@@ -2,18 +2,31 @@
 
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from sparsekern.layer import SparseLayer
 
+LARGEST = 2**63 - 1
+"""Of the integers that NumPy and the kernels count with."""
+
 
 def check_finite(where: str, argument: str, value: float) -> None:
     """Refuse what is not a plain, finite number; a tensor too, since comparing it would wait for its device."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+    try:
+        finite = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        finite = False
+    if not finite:
         raise ValueError(f"{where}: {argument} must be a finite number, got {value!r}")
+
+
+def check_between(where: str, argument: str, value: float, least: float, most: float) -> None:
+    check_finite(where, argument, value)
+    if not least <= value <= most:
+        raise ValueError(f"{where}: {argument} must be a number from {least} to {most}, got {value!r}")
 
 
 def check_flag(where: str, argument: str, value: bool) -> None:
@@ -40,13 +53,19 @@ def check_seed(where: str, seed: int) -> int:
     return int(seed)
 
 
-def check_count(where: str, argument: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
-        raise ValueError(f"{where}: {argument} must be an integer of at least 0, got {value!r}")
+def check_count(where: str, argument: str, value: int, least: int = 0, most: int = LARGEST) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= value <= most:
+        raise ValueError(f"{where}: {argument} must be an integer from {least} to {most}, got {value!r}")
 
 
-def check_by_group(where: str, argument: str, value: object, layers: dict[str, SparseLayer], least: float) -> None:
-    """Refuse what is not a list of finite numbers of at least `least` for each layer, one for each group."""
+def listed_by_group(
+    where: str, argument: str, value: object, layers: dict[str, SparseLayer]
+) -> Iterator[tuple[str, object, SparseLayer]]:
+    """Yield what stands for each group, its name for an error before it, and its layer.
+
+    Raises:
+        ValueError: it is no dictionary of a list for each layer, with as many entries as the layer has groups.
+    """
     if not isinstance(value, dict) or value.keys() != layers.keys():
         raise ValueError(f"{where}: {argument} must be a dictionary of the layers {sorted(layers)}, got {value!r}")
     for path, of_groups in value.items():
@@ -54,9 +73,7 @@ def check_by_group(where: str, argument: str, value: object, layers: dict[str, S
             got = f"got {of_groups!r}"
             raise ValueError(f"{where}: {argument} of layer {path!r} must be {layers[path].groups} numbers, {got}")
         for number in of_groups:
-            check_finite(where, f"{argument} of layer {path!r}", number)
-            if number < least:
-                raise ValueError(f"{where}: {argument} of layer {path!r} must be at least {least}, got {number}")
+            yield f"{argument} of layer {path!r}", number, layers[path]
 
 
 def sparse_layers(where: str, model: nn.Module) -> dict[str, SparseLayer]:

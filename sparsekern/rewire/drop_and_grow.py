@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from sparsekern.geometry import check_balance
 from sparsekern.layer import SparseLayer
-from sparsekern.rewire.arguments import check_by_group, check_flag
+from sparsekern.rewire.arguments import check_between, check_flag, listed_by_group
 from sparsekern.rewire.device_rule import DeviceRule
 from sparsekern.rewire.growth import GrowthScores, arm, best_candidates, float_bits, pack, positions_of, scores_of
 from sparsekern.rewire.hash import stream, uniform_hash
@@ -19,6 +19,8 @@ from sparsekern.rewire.schedule import Constant, check_fraction
 from sparsekern.rewire.scores import block_l1
 from sparsekern.rewire.select import all_candidates, places, places_in_rows, random_candidates, weakest
 from sparsekern.rewire.watch import SeenTensors
+
+_ROUNDING = 1e-9  # of a number of blocks: 0.29 * 100 is 28.999... in floating point
 
 
 class DropAndGrow(DeviceRule):
@@ -106,7 +108,9 @@ class DropAndGrow(DeviceRule):
 
     def load_state_dict(self, state: dict) -> None:
         if isinstance(state, dict) and "carry" in state:  # before anything changes; what is missing is said above
-            check_by_group(f"{type(self).__name__}.load_state_dict", "carry", state["carry"], self.layers, least=-1)
+            where = f"{type(self).__name__}.load_state_dict"
+            for name, remainder, _ in listed_by_group(where, "carry", state["carry"], self.layers):
+                check_between(where, name, remainder, -_ROUNDING, 1)
         super().load_state_dict(state)
         self._carry = self._of_all(state["carry"], np.float64)
 
@@ -120,6 +124,7 @@ class DropAndGrow(DeviceRule):
         if self._is_on_device():
             self._event_on_device(counts)
         else:
+            self._check_gradients()
             of_layers = self._by_layer(counts)
             chosen = {path: self._choose(path, layer, of_layers[path]) for path, layer in self.layers.items()}
             for path, moves in chosen.items():
@@ -278,7 +283,7 @@ class DropAndGrow(DeviceRule):
     def _counts(self, fraction: float) -> tuple[np.ndarray, np.ndarray]:
         """Blocks to replace in each group, no more than there are dead places, and the remainders to carry."""
         exact = fraction * self._live + self._carry
-        counts = np.floor(exact + 1e-9)  # 0.29 * 100 is 28.999... in floating point
+        counts = np.floor(exact + _ROUNDING)
         most = np.minimum(self._live, self._places - self._live)
         return np.minimum(counts.astype(np.int64), most), exact - counts
 

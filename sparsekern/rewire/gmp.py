@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from sparsekern import choose
 from sparsekern.geometry import live_count
-from sparsekern.rewire.arguments import check_by_group, check_count, check_finite, check_flag
+from sparsekern.rewire.arguments import check_count, check_finite, check_flag, listed_by_group
 from sparsekern.rewire.device_rule import DeviceRule
 from sparsekern.rewire.on_device import Growth
 from sparsekern.rewire.optimizer_state import element_state
@@ -82,9 +82,11 @@ class GMP(DeviceRule):
 
     def load_state_dict(self, state: dict) -> None:
         if isinstance(state, dict) and {"done", "initial", "compactions"} <= state.keys():
-            check_flag("GMP.load_state_dict", "done", state["done"])
-            check_count("GMP.load_state_dict", "compactions", state["compactions"])
-            check_by_group("GMP.load_state_dict", "initial", state["initial"], self.layers, least=0)
+            where = "GMP.load_state_dict"
+            check_flag(where, "done", state["done"])
+            check_count(where, "compactions", state["compactions"])
+            for name, live, layer in listed_by_group(where, "initial", state["initial"], self.layers):
+                check_count(where, name, live, most=layer.topology.num_blocks // layer.groups)
         super().load_state_dict(state)
         self._done, self.compactions = state["done"], state["compactions"]
         self._initial = self._of_all(state["initial"], np.int64)
@@ -109,6 +111,7 @@ class GMP(DeviceRule):
         if self._is_on_device():
             self._event_on_device(progress)
             return True
+        self._check_gradients()
         dead = self._weakest_of_all(progress) if self.scope == "global" else self._weakest_of_each(progress)
         for path, mask in dead.items():
             self._mark(path, mask)

@@ -94,14 +94,25 @@ def element_state(optimizers: list[Optimizer], param: nn.Parameter) -> Iterator[
                     f"rewire: {kind} keeps {name!r} of {len(value)} slots, but the weight has {len(param)}: it took "
                     "over another topology since; build the optimiser anew, or load its state too"
                 )
-            if not has_shape or type(value) not in (Tensor, nn.Parameter) or not value.is_floating_point():
+            plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided
+            if not has_shape or not plain or not value.is_floating_point():
                 raise _refusal(kind, name, f"{type(value).__name__} {tuple(value.shape)} ({value.dtype})", param)
+            if shares_memory(value):
+                raise ValueError(
+                    f"rewire: {kind} keeps {name!r} with strides {value.stride()}, so its elements share memory and "
+                    "cannot be reset one by one; keep a clone() of it"
+                )
             if value.device != device:
                 raise ValueError(
                     f"rewire: {kind} keeps {name!r} on {value.device}, but the weight is on {param.device}; "
                     "state that is kept elsewhere cannot follow a rewire"
                 )
             yield state, name, value, _fresh(optimizer, name, param)
+
+
+def shares_memory(tensor: Tensor) -> bool:
+    """Whether several elements are one number in memory, as those of `expand` are."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def _refusal(kind: str, name: str, found: str, param: Tensor) -> ValueError:

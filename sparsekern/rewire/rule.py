@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 
 from sparsekern.layer import SparseLayer
 from sparsekern.rewire.arguments import (
+    LARGEST,
+    check_between,
     check_count,
     check_finite,
     check_flag,
@@ -21,7 +23,7 @@ from sparsekern.rewire.arguments import (
     list_of_modules,
     sparse_layers,
 )
-from sparsekern.rewire.optimizer_state import element_state, held_by, unwrap
+from sparsekern.rewire.optimizer_state import element_state, held_by, shares_memory, unwrap
 from sparsekern.rewire.ranks import checksum, distributed, gathered
 from sparsekern.rewire.watch import Watch, watch
 
@@ -65,14 +67,9 @@ class Rule:
         self._index = {path: i for i, path in enumerate(layers)}
         self.optimizer = optimizer
         self._optimizers = self._checked_optimizers(name)
-        self.followers = [self._follower(f) for f in list_of_modules(name, followers)]
-        for path in self.layers:
-            copies = self._copies(path)
-            if len({id(copy) for copy in copies} | {id(copy.weight) for copy in copies}) < 2 * len(copies):
-                raise ValueError(
-                    f"{name}: layer {path!r} of a follower is that of the model or of another follower, or shares its "
-                    "weight; give each copy (copy.deepcopy) once"
-                )
+        # What the checks of the last event have seen; None where something may be another than then.
+        self._watch: Watch | None = None
+        self.followers = followers
         self.clock = 0.0
         self.events = 0
         """Events that fired so far."""
@@ -81,10 +78,6 @@ class Rule:
         self._moved: dict[str, tuple[int | Tensor, int | Tensor]] = dict.fromkeys(self.layers, (0, 0))
         self._nan = {path: torch.zeros((), dtype=torch.bool, device=l.weight.device) for path, l in self.layers.items()}
         self._covered = {path: l.topology.mask() for path, l in self.layers.items()} if coverage else None
-        # What the checks of the last event have seen; None where something may be another than then.
-        self._watch: Watch | None = None
-        # Versions of the coordinates when layers and their followers were last known to have one topology.
-        self._compared = self._versions()
         self._seen = self._adoptions()
         self._with_state = self._layers_with_state()
         self._state_loads = self._state_loads_seen = 0
@@ -96,6 +89,28 @@ class Rule:
 
     def __getstate__(self) -> dict:
         return vars(self) | {"_watch": None}  # a copy has other objects
+
+    @property
+    def followers(self) -> tuple[nn.Module, ...]:
+        """The copies of the model that take over its topology. Others that are assigned do so from the next event."""
+        return self._followers
+
+    @followers.setter
+    def followers(self, followers: Iterable[nn.Module]) -> None:
+        name = type(self).__name__
+        modules = tuple(list_of_modules(name, followers))
+        layers_of_each = [self._layers_of(module) for module in modules]
+        for path, layer in self.layers.items():
+            copies = [layer, *(layers[path] for layers in layers_of_each)]
+            if len({id(copy) for copy in copies} | {id(copy.weight) for copy in copies}) < 2 * len(copies):
+                raise ValueError(
+                    f"{name}: layer {path!r} of a follower is that of the model or of another follower, or shares its "
+                    "weight; give each copy (copy.deepcopy) once"
+                )
+        self._followers, self._layers_of_followers = modules, layers_of_each
+        self._watch = None  # it has seen others
+        # Versions of the coordinates when layers and their followers were last known to have one topology.
+        self._compared = self._versions()
 
     def step(self, clock: float | None = None) -> bool:
         """Count one training step, and rewire if an event is due.
@@ -163,35 +178,31 @@ class Rule:
 
     def load_state_dict(self, state: dict) -> None:
         """Continue where `state_dict` was taken. Load the model's and the optimiser's state first."""
+        where = f"{type(self).__name__}.load_state_dict"
         missing = self.state_dict().keys() - {"covered"} - (state.keys() if isinstance(state, dict) else set())
         if missing:
-            raise ValueError(
-                f"{type(self).__name__}.load_state_dict: this is no state of a {type(self).__name__}; "
-                f"it lacks {', '.join(sorted(missing))}"
-            )
-        where = f"{type(self).__name__}.load_state_dict"
-        check_finite(where, "clock", state["clock"])
-        if state["clock"] < 0:
-            raise ValueError(f"{where}: clock must not be negative, got {state['clock']}")
-        for name in ("events", "next"):
-            check_count(where, name, state[name])
+            lacks = ", ".join(sorted(missing))
+            raise ValueError(f"{where}: this is no state of a {type(self).__name__}; it lacks {lacks}")
+        check_between(where, "clock", state["clock"], 0, LARGEST)
+        check_count(where, "events", state["events"])
+        check_count(where, "next", state["next"], least=1)
         if not isinstance(state["moved"], dict):
             raise ValueError(f"{where}: moved must be a dictionary by layer, got {state['moved']!r}")
         for path, moved in state["moved"].items():
-            if not isinstance(moved, tuple | list) or len(moved) != 2 or not all(isinstance(m, int) for m in moved):
+            if not isinstance(moved, tuple | list) or len(moved) != 2:
                 raise ValueError(f"{where}: moved of layer {path!r} must be two integers, got {moved!r}")
+            for count in moved:
+                check_count(where, f"moved of layer {path!r}", count)
         if set(state["moved"]) != set(self.layers):
-            raise ValueError(
-                f"{type(self).__name__}.load_state_dict: the state is for layers {sorted(state['moved'])}, "
-                f"but the model has {sorted(self.layers)}"
-            )
+            found = sorted(map(str, state["moved"]))
+            raise ValueError(f"{where}: the state is for layers {found}, but the model has {sorted(self.layers)}")
         if self._covered is not None and "covered" in state:
             self._check_covered(where, state["covered"])
         self._check_adoptions()
         self.clock, self.events, self._next = state["clock"], state["events"], state["next"]
         self._moved = {path: tuple(moved) for path, moved in state["moved"].items()}
         if self._covered is not None and "covered" in state:
-            self._covered = {path: state["covered"][path].to(mask.device) for path, mask in self._covered.items()}
+            self._covered = {p: state["covered"][p].to(mask.device, copy=True) for p, mask in self._covered.items()}
 
     # What a subclass fills in.
 
@@ -248,8 +259,9 @@ class Rule:
                 )
         return optimizers
 
-    def _follower(self, model: nn.Module) -> dict[str, SparseLayer]:
-        modules = {_bare(path): module for path, module in model.named_modules()}
+    def _layers_of(self, follower: nn.Module) -> dict[str, SparseLayer]:
+        """The layers of a copy of the model, by the names that they have in the model."""
+        modules = {_bare(path): module for path, module in follower.named_modules()}
         for path, layer in self.layers.items():
             other = modules.get(_bare(path))
             if not isinstance(other, SparseLayer) or other.topology.shape != layer.topology.shape:
@@ -277,7 +289,7 @@ class Rule:
     def _check_copies(self) -> None:
         """Refuse layers whose weight, or whose follower's topology, is no longer what the rule was made for."""
         where, held = f"{type(self).__name__}.step", held_by(self._optimizers)
-        versions, size = self._versions(), 3 * (1 + len(self.followers))
+        versions, size = self._versions(), 3 * (1 + len(self._followers))
         for number, (path, layer) in enumerate(self.layers.items()):
             own_versions = slice(size * number, size * (number + 1))
             if self._moves and id(layer.weight) not in held:
@@ -295,13 +307,26 @@ class Rule:
                 # somebody wrote coordinates; otherwise none are read
                 own = layer.topology
                 coordinates = own.layout.coordinates()
-                for follower in self.followers:
-                    other = follower[path].topology
+                for other in (copy.topology for copy in self._copies(path)[1:]):
                     if not other.is_at(*coordinates):
                         raise RuntimeError(
                             f"{where}: layer {path!r} of a follower no longer has the topology of the model, with "
                             f"{other.num_slots} and {own.num_slots} slots; load the model's state_dict into it"
                         )
+
+    def _check_gradients(self) -> None:
+        """Refuse gradients whose rewired slots cannot be reset alone, before the first layer changes."""
+        for path, layer in self.layers.items():
+            if (grad := layer.weight.grad) is None:
+                continue
+            where = f"{type(self).__name__}.step: the gradient of layer {path!r}"
+            if grad.layout != torch.strided:
+                raise ValueError(f"{where} is {grad.layout}, and a rewire resets slots of a dense one; use to_dense()")
+            if shares_memory(grad):
+                raise ValueError(
+                    f"{where} has strides {grad.stride()}, so its elements share memory and cannot be reset one by "
+                    "one; give the weight a clone() of it"
+                )
 
     def _versions(self) -> tuple[int, ...]:
         """How often the coordinates and the index of each layer and of its followers were written."""
@@ -318,6 +343,9 @@ class Rule:
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != own.shape:
                 got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
                 raise ValueError(f"{where}: covered of layer {path!r} must be a boolean {tuple(own.shape)}, got {got}")
+            if mask.layout != torch.strided or mask.is_meta:
+                got = f"{mask.layout} on {mask.device}"
+                raise ValueError(f"{where}: covered of layer {path!r} must be dense and have values, got {got}")
 
     def _adoptions(self) -> dict[str, int]:
         return {path: layer.topology.adoptions for path, layer in self.layers.items()}
@@ -373,7 +401,7 @@ class Rule:
     # Acting on a layer, its followers and its optimiser state alike.
 
     def _copies(self, path: str) -> list[SparseLayer]:
-        return [self.layers[path], *(follower[path] for follower in self.followers)]
+        return [self.layers[path], *(layers[path] for layers in self._layers_of_followers)]
 
     def _element_tensors(self, path: str) -> list[tuple[Tensor, float]]:
         """Weight, gradient and optimiser state of a layer, with the value that a rewired slot starts from."""

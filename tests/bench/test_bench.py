@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -31,6 +32,24 @@ def test_the_tables_of_a_device_show_its_committed_results(path):
     assert cost_model.path_for(path).exists() == plot.of_gpu(rows)
 
 
+@pytest.mark.parametrize("path", report.committed(), ids=lambda path: path.stem)
+def test_a_page_has_the_tables_of_every_suite_that_was_measured_and_every_picture_beside_it(path):
+    rows, page = report.committed()[path], path.with_suffix(".md").read_text()
+    device = "cuda" if plot.of_gpu(rows) else "cpu"
+    sections = {title: own for title, own in report.SECTIONS.items() if device in own.devices.split()}
+    shown = {suite for title, own in sections.items() if f"\n## {title}\n" in page for suite in own.suites}
+    assert set(rows.suite) - {"paths"} <= shown  # from which come constants of the chooser, and no table
+    pictures = {each.name for each in path.parent.glob(f"{path.stem}*.png")}
+    assert set(re.findall(r"!\[.*?\]\((.*?)\)", page)) == pictures
+
+
+@pytest.mark.parametrize("missing", ["plot", "table"])
+def test_a_readme_without_one_of_the_markers_is_an_error(missing):
+    text = report.README.read_text().replace(f"<!-- bench:{missing} -->", "")
+    with pytest.raises(ValueError, match=f"bench.report: README.md must have one <!-- bench:{missing} -->, it has 0"):
+        report.written(text, report.committed())
+
+
 def test_the_choosers_model_is_within_a_factor_of_two_of_all_that_an_h200_measured_and_mostly_within_a_quarter():
     found = cost_model.compared(results.load(results.FOLDER / "nvidia-h200.json"))
     kernels = found[found.path == "Triton kernels"]
@@ -55,7 +74,8 @@ def test_committed_results_keep_the_one_schema(path):
 
 
 def test_the_readmes_table_has_five_rows_of_cpu_and_gpu_and_no_other_marker_is_touched():
-    text = "<!-- bench:table -->\n<!-- /bench -->\n<!-- bench:other -->\nkept\n<!-- /bench -->\n"
+    markers = ("<!-- bench:plot -->\n", "<!-- bench:table -->\n", "<!-- bench:other -->\nkept\n")
+    text = "".join(marker + "<!-- /bench -->\n" for marker in markers)
     new = report.written(text, report.committed())
     lines = [line for line in new.splitlines() if line.startswith("| ")]
     assert len(lines) == 2 + 5 and "kept" in new
@@ -115,10 +135,10 @@ def test_the_roofline_bound_is_the_slower_of_arithmetic_and_memory(monkeypatch, 
 
 def test_a_section_is_written_from_results_of_several_devices():
     rows = next(iter(report.committed().values()))
-    text = "before\n<!-- bench:table -->\nold\n<!-- /bench -->\nafter\n"
+    text = "<!-- bench:plot -->\n<!-- /bench -->\nbefore\n<!-- bench:table -->\nold\n<!-- /bench -->\nafter\n"
     path = results.FOLDER / "device.json"
     new = report.written(text, {path: rows, path.with_stem("other"): rows})
-    assert new.startswith("before\n<!-- bench:table -->\n| device") and new.endswith("\n<!-- /bench -->\nafter\n")
+    assert "before\n<!-- bench:table -->\n| device" in new and new.endswith("\n<!-- /bench -->\nafter\n")
     assert "old" not in new and new.count("| 0.05 |") == 2
 
 

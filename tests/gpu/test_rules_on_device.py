@@ -407,6 +407,19 @@ def test_tables_are_built_once_and_anew_when_a_tensor_has_moved(forced, monkeypa
             assert torch.equal(sk.Topology(t.block_rows, t.block_cols, t.shape, t.block_size, t.groups).index, t.index)
 
 
+@pytest.mark.parametrize("kind", [sk.SET, partial(sk.GMP, final_density=0.05, end_step=4)], ids=["SET", "GMP"])
+def test_a_follower_that_is_assigned_between_two_events_is_rewired_by_the_kernels_too(forced, kind):
+    forced()
+    model, optimizer, rule = trained_rule(kind)
+    assert step(model, optimizer, rule) and step(model, optimizer, rule)
+    follower = copy.deepcopy(model)
+    rule.followers = [follower]
+    assert step(model, optimizer, rule)
+    for path, layer in rule.layers.items():
+        own = follower.get_submodule(path).topology
+        assert own.is_at(*layer.topology.layout.coordinates()) and torch.equal(own.index, layer.topology.index)
+
+
 def test_torch_is_told_of_what_is_written_to_a_parameter_that_took_over_the_memory_of_another(forced):
     forced()
     model, optimizer, rule = trained_rule()

@@ -387,3 +387,27 @@ def test_coordinates_of_a_full_store_of_one_row_or_column_are_written_one_by_one
     rows, cols = layer.topology.block_rows, layer.topology.block_cols
     rows[0] = cols[0] = -1
     assert layer.topology.mask().view(-1).tolist() == [slot != 0 for slot in range(layer.topology.num_slots)]
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5])
+@pytest.mark.parametrize("already", [0, 2])
+@pytest.mark.parametrize(
+    ("wrong", "got"),
+    [
+        (torch.ones(1, dtype=torch.bool), r"torch.bool \(1,\)"),
+        (torch.ones(11, dtype=torch.bool), r"torch.bool \(11,\)"),
+        (torch.ones(13, dtype=torch.bool), r"torch.bool \(13,\)"),
+        (torch.ones(12, 1, dtype=torch.bool), r"torch.bool \(12, 1\)"),
+        (torch.ones(12), r"torch.float32 \(12,\)"),
+        (12 * [True], "list"),
+    ],
+    ids=["one", "fewer", "more", "a column", "float32", "a list"],
+)
+def test_what_is_no_mask_of_the_slots_marks_none_dead(density, already, wrong, got):
+    topology = sk.SparseLinear(64, 48 if density == 1 else 96, density=density, block_size=16).topology
+    assert topology.num_slots == 12 and topology.full == (density == 1)
+    if already:
+        topology.mark_dead(torch.arange(12) < already)
+    with pytest.raises(ValueError, match=rf"^mark_dead: dead must be boolean \(12,\), got {got}$"):
+        topology.mark_dead(wrong)
+    assert topology.num_live == 12 - already

@@ -1,5 +1,6 @@
 """N steps equal k steps, a checkpoint, and N - k steps of new objects, bit for bit; also in another process."""
 
+import copy
 import os
 import random
 import subprocess
@@ -122,6 +123,109 @@ def test_the_state_of_other_layers_is_refused(kind):
     state["moved"]["tail"] = state["moved"].pop("heads")
     with pytest.raises(ValueError, match=r"\['tail', 'trunk'\], but the model has \['heads', 'trunk'\]"):
         rule.load_state_dict(state)
+
+
+HUGE, BEYOND_FLOATS = 2**63, 10**400
+TAMPERED = {
+    "a clock beyond all floats": ("SET", {"clock": BEYOND_FLOATS}, "clock must be a finite number, got 10"),
+    "a clock at the end of floats": (
+        "SET",
+        {"clock": 1e308},
+        f"clock must be a number from 0 to {HUGE - 1}, got 1e.?308",
+    ),
+    "a clock before the start": ("GMP", {"clock": -1.0}, f"clock must be a number from 0 to {HUGE - 1}, got -1.0"),
+    "an infinite clock": ("RigL", {"clock": float("inf")}, "clock must be a finite number, got inf"),
+    "events beyond 64 bits": ("SET", {"events": HUGE}, f"events must be an integer from 0 to {HUGE - 1}, got {HUGE}"),
+    "a true number of events": ("RigL", {"events": True}, "events must be an integer from 0 to .*, got True"),
+    "no next event": ("SET", {"next": 0}, f"next must be an integer from 1 to {HUGE - 1}, got 0"),
+    "a next event beyond all floats": ("GMP", {"next": BEYOND_FLOATS}, "next must be an integer from 1 to .*, got 10"),
+    "fewer than no blocks moved": (
+        "SET",
+        {"moved": {"trunk": (0, -1), "heads": (0, 0)}},
+        "moved of layer 'trunk' must be an integer from 0 to .*, got -1",
+    ),
+    "moved, not a number": (
+        "RigL",
+        {"moved": {"trunk": (0, 0), "heads": (float("nan"), 0)}},
+        "moved of layer 'heads' must be an integer from 0 to .*, got nan",
+    ),
+    "moved in layers of all names": (
+        "SET",
+        {"moved": {"trunk": (0, 0), 1: (0, 0)}},
+        r"the state is for layers .'1', 'trunk'., but",
+    ),
+    "a block that is carried whole": (
+        "SET",
+        {"carry": {"trunk": [2.0], "heads": [0, 0]}},
+        "carry of layer 'trunk' must be a number from -1e-09 to 1, got 2.0",
+    ),
+    "carried beyond all integers": (
+        "RigL",
+        {"carry": {"trunk": [0.5], "heads": [0, 1e300]}},
+        "carry of layer 'heads' must be a number from -1e-09 to 1, got 1e.?300",
+    ),
+    "less than nothing carried": (
+        "SET",
+        {"carry": {"trunk": [-1.0], "heads": [0, 0]}},
+        "carry of layer 'trunk' must be a number from -1e-09 to 1, got -1.0",
+    ),
+    "carried for too few groups": ("SET", {"carry": {"trunk": [0], "heads": [0]}}, "carry of layer 'heads' must be 2"),
+    "more blocks at first than there are places": (
+        "GMP",
+        {"initial": {"trunk": [61], "heads": [180, 180]}},
+        "initial of layer 'trunk' must be an integer from 0 to 60, got 61",
+    ),
+    "blocks at first beyond 64 bits": (
+        "GMP global",
+        {"initial": {"trunk": [60], "heads": [180, BEYOND_FLOATS]}},
+        "initial of layer 'heads' must be an integer from 0 to 180, got 10",
+    ),
+    "half a block at first": (
+        "GMP",
+        {"initial": {"trunk": [59.5], "heads": [180, 180]}},
+        "initial of layer 'trunk' must be an integer from 0 to 60, got 59.5",
+    ),
+    "compactions beyond 64 bits": ("GMP", {"compactions": HUGE}, "compactions must be an integer from 0 to .*, got 9"),
+    "a text of whether it is done": ("GMP", {"done": "no"}, "done must be True or False, got 'no'"),
+    "a number of whether it is armed": ("RigL", {"armed": 1}, "armed must be True or False, got 1"),
+    "covered without values": (
+        "SET",
+        lambda state: {"covered": {path: mask.to("meta") for path, mask in state["covered"].items()}},
+        "covered of layer 'trunk' must be dense and have values, got torch.strided on meta",
+    ),
+    "a sparse covered": (
+        "SET",
+        lambda state: {"covered": {path: mask.to_sparse() for path, mask in state["covered"].items()}},
+        "covered of layer 'trunk' must be dense and have values, got torch.sparse_coo on cpu",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TAMPERED)
+def test_a_tampered_state_is_refused_and_the_rule_goes_on_as_if_nobody_had_tried(case):
+    kind, change, message = TAMPERED[case]
+    objects, untouched = (build(kind, seed=1) for _ in range(2))
+    for one in (objects, untouched):
+        train(one, 0, EVERY + 1)
+    state = copy.deepcopy(objects[3].state_dict())
+    state |= change(state) if callable(change) else change
+    name = kind.removesuffix(" global")
+    with pytest.raises(ValueError, match=rf"^{name}.load_state_dict: {message}"):
+        objects[3].load_state_dict(state)
+    assert_equal(result(objects), result(untouched))
+    for one in (objects, untouched):
+        train(one, EVERY + 1, 2 * EVERY)
+    assert_equal(result(objects), result(untouched))
+
+
+def test_a_state_that_was_loaded_is_the_rules_own():
+    first, second = (build("SET", seed=1) for _ in range(2))
+    train(first, 0, EVERY - 1)
+    state = copy.deepcopy(first[3].state_dict())
+    second[3].load_state_dict(first[3].state_dict())
+    train(second, 0, 1)
+    assert second[3].events == 1 and second[3].stats() != first[3].stats()
+    assert_equal(first[3].state_dict(), state)
 
 
 def test_a_store_that_was_left_for_the_sparse_path_is_left_when_it_is_resumed(monkeypatch):

@@ -203,6 +203,36 @@ def test_factored_state_inside_of_lists_and_objects_is_refused_before_any_layer_
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+def expand(tensor):
+    return torch.full((1, 1, 1), 0.1).expand_as(tensor)
+
+
+@pytest.mark.parametrize("kind", RULES)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w, state: setattr(w, "grad", expand(w)), "step: the gradient of layer '1' has strides .0, 0, 0., "),
+        (
+            lambda w, state: setattr(w, "grad", w.grad.to_sparse()),
+            "step: the gradient of layer '1' is torch.sparse_coo",
+        ),
+        (lambda w, state: state.update(exp_avg=expand(w)), "Adam keeps 'exp_avg' with strides .0, 0, 0., so its elem"),
+    ],
+    ids=["gradient", "sparse gradient", "state"],
+)
+def test_what_cannot_be_reset_element_by_element_is_refused_before_any_layer_changes(kind, change, message):
+    model = build()
+    optimizer = optim.Adam(model.parameters())
+    rule = RULES[kind](model, optimizer)
+    model(torch.randn(3, 32)).sum().backward()
+    optimizer.step()
+    change(model[1].weight, optimizer.state[model[1].weight])
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        rule.step()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
 def test_harmless_entries_of_an_optimisers_state_are_no_obstacle():
     model = build()
     optimizer = optim.Adam(model.parameters())

@@ -355,6 +355,63 @@ def test_blocks_without_a_candidate_keep_their_value_in_followers_too():
     assert torch.equal(target.weight, own)
 
 
+def same_blocks(model, follower):
+    own, others = (
+        [layer.topology for layer in m.modules() if isinstance(layer, sk.SparseLinear)] for m in (model, follower)
+    )
+    return all(one.is_at(other.block_rows, other.block_cols) for one, other in zip(own, others, strict=True))
+
+
+@pytest.mark.parametrize(
+    "assign", [lambda rule, own: [own], lambda rule, own: (*rule.followers, own)], ids=["in place", "beside"]
+)
+@pytest.mark.parametrize("kind", ["SET", "RigL", "GMP"])
+def test_followers_that_are_assigned_between_two_events_follow_from_the_next(kind, assign):
+    model = Heads()
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    first = copy.deepcopy(model)
+    options = {"end_step": 9, "final_density": 0.1} if kind == "GMP" else {}
+    rule = getattr(sk, kind)(model, optimizer, update_every=2, followers=[first], **options)
+    train(model, optimizer, rule, 5)
+    assert rule.events == 2 and rule.followers == (first,) and same_blocks(model, first)
+    later = copy.deepcopy(model)
+    rule.followers = assign(rule, later)
+    train(model, optimizer, rule, 1)
+    assert rule.events == 3 and rule.followers[-1] is later
+    assert same_blocks(model, later) and same_blocks(model, first) == (first in rule.followers)
+
+
+def test_followers_are_not_changed_unseen():
+    model = Heads()
+    rule = sk.SET(model, torch.optim.SGD(model.parameters(), 0.1), followers=[copy.deepcopy(model)])
+    with pytest.raises(AttributeError, match="'tuple' object has no attribute 'append'"):
+        rule.followers.append(copy.deepcopy(model))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda model, follower: follower, "SET: followers must be a list of modules, got Heads"),
+        (lambda model, follower: [follower, None], "SET: followers must be a list of modules, got NoneType in it"),
+        (lambda model, follower: [model], "SET: layer 'trunk' of a follower is that of the model or of another"),
+        (lambda model, follower: 2 * [follower], "SET: layer 'trunk' of a follower is that of the model or of another"),
+        (lambda model, follower: [Heads()], "SET: layer 'trunk' of a follower has another topology than the model"),
+        (lambda model, follower: [model.trunk], "SET: a follower needs a sparse layer 'trunk' .* nothing there"),
+    ],
+    ids=["a module", "none", "the model", "twice", "another topology", "another model"],
+)
+def test_followers_that_are_assigned_are_checked_as_those_at_the_start(wrong, message):
+    model = Heads()
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    follower = copy.deepcopy(model)
+    rule = sk.SET(model, optimizer, update_every=1, followers=[follower])
+    train(model, optimizer, rule, 1)
+    with pytest.raises(ValueError, match=message):
+        rule.followers = wrong(model, follower)
+    train(model, optimizer, rule, 1)
+    assert rule.followers == (follower,) and rule.events == 2 and same_blocks(model, follower)
+
+
 @pytest.mark.parametrize("rule", RULES.values())
 def test_nan_weights_are_dropped_first_with_a_warning_that_names_the_layer(rule):
     model = nn.Sequential(nn.ReLU(), sk.SparseLinear(16, 16, density=0.5, block_size=4))

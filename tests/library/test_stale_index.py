@@ -123,6 +123,29 @@ def test_coordinates_that_are_no_topology_are_refused_before_anything_follows_th
 
 
 @SIZES
+@pytest.mark.parametrize("name", ["block_rows", "block_cols", "index"])
+def test_coordinates_with_gaps_between_them_are_refused_because_kernels_read_on(block_size, name):
+    model, x = untrained(block_size), torch.randn(5, 16)
+    topology = model[0].topology
+    layout = topology.layout
+    spaced = getattr(topology, name).repeat_interleave(2)[::2]
+    rule = sk.SET(model, torch.optim.SGD(model.parameters(), 0.1), update_every=1)
+    setattr(topology, name, spaced)
+    operator = torch.ops.sparsekern.dds
+    tensors = layout._replace(**{name: spaced}).tensors
+    for use in (
+        model,
+        lambda x: rule.step(),
+        lambda x: operator(x, model[0].weight, None, None, *tensors, *layout.geometry, True),
+    ):
+        with pytest.raises(ValueError, match=rf"^Topology: {name} must be contiguous, got strides \(2,\)$"):
+            use(x)
+    setattr(topology, name, spaced.contiguous())
+    assert_computes_its_weight(model, x)
+    assert rule.step()
+
+
+@SIZES
 def test_compiled_code_follows_too(block_size):
     source, _, x = trained(block_size)
     target = untrained(block_size)
