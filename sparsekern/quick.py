@@ -5,7 +5,7 @@ checks of `products`, says what is wrong with them, or takes them.
 
 On a GPU all that does not depend on the values of a call (which backend is fastest, the kernel's tile, its grid and
 constants) is decided when a product first goes the long way, and is kept for its geometry. On a CPU it depends on the
-number of slots only, which is looked at in every call.
+numbers of slots and tokens only, which are looked at in every call.
 """
 
 from collections.abc import Callable

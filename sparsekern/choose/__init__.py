@@ -91,17 +91,23 @@ def backend_for(operation: str, x: Tensor, layout: Layout, token_offsets: Tensor
     density = break_even(layout.block_size, x.dtype)
     if layout.full:  # GMP asks at its events whether to leave it; counting live blocks here would cost every product
         return cpu if density >= 1 else dense
-    return cpu if _is_sparser(layout, density * (1 + COPY_TOKENS / max(1, len(x)))) else dense
+    return cpu if _is_sparser(layout, _with_copies(density, len(x))) else dense
+
+
+def _with_copies(density: float, tokens: int) -> float:
+    """Density up to which the C++ kernels multiply so many tokens, for which a GEMM would copy the blocks."""
+    return density * (1 + COPY_TOKENS / max(1, tokens))
 
 
 def is_surely_for_cpu(x: Tensor, layout: Layout) -> bool:
-    """Whether the number of slots alone says that the C++ kernels multiply x, which nobody has checked."""
+    """Whether slots and tokens alone say that the C++ kernels multiply x, which nobody has checked."""
     if not x.is_cpu or x.dtype not in cpu.DTYPES or cpu.unavailable():
         return False
     density = break_even(layout.block_size, x.dtype)
     if layout.full:
         return density >= 1
-    return layout.num_slots * layout.groups <= density * layout.num_rows * layout.num_cols
+    tokens = x.numel() // max(1, x.shape[-1]) if x.dim() else 1
+    return layout.num_slots * layout.groups <= _with_copies(density, tokens) * layout.num_rows * layout.num_cols
 
 
 def sparse_is_faster(layout: Layout, dtype: torch.dtype) -> bool:

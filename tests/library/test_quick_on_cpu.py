@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sparsekern as sk
-from sparsekern import operators, products, quick
+from sparsekern import choose, operators, products, quick
 from sparsekern.backends import cpu
 from sparsekern.layout import Layout
 
@@ -234,9 +234,11 @@ def test_the_long_way_still_says_what_is_wrong():
 
 
 def test_a_layer_that_dense_multiplies_faster_does_not_go_the_short_way():
-    sparse, nearly_dense = layer_and_x(1)[0], sk.SparseLinear(96, 192, density=0.9, block_size=1)
-    x = torch.randn(6, 96)
+    sparse, nearly_dense = (sk.SparseLinear(96, 192, density=density, block_size=1) for density in (0.1, 0.9))
+    few, many = torch.randn(2, 3, 96), torch.randn(20, 30, 96)
     with torch.no_grad():
-        assert operators.quick_dds(x, sparse.weight, sparse.bias, None, sparse.topology.layout, True) is not None
-        layout = nearly_dense.topology.layout
-        assert operators.quick_dds(x, nearly_dense.weight, nearly_dense.bias, None, layout, True) is None
+        for layer, x, short in ((sparse, many, True), (nearly_dense, many, False), (nearly_dense, few, True)):
+            y = operators.quick_dds(x, layer.weight, layer.bias, None, layer.topology.layout, True)
+            assert (y is not None) == short
+            backend = choose.backend_for("dds", x.flatten(0, 1), layer.topology.layout)
+            assert (backend is cpu) == short  # of few tokens, copying the blocks would cost more than it saves
