@@ -65,8 +65,9 @@ def _by_linear(x, weight, bias, token_offsets, layout: Layout, transpose: bool) 
         )  # fmt: skip
         if not fit:
             return None
-        matrix = weight.view(rows, cols)
-        return F.linear(x, matrix if transpose else matrix.t(), bias)
+        with torch.no_grad():  # the product's own node saves the operands
+            matrix = weight.view(rows, cols)
+            return F.linear(x, matrix if transpose else matrix.t(), bias)
     except RuntimeError:  # a nested tensor, a weight with gaps, a bias elsewhere
         return None
 

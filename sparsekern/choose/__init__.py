@@ -90,7 +90,7 @@ def backend_for(operation: str, x: Tensor, layout: Layout, token_offsets: Tensor
         return dense
     density = break_even(layout.block_size, x.dtype)
     if layout.full:  # GMP asks at its events whether to leave it; counting live blocks here would cost every product
-        return cpu if density >= 1 else dense
+        return cpu if layout.num_slots <= _most_blocks(layout, density) else dense
     return cpu if _is_sparser(layout, _with_copies(density, len(x))) else dense
 
 
@@ -104,10 +104,9 @@ def is_surely_for_cpu(x: Tensor, layout: Layout) -> bool:
     if not x.is_cpu or x.dtype not in cpu.DTYPES or cpu.unavailable():
         return False
     density = break_even(layout.block_size, x.dtype)
-    if layout.full:
-        return density >= 1
-    tokens = x.numel() // max(1, x.shape[-1]) if x.dim() else 1
-    return layout.num_slots * layout.groups <= _with_copies(density, tokens) * layout.num_rows * layout.num_cols
+    if not layout.full and x.dim():
+        density = _with_copies(density, x.numel() // max(1, x.shape[-1]))
+    return layout.num_slots <= _most_blocks(layout, density)
 
 
 def sparse_is_faster(layout: Layout, dtype: torch.dtype) -> bool:
@@ -135,13 +134,18 @@ def break_even(block_size: int, dtype: torch.dtype) -> float:
     return (BREAK_EVEN_BFLOAT16 if in_hardware else BREAK_EVEN[cpu.instruction_set()])[block_size]
 
 
+def _most_blocks(layout: Layout, density: float) -> float:
+    """As many as this share of all blocks."""
+    return density * layout.num_rows * layout.num_cols / layout.groups
+
+
 def _is_sparser(layout: Layout, density: float) -> bool:
     """Whether at most this share of the blocks is live.
 
     The number of slots bounds the live blocks, so the live ones are counted only where that bound decides nothing: a
     network under gradual pruning, between two compactions.
     """
-    limit = density * layout.num_rows * layout.num_cols / layout.groups
+    limit = _most_blocks(layout, density)
     if layout.num_slots <= limit:
         return True
     if layout.full:

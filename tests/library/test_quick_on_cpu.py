@@ -80,6 +80,15 @@ def test_a_step_of_a_full_store_has_the_bits_of_the_long_way(dtype, tokens, prun
     assert not pruned or not found[2][dead].any()
 
 
+@pytest.mark.parametrize("density,block_size", [(0.1, 4), (1.0, 1)])
+def test_a_forward_saves_no_more_than_the_operands(density, block_size):
+    layer = sk.SparseLinear(96, 192, density=density, block_size=block_size)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.shape), lambda _: None):
+        layer(torch.randn(2, 3, 96, requires_grad=True))
+    assert saved == [(2, 3, 96), layer.weight.shape]
+
+
 def test_rows_that_lie_apart_and_layers_without_bias_go_the_short_way(monkeypatch):
     layer = sk.SparseLinear(48, 96, bias=False, density=0.25, block_size=4)
     x = torch.randn(6, 100)[:, 10:58]
