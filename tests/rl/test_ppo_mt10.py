@@ -442,7 +442,7 @@ def test_settings_survive_and_runs_from_before_these_settings_are_what_they_were
         plain = Config(
             **{name: stored[name] for name in ("suite", "agent", "treatment", "density", "block_size", "seed")},
             timesteps=stored["timesteps"],
-            set=SETConfig(initial=stored["set"].get("initial", "fan-in")),
+            set=SETConfig(**{"initial": "fan-in", **stored["set"]}),
         )
         assert identity(stored_run.config) == identity(plain)
 
