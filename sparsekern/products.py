@@ -1,6 +1,6 @@
 """The two products of sparse training, dds and sdd: what they take, and how sizes become whole blocks.
 
-`sparsekern.operators` multiplies, differentiates and registers.
+`sparsekern.operators` multiplies and differentiates.
 """
 
 from typing import Protocol
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from sparsekern import operators
 from sparsekern.geometry import INTEGERS
 from sparsekern.layout import Layout
+from sparsekern.registered import check_rising
 from sparsekern.topology import Topology
 
 _SIDES = {False: 0, True: 1}  # of a topology's shape that x has, by `transpose`
@@ -198,7 +199,7 @@ def _as_offsets(name: str, token_offsets: Tensor, topology: Topology, x: Tensor)
         token_offsets = token_offsets.to(torch.int64)
     readable = token_offsets.device.type == "cpu" and not torch.compiler.is_compiling()  # a GPU would synchronise
     if readable and operators.is_plain(token_offsets):
-        operators.check_rising(name, token_offsets, x.shape[:-1].numel())
+        check_rising(name, token_offsets, x.shape[:-1].numel())
     return token_offsets.contiguous()
 
 

@@ -88,25 +88,27 @@ def backend_for(operation: str, x: Tensor, layout: Layout, token_offsets: Tensor
         return reference
     if operation not in cpu.OPERATIONS:
         return dense
-    density = break_even(layout.block_size, x.dtype)
+    if is_surely_for_cpu(x, layout):
+        return cpu
     if layout.full:  # GMP asks at its events whether to leave it; counting live blocks here would cost every product
-        return cpu if layout.num_slots <= _most_blocks(layout, density) else dense
-    return cpu if _is_sparser(layout, _with_copies(density, len(x))) else dense
-
-
-def _with_copies(density: float, tokens: int) -> float:
-    """Density up to which the C++ kernels multiply so many tokens, for which a GEMM would copy the blocks."""
-    return density * (1 + COPY_TOKENS / max(1, tokens))
+        return dense
+    return cpu if _is_sparser(layout, _product_break_even(layout, x)) else dense
 
 
 def is_surely_for_cpu(x: Tensor, layout: Layout) -> bool:
     """Whether slots and tokens alone say that the C++ kernels multiply x, which nobody has checked."""
     if not x.is_cpu or x.dtype not in cpu.DTYPES or cpu.unavailable():
         return False
+    return layout.num_slots <= _most_blocks(layout, _product_break_even(layout, x))
+
+
+def _product_break_even(layout: Layout, x: Tensor) -> float:
+    """Density up to which the C++ kernels multiply x [..., features] faster than a GEMM with its copy of blocks."""
     density = break_even(layout.block_size, x.dtype)
-    if not layout.full and x.dim():
-        density = _with_copies(density, x.numel() // max(1, x.shape[-1]))
-    return layout.num_slots <= _most_blocks(layout, density)
+    if layout.full or not x.dim():
+        return density
+    tokens = x.numel() // max(1, x.shape[-1])
+    return density * (1 + COPY_TOKENS / max(1, tokens))
 
 
 def sparse_is_faster(layout: Layout, dtype: torch.dtype) -> bool:

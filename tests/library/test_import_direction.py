@@ -15,6 +15,7 @@ ORDER = (
     "choose",
     "quick",
     "operators",
+    "registered",
     "products dense_copy rewire.growth",
     "layer",
     "linear conv",
