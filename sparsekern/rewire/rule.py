@@ -65,8 +65,7 @@ class Rule:
         self.layers = {path: layer for path, layer in layers.items() if layer.weight.requires_grad}
         """The sparse layers by name; a frozen layer (weight.requires_grad is False) is left alone."""
         self._index = {path: i for i, path in enumerate(layers)}
-        self.optimizer = optimizer
-        self._optimizers = self._checked_optimizers(name)
+        self._optimizer, self._optimizers = optimizer, self._checked_optimizers(optimizer)
         # What the checks of the last event have seen; None where something may be another than then.
         self._watch: Watch | None = None
         self.followers = followers
@@ -83,12 +82,23 @@ class Rule:
         self._state_loads = self._state_loads_seen = 0
         self._check_ranks()
         self._adopted(list(self.layers))
-        for one in self._optimizers:
-            if hasattr(one, "_optimizer_load_state_dict_post_hooks"):  # wrappers may lack what Optimizer.__init__ makes
-                one.register_load_state_dict_post_hook(self._note_state_load)
+        self._listen()
 
     def __getstate__(self) -> dict:
         return vars(self) | {"_watch": None}  # a copy has other objects
+
+    @property
+    def optimizer(self) -> Optimizer | Sequence[Optimizer] | None:
+        """What trains the layers, as it was given. Another that is assigned has its state reset from the next event."""
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Optimizer | Sequence[Optimizer]) -> None:
+        self._optimizers = self._checked_optimizers(optimizer)
+        self._optimizer = optimizer
+        self._watch = None  # it has seen another
+        self._with_state = self._layers_with_state()
+        self._listen()
 
     @property
     def followers(self) -> tuple[nn.Module, ...]:
@@ -238,11 +248,12 @@ class Rule:
 
     # Checks.
 
-    def _checked_optimizers(self, name: str) -> list[Optimizer]:
+    def _checked_optimizers(self, optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
         """The optimisers that train the layers; none for a rule that was given none because it moves nothing."""
         if not self._moves:
             return []
-        optimizers = unwrap(name, self.optimizer)
+        name = type(self).__name__
+        optimizers = unwrap(name, optimizer)
         held = held_by(optimizers)
         owners: dict[int, str] = {}
         for path, layer in self.layers.items():
@@ -350,8 +361,14 @@ class Rule:
     def _adoptions(self) -> dict[str, int]:
         return {path: layer.topology.adoptions for path, layer in self.layers.items()}
 
+    def _listen(self) -> None:
+        """Hear of it when an optimiser loads a state."""
+        for one in self._optimizers:
+            if hasattr(one, "_optimizer_load_state_dict_post_hooks"):  # wrappers may lack what Optimizer.__init__ makes
+                one.register_load_state_dict_post_hook(self._note_state_load)
+
     def _note_state_load(self, optimizer: Optimizer) -> None:
-        self._state_loads += 1
+        self._state_loads += any(optimizer is one for one in self._optimizers)  # not one that was replaced
 
     def _layers_with_state(self) -> set[str]:
         states = [optimizer.state for optimizer in self._optimizers]

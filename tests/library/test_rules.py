@@ -412,6 +412,49 @@ def test_followers_that_are_assigned_are_checked_as_those_at_the_start(wrong, me
     assert rule.followers == (follower,) and rule.events == 2 and same_blocks(model, follower)
 
 
+@pytest.mark.parametrize("kind", ["SET", "RigL"])
+def test_an_optimizer_that_is_assigned_between_two_events_is_reset_from_the_next(kind):
+    model = Heads()
+    first, second = (torch.optim.Adam(model.parameters(), rate) for rate in (0.01, 0.001))
+    rule = getattr(sk, kind)(model, first, update_every=2)
+    train(model, first, rule, 5)
+    rule.optimizer = second
+    assert rule.optimizer is second
+    before, old = model.trunk.topology.layout.positions(), first.state[model.trunk.weight]["exp_avg"].clone()
+    train(model, second, rule, 1)
+    moved = before != model.trunk.topology.layout.positions()
+    averages = second.state[model.trunk.weight]["exp_avg"]
+    assert rule.events == 3 and moved.any()
+    assert not averages[moved].any() and averages[~moved].any()
+    assert torch.equal(first.state[model.trunk.weight]["exp_avg"], old)
+
+
+def test_a_checkpoint_of_other_blocks_wants_the_state_of_the_optimizer_that_was_assigned():
+    model = Heads()
+    first, second = (torch.optim.Adam(model.parameters()) for _ in range(2))
+    rule = sk.SET(model, first, update_every=2)
+    rule.optimizer = second
+    train(model, second, rule, 1)
+    model.load_state_dict(Heads().state_dict())
+    first.load_state_dict(first.state_dict())
+    with pytest.raises(RuntimeError, match="still holds the state of the old blocks"):
+        rule.step()
+    second.load_state_dict(torch.optim.Adam(model.parameters()).state_dict())
+    assert rule.step()
+
+
+def test_an_optimizer_that_is_assigned_is_checked_as_that_at_the_start():
+    model = Heads()
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    rule = sk.SET(model, optimizer, update_every=1)
+    with pytest.raises(ValueError, match="SET: the optimiser does not hold the weight of layer 'heads'"):
+        rule.optimizer = torch.optim.Adam(model.trunk.parameters())
+    with pytest.raises(ValueError, match="SET: optimizer must be a torch optimiser"):
+        rule.optimizer = None
+    train(model, optimizer, rule, 1)
+    assert rule.optimizer is optimizer and rule.events == 1
+
+
 @pytest.mark.parametrize("rule", RULES.values())
 def test_nan_weights_are_dropped_first_with_a_warning_that_names_the_layer(rule):
     model = nn.Sequential(nn.ReLU(), sk.SparseLinear(16, 16, density=0.5, block_size=4))
