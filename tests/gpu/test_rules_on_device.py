@@ -420,6 +420,19 @@ def test_a_follower_that_is_assigned_between_two_events_is_rewired_by_the_kernel
         assert own.is_at(*layer.topology.layout.coordinates()) and torch.equal(own.index, layer.topology.index)
 
 
+@pytest.mark.parametrize("kind", [sk.SET, partial(sk.GMP, final_density=0.05, end_step=4)], ids=["SET", "GMP"])
+def test_an_optimizer_that_is_assigned_between_two_events_is_reset_by_the_kernels_too(forced, kind):
+    forced()
+    model, optimizer, rule = trained_rule(kind)
+    assert step(model, optimizer, rule) and step(model, optimizer, rule)
+    rule.optimizer = second = torch.optim.Adam(model.parameters())
+    before = {path: layer.topology.layout.positions() for path, layer in rule.layers.items()}
+    assert step(model, second, rule)
+    for path, layer in rule.layers.items():
+        moved, averages = before[path] != layer.topology.layout.positions(), second.state[layer.weight]["exp_avg"]
+        assert moved.any() and not averages[moved].any() and averages[~moved].any()
+
+
 def test_torch_is_told_of_what_is_written_to_a_parameter_that_took_over_the_memory_of_another(forced):
     forced()
     model, optimizer, rule = trained_rule()
