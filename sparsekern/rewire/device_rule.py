@@ -91,7 +91,7 @@ class DeviceRule(Rule):
         state = [(value, fresh) for _, _, value, fresh in element_state(self._optimizers, layer.weight)]
         tensors = [(copy.weight, 0.0) for copy in copies] + state
         layouts = [copy.topology.layout for copy in copies]
-        return LayerTensors(layouts, layer.topology.shape, layer.weight, tensors, growth)
+        return LayerTensors(layouts, layer.topology.shape, layer.weight, tensors, growth, path)
 
 
 class Prepared:

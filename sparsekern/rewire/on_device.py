@@ -57,6 +57,8 @@ class LayerTensors:
     tensors: Sequence[tuple[Tensor, float]]
     """What is reset in rewired slots, with fresh values: weight, state, followers' weights; not the gradient."""
     growth: Growth = Growth.BY_HASH
+    name: str = ""
+    """For messages."""
 
     def addresses(self) -> list[tuple]:
         """All that the tables say of the layer; equal as long as they are good for it."""
@@ -128,9 +130,9 @@ class ModelTables:
     it; live blocks after the event."""
 
     def __post_init__(self):
-        for i, layer in enumerate(self.layers):
+        for layer in self.layers:
             if problem := _problem(layer):
-                raise ValueError(f"rewire_model: layer {i} {problem}")
+                raise ValueError(f"rewire_model: layer {layer.name!r} {problem}")
         self._addresses = [layer.addresses() for layer in self.layers]
         device = self.layers[0].weight.device
         self.stats = torch.zeros(len(self.layers), 3, dtype=torch.int32, device=device)
@@ -185,9 +187,11 @@ class ModelTables:
             target=event.target,
         )
         if refused >= 0:
+            layer, gradient = self.layers[refused], event.gradients[refused]
             raise ValueError(
-                f"rewire_model: layer {refused} has a gradient of {event.gradients[refused].dtype}; the kernels take "
-                f"the weight's {self.layers[refused].weight.dtype}, contiguous, at 16 bytes"
+                f"rewire_model: layer {layer.name!r} has a gradient of {gradient.dtype} with strides "
+                f"{gradient.stride()} at {gradient.data_ptr():#x}; the kernels take the weight's "
+                f"{layer.weight.dtype}, contiguous, at 16 bytes"
             )
         return _upload(table, device)
 

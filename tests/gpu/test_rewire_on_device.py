@@ -434,8 +434,8 @@ def test_the_tables_have_the_layout_and_the_numbers_of_the_kernels():
 def test_a_layer_that_the_kernels_do_not_take_is_refused_by_a_sentence(change, message):
     rows = torch.tensor([0, 1, 2])
     layout = Layout(rows, rows, torch.empty(0, dtype=torch.int32), 3, 3, 1, 2, False)
-    layer = replace(LayerTensors([layout], (6, 6), torch.zeros(3, 2, 2), []), **change)
-    with pytest.raises(ValueError, match=f"rewire_model: layer 0 has .*{message}"):
+    layer = replace(LayerTensors([layout], (6, 6), torch.zeros(3, 2, 2), [], name="head"), **change)
+    with pytest.raises(ValueError, match=f"rewire_model: layer 'head' has .*{message}"):
         ModelTables([layer])
 
 
