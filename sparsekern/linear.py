@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from sparsekern.backends import cpu
 from sparsekern.geometry import INTEGERS
@@ -82,14 +83,14 @@ class SparseLinear(SparseLayer):
             raise ValueError(f"SparseLinear: group ids must be integers, got {group.dtype}")
         if group.device != x.device:
             raise ValueError(f"SparseLinear: x is on {x.device}, but the group ids are on {group.device}")
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         offsets, order, inverse = _by_group(group.flatten().long().contiguous(), self.groups)
         if order is not None:
             rows = _permute(rows, order, inverse)
         y = dds(rows, self.weight, self.topology, self.bias, True, offsets, self.growth)
         if order is not None:
             y = _permute(y, inverse, order)
-        return y.reshape(group.shape + y.shape[1:])
+        return y if x.dim() == 2 else y.reshape(group.shape + y.shape[1:])
 
     def _forward_nested(self, x: Tensor) -> Tensor:
         """Of what nn.TransformerEncoder makes of sequences that are padded: one product of all its parts."""
@@ -177,12 +178,15 @@ def _by_group(ids: Tensor, groups: int) -> tuple[Tensor, Tensor | None, Tensor |
 
 def _permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     """x[order]."""
-    if torch.compiler.is_compiling() or is_plain(x, order):
-        return _Permute.apply(x, order, inverse)
+    if x.requires_grad and torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
+            return _Permute.apply(x, order, inverse)
+        if is_plain(x, order):  # Function.apply itself would look for transforms again
+            return super(Function, _Permute).apply(x, order, inverse)
     return x.index_select(0, order)  # which modes and transforms know
 
 
-class _Permute(torch.autograd.Function):
+class _Permute(Function):
     """x[order], whose gradient is a gather by the inverse; indexing's own backward would scatter, serially on a CPU."""
 
     @staticmethod
