@@ -4,10 +4,11 @@ from sparsekern import integrations
 from sparsekern._version import __version__
 from sparsekern.choose import use
 from sparsekern.conv import SparseConv2d
-from sparsekern.convert import densify, plan, plan_from, sparsify
+from sparsekern.convert import densify, sparsify
 from sparsekern.initialise import init_
 from sparsekern.linear import SparseLinear
 from sparsekern.load import load
+from sparsekern.planning import plan, plan_from
 from sparsekern.products import dds, sdd
 from sparsekern.rewire.drop_and_grow import SET, DropAndGrow, RigL
 from sparsekern.rewire.gmp import GMP

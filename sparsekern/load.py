@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from sparsekern.convert import plan_from, sparsify
+from sparsekern.convert import sparsify
 from sparsekern.layer import SparseLayer
+from sparsekern.planning import plan_from
 
 
 def load(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:

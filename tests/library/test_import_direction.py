@@ -20,7 +20,7 @@ ORDER = (
     "layer",
     "linear conv",
     "initialise rewire.optimizer_state",
-    "handover",
+    "handover planning",
     "convert",
     "summary load rewire.arguments rewire.scores",
     "rewire.schedule rewire.select rewire.ranks rewire.watch",
