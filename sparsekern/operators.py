@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_gradtrackingtensor
 from torch.autograd import Function, forward_ad
 
 from sparsekern import choose, quick
@@ -27,7 +28,8 @@ _LEGACY_VMAP = torch._C._dispatch_key_parse("VmapMode")
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether these are ordinary tensors, and nothing watches or transforms what happens to them."""
     for tensor in tensors:
-        if tensor is not None and type(tensor) not in quick.PLAIN:
+        # a tensor that outlives its torch.func.grad is watched by nothing, but has no memory of its own
+        if tensor is not None and (type(tensor) not in quick.PLAIN or is_gradtrackingtensor(tensor)):
             return False
     return not is_watched()
 
