@@ -88,12 +88,12 @@ def _long_way(x, weight, bias, token_offsets, layout: Layout, transpose: bool) -
     backend = choose.backend_for("dds", x, layout, token_offsets)
     if backend is dense and x.requires_grad and dense.is_kept(x):
         matrices = dense.densify(weight, layout)
-        return dense.multiply(x, matrices, layout, bias, transpose, token_offsets), matrices
+        return quick.whole(dense.multiply(x, matrices, layout, bias, transpose, token_offsets)), matrices
     product = backend.dds
     y = product(x, weight, layout, bias, transpose, token_offsets)
     if product.__module__ == quick.LAUNCHERS and token_offsets is None:
         quick.learn_dds(x, weight, layout, bias, transpose)
-    return (y,)
+    return (quick.whole(y),)
 
 
 def _recorded(made: tuple[Tensor, ...], x, weight, bias, token_offsets, walk: tuple) -> Tensor:
@@ -120,7 +120,7 @@ def sdd(dy: Tensor, x: Tensor, token_offsets: Tensor | None, layout: Layout) -> 
     grad = product(dy, x, layout, token_offsets)
     if product.__module__ == quick.LAUNCHERS and token_offsets is None:
         quick.learn_sdd(dy, x, layout)
-    return grad
+    return quick.whole(grad)
 
 
 # Gradients, the same on every route.
@@ -217,7 +217,7 @@ class Sdd(Function):
     def forward(ctx, dy, x, token_offsets, layout):
         ctx.save_for_backward(dy, x, token_offsets)
         ctx.layout, ctx.versions = layout, layout.versions()
-        return choose.backend_for("sdd", x, layout, token_offsets).sdd(dy, x, layout, token_offsets)
+        return sdd(dy, x, token_offsets, layout)  # without gradients, as all that a Function's forward does
 
     @staticmethod
     def backward(ctx, grad):
