@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_gradtrackingtensor
 from torch.autograd import Function, forward_ad
 
 from sparsekern import choose, quick
@@ -27,7 +28,8 @@ _LEGACY_VMAP = torch._C._dispatch_key_parse("VmapMode")
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether these are ordinary tensors, and nothing watches or transforms what happens to them."""
     for tensor in tensors:
-        if tensor is not None and type(tensor) not in quick.PLAIN:
+        # a tensor that outlives its torch.func.grad is watched by nothing, but has no memory of its own
+        if tensor is not None and (type(tensor) not in quick.PLAIN or is_gradtrackingtensor(tensor)):
             return False
     return not is_watched()
 
@@ -86,12 +88,12 @@ def _long_way(x, weight, bias, token_offsets, layout: Layout, transpose: bool) -
     backend = choose.backend_for("dds", x, layout, token_offsets)
     if backend is dense and x.requires_grad and dense.is_kept(x):
         matrices = dense.densify(weight, layout)
-        return dense.multiply(x, matrices, layout, bias, transpose, token_offsets), matrices
+        return quick.whole(dense.multiply(x, matrices, layout, bias, transpose, token_offsets)), matrices
     product = backend.dds
     y = product(x, weight, layout, bias, transpose, token_offsets)
     if product.__module__ == quick.LAUNCHERS and token_offsets is None:
         quick.learn_dds(x, weight, layout, bias, transpose)
-    return (y,)
+    return (quick.whole(y),)
 
 
 def _recorded(made: tuple[Tensor, ...], x, weight, bias, token_offsets, walk: tuple) -> Tensor:
@@ -118,7 +120,7 @@ def sdd(dy: Tensor, x: Tensor, token_offsets: Tensor | None, layout: Layout) -> 
     grad = product(dy, x, layout, token_offsets)
     if product.__module__ == quick.LAUNCHERS and token_offsets is None:
         quick.learn_sdd(dy, x, layout)
-    return grad
+    return quick.whole(grad)
 
 
 # Gradients, the same on every route.
@@ -215,7 +217,7 @@ class Sdd(Function):
     def forward(ctx, dy, x, token_offsets, layout):
         ctx.save_for_backward(dy, x, token_offsets)
         ctx.layout, ctx.versions = layout, layout.versions()
-        return choose.backend_for("sdd", x, layout, token_offsets).sdd(dy, x, layout, token_offsets)
+        return sdd(dy, x, token_offsets, layout)  # without gradients, as all that a Function's forward does
 
     @staticmethod
     def backward(ctx, grad):

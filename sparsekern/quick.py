@@ -67,9 +67,14 @@ def _by_linear(x, weight, bias, token_offsets, layout: Layout, transpose: bool) 
             return None
         with torch.no_grad():  # the product's own node saves the operands
             matrix = weight.view(rows, cols)
-            return F.linear(x, matrix if transpose else matrix.t(), bias)
+            return whole(F.linear(x, matrix if transpose else matrix.t(), bias))
     except RuntimeError:  # a nested tensor, a weight with gaps, a bias elsewhere
         return None
+
+
+def whole(y: Tensor) -> Tensor:
+    """y, as no view of another tensor: in place, autograd lets nobody write a view that was made out of its sight."""
+    return y.data if y._is_view() else y
 
 
 def sdd(dy: Tensor, x: Tensor, token_offsets: Tensor | None, layout: Layout) -> Tensor | None:

@@ -9,6 +9,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from sparsekern.layer import SparseLayer
 from sparsekern.rewire.arguments import (
@@ -79,13 +80,18 @@ class Rule:
         self._covered = {path: l.topology.mask() for path, l in self.layers.items()} if coverage else None
         self._seen = self._adoptions()
         self._with_state = self._layers_with_state()
-        self._state_loads = self._state_loads_seen = 0
+        self._state_was_loaded = False  # by an optimiser, since adoptions were last checked
         self._check_ranks()
         self._adopted(list(self.layers))
+        self._hooks: list[RemovableHandle] = []
         self._listen()
 
     def __getstate__(self) -> dict:
-        return vars(self) | {"_watch": None}  # a copy has other objects
+        return vars(self) | {"_watch": None, "_hooks": []}  # a copy has other objects, and copies have no hooks
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._listen()
 
     @property
     def optimizer(self) -> Optimizer | Sequence[Optimizer] | None:
@@ -97,7 +103,8 @@ class Rule:
         self._optimizers = self._checked_optimizers(optimizer)
         self._optimizer = optimizer
         self._watch = None  # it has seen another
-        self._with_state = self._layers_with_state()
+        self._with_state = set()  # as at the start, what it brings is of the blocks that are here now
+        self._check_adoptions()
         self._listen()
 
     @property
@@ -362,13 +369,17 @@ class Rule:
         return {path: layer.topology.adoptions for path, layer in self.layers.items()}
 
     def _listen(self) -> None:
-        """Hear of it when an optimiser loads a state."""
-        for one in self._optimizers:
-            if hasattr(one, "_optimizer_load_state_dict_post_hooks"):  # wrappers may lack what Optimizer.__init__ makes
-                one.register_load_state_dict_post_hook(self._note_state_load)
+        """Hear of it when an optimiser loads a state, and no longer when one does that was replaced."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = [
+            one.register_load_state_dict_post_hook(self._note_state_load)
+            for one in self._optimizers
+            if hasattr(one, "_optimizer_load_state_dict_post_hooks")  # wrappers may lack what Optimizer.__init__ makes
+        ]
 
     def _note_state_load(self, optimizer: Optimizer) -> None:
-        self._state_loads += any(optimizer is one for one in self._optimizers)  # not one that was replaced
+        self._state_was_loaded = True
 
     def _layers_with_state(self) -> set[str]:
         states = [optimizer.state for optimizer in self._optimizers]
@@ -377,16 +388,17 @@ class Rule:
     def _check_adoptions(self) -> None:
         # state that came up since the last step belongs to the blocks that were loaded, not to those before
         stale, self._with_state = self._with_state, self._layers_with_state()
+        was_loaded, self._state_was_loaded = self._state_was_loaded, False
         if (seen := self._adoptions()) == self._seen:
             return
         changed = [path for path, count in seen.items() if count != self._seen[path]]
-        if stale.intersection(changed) and self._state_loads == self._state_loads_seen:
+        if stale.intersection(changed) and not was_loaded:
             raise RuntimeError(
                 f"{type(self).__name__}.step: weights of another topology were loaded into {', '.join(changed)}, but "
                 "the optimiser still holds the state of the old blocks; "
                 "load the optimiser's checkpoint too, or build a new one"
             )
-        self._seen, self._state_loads_seen = seen, self._state_loads
+        self._seen = seen
         self._adopted(changed)
 
     def _adopted(self, paths: list[str]) -> None:

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import oracle
 import pytest
@@ -182,6 +184,25 @@ def test_a_gradient_without_strides_of_its_own_reaches_both_factors(backend):
     d_dy, d_x = torch.autograd.grad(sk.sdd(dy, x, topology).sum(), (dy, x))  # sum's gradient is one expanded number
     torch.testing.assert_close(d_x, ones, rtol=0, atol=1e-5)
     torch.testing.assert_close((d_dy * dy).sum(), (d_x * x).sum(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("shape", "groups"), [((2, 3), 1), ((1,), 2), ((4,), 2)], ids=str)
+@pytest.mark.parametrize(("block_size", "density"), [(1, 1.0), (4, 0.5)])
+@pytest.mark.parametrize("trained", [True, False])
+def test_results_may_be_written_in_place(backend, shape, groups, block_size, density, trained):
+    topology = sk.Topology.random((12 * groups, 16 * groups), density, block_size, groups)
+    x, dy, weight, bias, _ = operands(topology, math.prod(shape), torch.float32)
+    x, dy = x.view(*shape, -1), dy.view(*shape, -1).requires_grad_(trained)
+    weight.requires_grad_(trained)
+    factor = torch.tensor(2.0, requires_grad=True)
+    for product in (lambda: sk.dds(x, weight, topology, bias, transpose=True), lambda: sk.sdd(dy, x, topology)):
+        leaves = (factor, weight, dy)
+        found, truth = (
+            torch.autograd.grad(y.square().sum(), [t for t in leaves if t.requires_grad], allow_unused=True)
+            for y in (product().mul_(factor), product() * factor)
+        )
+        for ours, theirs in zip(found, truth, strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_a_second_backward_accumulates(backend):

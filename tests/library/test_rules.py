@@ -1,5 +1,6 @@
 import copy
 import math
+import pickle
 import warnings
 from functools import partial
 
@@ -441,6 +442,55 @@ def test_a_checkpoint_of_other_blocks_wants_the_state_of_the_optimizer_that_was_
         rule.step()
     second.load_state_dict(torch.optim.Adam(model.parameters()).state_dict())
     assert rule.step()
+
+
+def test_an_optimizer_that_is_assigned_brings_state_of_the_blocks_that_are_there_then():
+    model = Heads()
+    first, second = (torch.optim.Adam(model.parameters()) for _ in range(2))
+    rule = sk.SET(model, first, update_every=1)
+    train(model, first, rule, 1)
+    model.load_state_dict(Heads().state_dict())
+    second.load_state_dict(first.state_dict())  # a checkpoint, which the rule could not see
+    rule.optimizer = second
+    assert rule.step()
+    model.load_state_dict(Heads().state_dict())
+    with pytest.raises(RuntimeError, match="still holds the state of the old blocks"):
+        rule.step()
+
+
+def test_a_state_that_was_loaded_is_no_excuse_for_blocks_that_are_loaded_many_steps_later():
+    model = Heads()
+    optimizer = torch.optim.Adam(model.parameters())
+    rule = sk.SET(model, optimizer, update_every=10)
+    train(model, optimizer, rule, 1)
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, rule, 2)
+    model.load_state_dict(Heads().state_dict())
+    with pytest.raises(RuntimeError, match="still holds the state of the old blocks"):
+        rule.step()
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))], ids=["copy", "pickle"]
+)
+def test_the_copy_of_a_rule_notices_that_its_optimizer_loads_a_state(copied):
+    model = Heads()
+    optimizer = torch.optim.Adam(model.parameters())
+    rule = sk.SET(model, optimizer, update_every=1)
+    train(model, optimizer, rule, 1)
+    model, optimizer, rule = copied((model, optimizer, rule))
+    model.load_state_dict(Heads().state_dict())
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert rule.optimizer is optimizer and rule.step()
+
+
+def test_an_optimizer_that_was_replaced_holds_nothing_of_the_rule():
+    model = Heads()
+    first, second = (torch.optim.Adam(model.parameters()) for _ in range(2))
+    rule = sk.SET(model, first)
+    for optimizer in (second, first, second):
+        rule.optimizer = optimizer
+    assert not first._optimizer_load_state_dict_post_hooks and len(second._optimizer_load_state_dict_post_hooks) == 1
 
 
 def test_an_optimizer_that_is_assigned_is_checked_as_that_at_the_start():

@@ -154,6 +154,18 @@ def test_ragged_groups_run_under_transforms():
     close(tangent, by_offsets(x[1]) - by_offsets(torch.zeros_like(x[1])))
 
 
+@pytest.mark.parametrize("density", [0.4, 1.0])
+@BLOCKS
+def test_a_tensor_that_was_kept_from_a_transform_is_taken_when_that_is_over(block_size, density):
+    layer, kept = sk.SparseLinear(24, 32, density=density, block_size=block_size), []
+    x = torch.randn(5, 24)
+    grad(lambda x: kept.append(x.clone()) or x.sum())(x)
+    with torch.no_grad():
+        close(layer(kept[0]), layer(x))
+    found, truth = (torch.autograd.grad(layer(x).square().sum(), layer.weight) for x in (kept[0], x))
+    close(found, truth)
+
+
 @pytest.mark.parametrize("wants_gradient", [False, True])
 @BLOCKS
 def test_traces_hold_the_product(block_size, wants_gradient):
