@@ -125,7 +125,7 @@ class _Watch(torch.autograd.Function):
         ctx.scores, ctx.geometry = scores, layout.geometry
         if not torch.compiler.is_compiling():
             ctx.layout, ctx.versions = layout, layout.versions()
-        return y.view_as(y)
+        return y.detach()  # a view made here would refuse nn.ReLU(inplace=True)
 
     @staticmethod
     def backward(ctx, dy):

@@ -140,3 +140,25 @@ def test_watching_changes_neither_output_nor_gradients(backend):
         y = layer(x)
         results.append((y, *torch.autograd.grad(y, leaves, dy)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("kind", ["linear", "groups", "convolution"])
+def test_an_activation_may_write_over_the_output_of_a_watched_layer(kind, compiled):
+    if kind == "convolution":
+        layer, x = sk.SparseConv2d(4, 8, 3, density=0.3, block_size=4), torch.randn(2, 4, 5, 5)
+    else:
+        layer = sk.SparseLinear(16, 8, density=0.3, block_size=4, groups=1 if kind == "linear" else 2)
+        x = torch.randn(2, 3, 16)
+    layer.growth = GrowthScores(layer.topology)
+    gradients, scores = [], []
+    for inplace in (False, True):
+        model = torch.nn.Sequential(layer, torch.nn.ReLU(inplace))
+        forward = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        arm([layer.growth], True)
+        model.zero_grad()
+        forward(x).square().sum().backward()
+        gradients.append([p.grad for p in layer.parameters()])
+        scores.append(layer.growth.scores.clone())
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert torch.equal(*scores) and scores[0].max() > 0
