@@ -94,8 +94,8 @@ class GrowthScores:
             count = min(dead, topology.num_slots)
             self.scores = torch.full((topology.groups, count), -1, dtype=torch.int64, device=device)
 
-    def watch(self, y: Tensor, x: Tensor, token_offsets: Tensor | None, layout: Layout) -> Tensor:
-        """Return y = x Wᵀ unchanged, and score its gradient when it comes.
+    def watch(self, y: Tensor, x: Tensor, weight: Tensor, token_offsets: Tensor | None, layout: Layout) -> Tensor:
+        """Return y = x Wᵀ unchanged, and score the gradient of W in backward passes that make one for `weight`.
 
         Raises:
             RuntimeError: a transform of torch.func is at work, where nothing outside may be written.
@@ -105,7 +105,7 @@ class GrowthScores:
                 "RigL: the gradient of a layer cannot be scored inside torch.func.grad, vmap or jvp; "
                 "compute the loss without them, or use SET, which needs no scores"
             )
-        return _Watch.apply(y, x, token_offsets, self.armed, self.scores, layout)
+        return _Watch.apply(y, x, weight, token_offsets, self.armed, self.scores, layout)
 
 
 def arm(growth: Sequence[GrowthScores], armed: bool) -> None:
@@ -120,7 +120,7 @@ def arm(growth: Sequence[GrowthScores], armed: bool) -> None:
 
 class _Watch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, x, token_offsets, armed, scores, layout):
+    def forward(ctx, y, x, weight, token_offsets, armed, scores, layout):
         ctx.save_for_backward(x, token_offsets, armed, *layout.tensors)
         ctx.scores, ctx.geometry = scores, layout.geometry
         if not torch.compiler.is_compiling():
@@ -131,9 +131,23 @@ class _Watch(torch.autograd.Function):
     def backward(ctx, dy):
         if not torch.compiler.is_compiling():
             check_unchanged(ctx.layout, ctx.versions)
+            if not _is_wanted(ctx.next_functions[2][0]):
+                return dy, *(None,) * 6
         x, token_offsets, armed, *tensors = ctx.saved_tensors
         torch.ops.sparsekern.score_growth(dy, x, token_offsets, *tensors, *ctx.geometry, armed, ctx.scores)
-        return dy, None, None, None, None, None
+        return dy, *(None,) * 6
+
+
+def _is_wanted(node: torch.autograd.graph.Node) -> bool:
+    """Whether the backward pass that runs comes to this node of a parameter.
+
+    It does not where gradients of other tensors are asked for, as those of an input in adversarial training. What an
+    autograd Function says of the gradients that it needs is of its forward.
+    """
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # "A leaf node was passed": its gradient is one of those that autograd.grad was asked for
+        return True
 
 
 library.define(

@@ -162,3 +162,18 @@ def test_an_activation_may_write_over_the_output_of_a_watched_layer(kind, compil
         scores.append(layer.growth.scores.clone())
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert torch.equal(*scores) and scores[0].max() > 0
+
+
+def test_only_gradients_that_reach_the_weight_are_scored(backend):
+    layer = watched(random_topology((5, 4), 4))
+    x, dy = torch.randn(3, layer.in_features, requires_grad=True), torch.randn(3, layer.out_features)
+    torch.autograd.grad(layer(x), x, dy)  # as adversarial training does before its step
+    layer(x).backward(dy, inputs=[x, layer.bias])
+    layer.weight.requires_grad_(False)
+    layer(x).backward(dy)  # as the generator's step does to a discriminator that is frozen for it
+    layer.weight.requires_grad_(True)
+    assert (keys_of(layer) == -1).all()
+    torch.autograd.grad(layer(x), layer.weight, dy)
+    layer(x).backward(dy, inputs=[layer.weight])
+    layer(x).backward(dy)
+    check_keys(layer, 3 * block_norms(layer.topology, dy, x))
