@@ -27,7 +27,8 @@ class DropAndGrow(DeviceRule):
     """Drop the weakest blocks and grow as many elsewhere. The number of live blocks stays exactly the same.
 
     Args:
-        model: its sparse layers are rewired; frozen ones are not.
+        model: its sparse layers are rewired; those that were frozen before are not, and those that are frozen later are
+            not as long as they are.
         optimizer: built after the model; a wrapper of one (accelerate's, Lightning's, Lookahead) or a list of several
             will do. Rewired slots of its state are reset to what a fresh optimiser holds.
         drop_fraction: share of the live blocks replaced at an event, in [0, 1]; a float, or a schedule such as
@@ -284,8 +285,12 @@ class DropAndGrow(DeviceRule):
         """Blocks to replace in each group, no more than there are dead places, and the remainders to carry."""
         exact = fraction * self._live + self._carry
         counts = np.floor(exact + _ROUNDING)
-        most = np.minimum(self._live, self._places - self._live)
-        return np.minimum(counts.astype(np.int64), most), exact - counts
+        most, carry = np.minimum(self._live, self._places - self._live), exact - counts
+        counts = np.minimum(counts.astype(np.int64), most)
+        for path, groups in self._groups.items():
+            if not self.layers[path]._parameters["weight"].requires_grad:  # new blocks would stay at zero
+                counts[groups], carry[groups] = 0, self._carry[groups]
+        return counts, carry
 
 
 class SET(DropAndGrow):

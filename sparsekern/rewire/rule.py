@@ -63,7 +63,7 @@ class Rule:
             for path, layer in layers.items():
                 check_rewirable(name, path, layer)
         self.layers = {path: layer for path, layer in layers.items() if layer.weight.requires_grad}
-        """The sparse layers by name; a frozen layer (weight.requires_grad is False) is left alone."""
+        """The sparse layers by name, without those that are frozen (weight.requires_grad is False) from the start."""
         self._index = {path: i for i, path in enumerate(layers)}
         self._optimizer, self._optimizers = optimizer, self._checked_optimizers(optimizer)
         # What the checks of the last event have seen; None where something may be another than then.

@@ -316,6 +316,28 @@ def test_a_frozen_layer_is_left_alone(rule):
     assert torch.equal(model[0].topology.mask(), before[0]) and not torch.equal(model[1].topology.mask(), before[1])
 
 
+@pytest.mark.parametrize("rule", RULES.values())
+def test_a_layer_that_is_frozen_later_is_left_alone_until_it_is_trained_again(rule):
+    model = nn.Sequential(*(sk.SparseLinear(16, 16, density=0.3, block_size=2) for _ in range(2)))
+    optimizer = torch.optim.Adam(model.parameters())
+    rule = rule(model, optimizer, update_every=1, drop_fraction=0.3)
+
+    def moved():
+        before = [(layer.to_dense(), layer.topology.mask()) for layer in model]
+        model(torch.randn(3, 16)).sum().backward()
+        assert rule.step()
+        after = [(layer.to_dense(), layer.topology.mask()) for layer in model]
+        return [not all(map(torch.equal, *pair)) for pair in zip(before, after, strict=True)]
+
+    assert moved() == [True, True]
+    carry = rule.state_dict()["carry"]["0"]
+    model[0].weight.requires_grad_(False)  # as gradual unfreezing and fine-tuning do
+    assert moved() == [False, True]
+    assert rule.stats()["0"]["dropped"] == 0 and rule.state_dict()["carry"]["0"] == carry
+    model[0].weight.requires_grad_(True)
+    assert moved() == [True, True]
+
+
 def test_followers_take_the_topology_the_rewired_values_and_nothing_else():
     model = Heads()
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
