@@ -87,6 +87,10 @@ class Rule:
     def __getstate__(self) -> dict:
         return vars(self) | {"_watch": None}  # a copy has other objects
 
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._listen()  # a copy of an optimiser has no hooks
+
     @property
     def optimizer(self) -> Optimizer | Sequence[Optimizer] | None:
         """What trains the layers, as it was given. Another that is assigned has its state reset from the next event."""
