@@ -72,6 +72,9 @@ class SparseLayer(nn.Module):
             )
         super().__delattr__(name)
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"growth": None}  # no rule reads the scores of a copy, unless it hangs its own there
+
     @property
     def block_size(self) -> int:
         return self.topology.block_size

@@ -1,5 +1,6 @@
 """SET and RigL: drop the weakest blocks, grow as many elsewhere. A new rule of this kind is two functions."""
 
+import weakref
 from collections.abc import Iterable
 
 import numpy as np
@@ -319,8 +320,15 @@ class RigL(DropAndGrow):
     _armed = False
 
     def __init__(self, *args, **kwargs):
+        self._scoring: dict[str, GrowthScores] = {}
         super().__init__(*args, **kwargs)
+        weakref.finalize(self, _let_go, self.layers, self._scoring)
         self._prepare(1.0)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        weakref.finalize(self, _let_go, self.layers, self._scoring)
+        self._hang()  # copies of layers are not scored
 
     def grow_scores(self, layer: SparseLayer) -> Tensor:
         scores = layer.growth.scores  # a table, or keys where blocks are single weights
@@ -341,9 +349,13 @@ class RigL(DropAndGrow):
         devices = {layer.weight.device for layer in layers}
         flags = {device: torch.zeros((), dtype=torch.bool, device=device) for device in devices}
         growth = [GrowthScores(layer.topology, flags[layer.weight.device]) for layer in layers]
-        for layer, own in zip(layers, growth, strict=True):
-            layer.growth = own
+        self._scoring.update(zip(paths, growth, strict=True))
+        self._hang()
         self._arm(False)  # what was scored were other blocks, so an event that is due waits for the next step
+
+    def _hang(self) -> None:
+        for path, growth in self._scoring.items():
+            self.layers[path].growth = growth
 
     def _ready(self) -> bool:
         return self._armed
@@ -356,6 +368,13 @@ class RigL(DropAndGrow):
         if armed or self._armed:
             arm([layer.growth for layer in self.layers.values()], armed)
         self._armed = armed
+
+
+def _let_go(layers: dict[str, SparseLayer], scoring: dict[str, GrowthScores]) -> None:
+    """Score no more for a rule that is gone."""
+    for path, growth in scoring.items():
+        if layers[path].growth is growth:
+            layers[path].growth = None
 
 
 def _kind(growth: Tensor | None) -> Growth:

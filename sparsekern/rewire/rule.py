@@ -2,8 +2,10 @@
 
 import math
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import chain
 
 import torch
@@ -369,10 +371,9 @@ class Rule:
         """Hear of it when an optimiser loads a state."""
         for one in self._optimizers:
             if hasattr(one, "_optimizer_load_state_dict_post_hooks"):  # wrappers may lack what Optimizer.__init__ makes
-                one.register_load_state_dict_post_hook(self._note_state_load)
-
-    def _note_state_load(self, optimizer: Optimizer) -> None:
-        self._state_loads += any(optimizer is one for one in self._optimizers)  # not one that was replaced
+                # the optimiser may outlive this rule, and must not keep its followers alive
+                hook = one.register_load_state_dict_post_hook(partial(_note_state_load, weakref.ref(self)))
+                weakref.finalize(self, hook.remove)
 
     def _layers_with_state(self) -> set[str]:
         states = [optimizer.state for optimizer in self._optimizers]
@@ -451,6 +452,12 @@ class Static(Rule):
 
     def _event(self, now: float) -> bool:
         return False
+
+
+def _note_state_load(reference: weakref.ref[Rule], optimizer: Optimizer) -> None:
+    rule = reference()
+    if rule is not None:
+        rule._state_loads += any(optimizer is one for one in rule._optimizers)  # not one that was replaced
 
 
 def _bare(path: str) -> str:

@@ -229,9 +229,10 @@ def test_a_state_that_was_loaded_is_the_rules_own():
     assert_equal(first[3].state_dict(), state)
 
 
+@pytest.mark.parametrize("kind", ["SET", "RigL"])
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda run: pickle.loads(pickle.dumps(run))])
-def test_a_copy_of_a_whole_run_takes_back_an_earlier_state(duplicate):
-    run = build("SET", seed=1)
+def test_a_copy_of_a_whole_run_takes_back_an_earlier_state(kind, duplicate):
+    run = build(kind, seed=1)
     train(run, 0, EVERY)
     copied = duplicate(run)
     train(copied, EVERY, 3 * EVERY)
