@@ -21,8 +21,8 @@ _SIDES = {False: 0, True: 1}  # of a topology's shape that x has, by `transpose`
 class Growth(Protocol):
     """What scores the gradient of W in every backward: RigL's `sparsekern.rewire.growth.GrowthScores`."""
 
-    def watch(self, y: Tensor, x: Tensor, weight: Tensor, token_offsets: Tensor | None, layout: Layout) -> Tensor:
-        """Return y = x Wᵀ unchanged, and score the gradient of W in backward passes that make one for `weight`."""
+    def watch(self, y: Tensor, x: Tensor, token_offsets: Tensor | None, layout: Layout) -> Tensor:
+        """Return y = x Wᵀ unchanged, and score the gradient of W in backward passes that come to it."""
 
 
 def dds(
@@ -121,7 +121,7 @@ def sdd(dy: Tensor, x: Tensor, topology: Topology, token_offsets: Tensor | None 
 def _watched(y, x, weight, token_offsets, layout: Layout, growth: Growth | None) -> Tensor:
     if growth is None or not (y.requires_grad and weight.requires_grad):
         return y
-    return growth.watch(y, x, weight, token_offsets, layout)
+    return growth.watch(y, x, token_offsets, layout)
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -761,7 +761,7 @@ def test_growth_scores_watch_the_short_way(on_gpu):
     seen = []
 
     class Growth:
-        def watch(self, y, x, weight, token_offsets, layout):
+        def watch(self, y, x, token_offsets, layout):
             seen.append((y.shape, x.shape))
             return y
 

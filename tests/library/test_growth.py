@@ -1,8 +1,12 @@
+from contextlib import nullcontext
+
 import numpy as np
 import oracle
 import pytest
 import torch
 from oracle import random_topology
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import sparsekern as sk
 from sparsekern.backends import reference
@@ -177,3 +181,30 @@ def test_only_gradients_that_reach_the_weight_are_scored(backend):
     layer(x).backward(dy, inputs=[layer.weight])
     layer(x).backward(dy)
     check_keys(layer, 3 * block_norms(layer.topology, dy, x))
+
+
+def test_scores_are_the_same_under_checkpoints_hooks_modes_and_compiled_autograd():
+    layer = watched(random_topology((5, 4), 4))
+    x = torch.randn(3, layer.in_features, requires_grad=True)
+    offload, compiler = torch.autograd.graph.save_on_cpu(), torch.compile(backend="eager")
+    layer(x).square().sum().backward()
+    expected = layer.growth.scores.clone()
+    ways = {
+        "checkpoint": (nullcontext(), lambda x: checkpoint(layer, x, use_reentrant=False)),
+        "reentrant checkpoint": (nullcontext(), lambda x: checkpoint(layer, x, use_reentrant=True)),
+        "saved tensors": (offload, layer),
+        "dispatch mode": (FlopCounterMode(display=False), layer),
+        "compiled autograd": (torch._dynamo.compiled_autograd._enable(compiler), layer),
+    }
+    for name, (context, forward) in ways.items():
+        arm([layer.growth], True)
+        with context:
+            forward(x).square().sum().backward()
+        torch.testing.assert_close(layer.growth.scores, expected, msg=name)
+
+
+def test_a_watched_layer_is_traced():
+    layer = watched(random_topology((5, 4), 4))
+    x = torch.randn(2, 3, layer.in_features)
+    traced = torch.jit.trace(layer, (x[0],))  # which compares two traces
+    torch.testing.assert_close(traced(x[1]), layer(x[1]))
