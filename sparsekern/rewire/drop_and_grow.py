@@ -313,8 +313,9 @@ class RigL(DropAndGrow):
 
     A block's growth score is the squared norm of its gradient in the training step of the event, summed over
     micro-batches and data-parallel ranks; it is computed strip by strip in the backward pass, and a dense gradient is
-    never held. Scores that are not finite never win. With a clock of your own, the step before an event is foreseen
-    from the pace so far; an event that came unforeseen is put off by one step.
+    never held. Passes that make no gradient for the weight are not scored, nor is what reaches the weight through a
+    gradient of the input (gradient penalties, forces). Scores that are not finite never win. With a clock of your own,
+    the step before an event is foreseen from the pace so far; an event that came unforeseen is put off by one step.
     """
 
     _armed = False
