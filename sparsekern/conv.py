@@ -108,7 +108,9 @@ class SparseConv2d(SparseLayer):
         ]
         taps = F.unfold(x, self.kernel_size, self.dilation, padding, self.stride)  # [N, in_channels * kh * kw, oh * ow]
         y = dds(taps.transpose(1, 2), self.weight, self.topology, self.bias, transpose=True, growth=self.growth)
-        return y.transpose(1, 2).unflatten(2, size)
+        channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        y = y.transpose(1, 2).unflatten(2, size)  # channels last; but callers may view(N, -1) what nn.Conv2d gives them
+        return y if channels_last else y.contiguous()
 
     def _check(self, x: Tensor) -> None:
         """Refuse operands that do not fit; torch's convolution, on the dense path, would not name them."""

@@ -72,6 +72,9 @@ class SparseLayer(nn.Module):
             )
         super().__delattr__(name)
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"growth": None}  # no rule reads the scores of a copy, unless it hangs its own there
+
     @property
     def block_size(self) -> int:
         return self.topology.block_size
@@ -167,7 +170,8 @@ class SparseLayer(nn.Module):
                 f"to_bsr: shape {self.topology.shape} in {self.groups} groups is no multiple of block_size "
                 f"{self.block_size}; use to_scipy() or to_dense()"
             )
-        return torch.sparse_bsr_tensor(*self._compressed(), size=self.topology.shape, check_invariants=True)
+        parts, device = self._compressed(), self.weight.device
+        return torch.sparse_bsr_tensor(*parts, size=self.topology.shape, device=device, check_invariants=True)
 
     def to_scipy(self):
         """W on the host: a scipy.sparse.bsr_matrix; a csr_matrix if block_size is 1 or the layer is padded inside.
@@ -242,8 +246,8 @@ class SparseLayer(nn.Module):
         return any(size // self.groups % self.block_size for size in self.topology.shape)
 
     def _real_lanes(self, side: int) -> Tensor:
-        """int64: the unpadded rows (side 0) or columns (side 1) among those of the grid."""
-        lanes = torch.arange(self.topology.grid[side] * self.block_size).view(self.groups, -1)
+        """int64 on the host: the unpadded rows (side 0) or columns (side 1) among those of the grid."""
+        lanes = torch.arange(self.topology.grid[side] * self.block_size, device="cpu").view(self.groups, -1)
         return lanes[:, : self.topology.shape[side] // self.groups].flatten()
 
     def _compressed(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,7 +22,7 @@ class Growth(Protocol):
     """What scores the gradient of W in every backward: RigL's `sparsekern.rewire.growth.GrowthScores`."""
 
     def watch(self, y: Tensor, x: Tensor, token_offsets: Tensor | None, layout: Layout) -> Tensor:
-        """Return y = x Wᵀ unchanged, and score its gradient when it comes."""
+        """Return y = x Wᵀ unchanged, and score the gradient of W in backward passes that come to it."""
 
 
 def dds(
@@ -60,7 +60,7 @@ def dds(
         if not (topology.padded or torch.compiler.is_compiling() or growth is not None and x.dim() != 2):
             y = operators.quick_dds(x, weight, bias, token_offsets, layout, transpose)
             if y is not None:
-                return _watched(y, x, token_offsets, layout, growth)
+                return _watched(y, x, weight, token_offsets, layout, growth)
         x, weight, bias = _autocast(x, weight, bias)
         if token_offsets is not None:
             token_offsets = _as_offsets("dds", token_offsets, topology, x)
@@ -74,7 +74,7 @@ def dds(
                 bias = _pad(bias, topology, 0, topology.groups).flatten()
             bias = bias.contiguous()
         y = operators.dds(rows, weight, bias, token_offsets, layout, transpose)
-        y = _watched(y, rows, token_offsets, layout, growth)
+        y = _watched(y, rows, weight, token_offsets, layout, growth)
     except (AttributeError, RuntimeError, KeyError, TypeError):  # looking at the types first would cost every call
         _check_types("dds", topology, x=x, weight=weight, bias=bias, token_offsets=token_offsets)
         if not isinstance(transpose, bool):
@@ -118,8 +118,10 @@ def sdd(dy: Tensor, x: Tensor, topology: Topology, token_offsets: Tensor | None 
         raise
 
 
-def _watched(y: Tensor, x: Tensor, token_offsets: Tensor | None, layout: Layout, growth: Growth | None) -> Tensor:
-    return growth.watch(y, x, token_offsets, layout) if growth is not None and y.requires_grad else y
+def _watched(y, x, weight, token_offsets, layout: Layout, growth: Growth | None) -> Tensor:
+    if growth is None or not (y.requires_grad and weight.requires_grad):
+        return y
+    return growth.watch(y, x, token_offsets, layout)
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

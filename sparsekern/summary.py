@@ -1,6 +1,6 @@
 """summary: what every sparse layer of a model really takes in memory, against the dense layer it stands for."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ class Summary:
     __repr__ = __str__
 
 
-def summary(model: nn.Module, optimizer: Optimizer | None = None) -> Summary:
+def summary(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> Summary:
     """Measure the memory of a model's sparse layers, index included, against dense layers of the same shapes.
 
     Bytes are those of the tensors there are. Before the first backward there is no gradient, and before the first step
@@ -96,7 +96,7 @@ def summary(model: nn.Module, optimizer: Optimizer | None = None) -> Summary:
 
     Args:
         model: any module; sparse layers get a line each, everything else one line together.
-        optimizer: counts its state.
+        optimizer: counts its state; a list of several will do.
     Example:
         >>> summary(nn.Sequential(SparseLinear(64, 64, density=0.25), nn.Linear(64, 8)))
         layer              shape    block size  density  live  of  weight  gradient  ...  of dense
@@ -104,10 +104,12 @@ def summary(model: nn.Module, optimizer: Optimizer | None = None) -> Summary:
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"summary: model must be a torch.nn.Module, got {type(model).__name__}")
-    if optimizer is not None and not (hasattr(optimizer, "state") and hasattr(optimizer, "param_groups")):
-        raise ValueError(f"summary: optimizer must be a torch optimiser, got {type(optimizer).__name__}")
+    optimizers = optimizer if isinstance(optimizer, list | tuple) else [] if optimizer is None else [optimizer]
+    for one in optimizers:
+        if not (hasattr(one, "state") and hasattr(one, "param_groups")):
+            raise ValueError(f"summary: optimizer must be a torch optimiser, or a list, got {type(one).__name__}")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
-    state = {} if optimizer is None else optimizer.state
+    state = {parameter: own for one in optimizers for parameter, own in one.state.items()}
     lines = tuple(
         LayerSummary(
             name,
@@ -133,9 +135,9 @@ def summary(model: nn.Module, optimizer: Optimizer | None = None) -> Summary:
     notes = []
     if any(p.grad is None for p in trained):
         notes.append("Not every gradient is allocated: they are there between backward and zero_grad.")
-    if optimizer is None:
+    if not optimizers:
         notes.append("No optimiser was given, so its state is not counted.")
-    elif any(not state.get(p) for group in optimizer.param_groups for p in group["params"]):
+    elif any(not state.get(p) for one in optimizers for group in one.param_groups for p in group["params"]):
         notes.append("The optimiser does not hold state for every parameter: it comes with the first step, if at all.")
     return Summary(lines, sum(rest, Bytes(buffers, 0, 0, 0, buffers)), tuple(notes))
 

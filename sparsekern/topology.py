@@ -360,7 +360,7 @@ class Topology(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """int64 (out_features, in_features, block_size, groups, full): with the coordinates, all there is to know."""
-        return torch.tensor([*self.shape, self.block_size, self.groups, self.full])
+        return torch.tensor([*self.shape, self.block_size, self.groups, self.full], device="cpu")
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         destination[prefix + "block_rows"], destination[prefix + "block_cols"] = self._coordinates()

@@ -38,6 +38,8 @@ COPY_TOKENS = 32
 def use(backend: str) -> Iterator[None]:
     """Force a backend for the products called inside: `with sparsekern.use("reference"): ...`.
 
+    It is forced in all threads, since autograd's own make the gradients; of several blocks, the last to begin counts.
+
     "cuda" also forces the kernels that rewire all layers of a GPU at once. Its products are of blocks of 8 and 16 in 16
     bits; who wants those rewired that have others puts it around `rule.step()` alone.
 
@@ -46,11 +48,14 @@ def use(backend: str) -> Iterator[None]:
         RuntimeError: it is not available here; the message says what is missing.
     """
     global _forced
-    before, _forced = _forced, _find(backend)
+    entry = (_find(backend),)
+    _blocks.append(entry)
+    _forced = entry[0]
     try:
         yield
-    finally:
-        _forced = before
+    finally:  # blocks of several threads end in any order
+        _blocks[:] = [block for block in _blocks if block is not entry]
+        _forced = _blocks[-1][0]
 
 
 def forced() -> Backend | None:
@@ -191,3 +196,4 @@ def _find(backend: str) -> Backend:
 
 
 _forced = _find(os.environ["SPARSEKERN_BACKEND"]) if os.environ.get("SPARSEKERN_BACKEND") else None
+_blocks = [(_forced,)]

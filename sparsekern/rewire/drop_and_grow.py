@@ -1,5 +1,6 @@
 """SET and RigL: drop the weakest blocks, grow as many elsewhere. A new rule of this kind is two functions."""
 
+import weakref
 from collections.abc import Iterable
 
 import numpy as np
@@ -27,7 +28,8 @@ class DropAndGrow(DeviceRule):
     """Drop the weakest blocks and grow as many elsewhere. The number of live blocks stays exactly the same.
 
     Args:
-        model: its sparse layers are rewired; frozen ones are not.
+        model: its sparse layers are rewired; those that were frozen before are not, and those that are frozen later are
+            not as long as they are.
         optimizer: built after the model; a wrapper of one (accelerate's, Lightning's, Lookahead) or a list of several
             will do. Rewired slots of its state are reset to what a fresh optimiser holds.
         drop_fraction: share of the live blocks replaced at an event, in [0, 1]; a float, or a schedule such as
@@ -284,8 +286,12 @@ class DropAndGrow(DeviceRule):
         """Blocks to replace in each group, no more than there are dead places, and the remainders to carry."""
         exact = fraction * self._live + self._carry
         counts = np.floor(exact + _ROUNDING)
-        most = np.minimum(self._live, self._places - self._live)
-        return np.minimum(counts.astype(np.int64), most), exact - counts
+        most, carry = np.minimum(self._live, self._places - self._live), exact - counts
+        counts = np.minimum(counts.astype(np.int64), most)
+        for path, groups in self._groups.items():
+            if not self.layers[path]._parameters["weight"].requires_grad:  # new blocks would stay at zero
+                counts[groups], carry[groups] = 0, self._carry[groups]
+        return counts, carry
 
 
 class SET(DropAndGrow):
@@ -307,15 +313,23 @@ class RigL(DropAndGrow):
 
     A block's growth score is the squared norm of its gradient in the training step of the event, summed over
     micro-batches and data-parallel ranks; it is computed strip by strip in the backward pass, and a dense gradient is
-    never held. Scores that are not finite never win. With a clock of your own, the step before an event is foreseen
-    from the pace so far; an event that came unforeseen is put off by one step.
+    never held. Passes that make no gradient for the weight are not scored, nor is what reaches the weight through a
+    gradient of the input (gradient penalties, forces). Scores that are not finite never win. With a clock of your own,
+    the step before an event is foreseen from the pace so far; an event that came unforeseen is put off by one step.
     """
 
     _armed = False
 
     def __init__(self, *args, **kwargs):
+        self._scoring: dict[str, GrowthScores] = {}
         super().__init__(*args, **kwargs)
+        weakref.finalize(self, _let_go, self.layers, self._scoring)
         self._prepare(1.0)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        weakref.finalize(self, _let_go, self.layers, self._scoring)
+        self._hang()  # copies of layers are not scored
 
     def grow_scores(self, layer: SparseLayer) -> Tensor:
         scores = layer.growth.scores  # a table, or keys where blocks are single weights
@@ -336,9 +350,13 @@ class RigL(DropAndGrow):
         devices = {layer.weight.device for layer in layers}
         flags = {device: torch.zeros((), dtype=torch.bool, device=device) for device in devices}
         growth = [GrowthScores(layer.topology, flags[layer.weight.device]) for layer in layers]
-        for layer, own in zip(layers, growth, strict=True):
-            layer.growth = own
+        self._scoring.update(zip(paths, growth, strict=True))
+        self._hang()
         self._arm(False)  # what was scored were other blocks, so an event that is due waits for the next step
+
+    def _hang(self) -> None:
+        for path, growth in self._scoring.items():
+            self.layers[path].growth = growth
 
     def _ready(self) -> bool:
         return self._armed
@@ -351,6 +369,13 @@ class RigL(DropAndGrow):
         if armed or self._armed:
             arm([layer.growth for layer in self.layers.values()], armed)
         self._armed = armed
+
+
+def _let_go(layers: dict[str, SparseLayer], scoring: dict[str, GrowthScores]) -> None:
+    """Score no more for a rule that is gone."""
+    for path, growth in scoring.items():
+        if layers[path].growth is growth:
+            layers[path].growth = None
 
 
 def _kind(growth: Tensor | None) -> Growth:

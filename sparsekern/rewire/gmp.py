@@ -32,7 +32,7 @@ class GMP(DeviceRule):
     Compaction changes shapes, and stays with torch.
 
     Args:
-        model, optimizer, followers: as in SET.
+        model, optimizer, followers: as in SET; but layers that are frozen later are pruned on, as they were counted in.
         final_density: live blocks / all blocks at end_step, in (0, 1].
         start_step, end_step: the ramp. Events are due every `update_every` after start_step, and the last at end_step.
         update_every: steps (or units of the clock) between events.

@@ -95,7 +95,7 @@ class GrowthScores:
             self.scores = torch.full((topology.groups, count), -1, dtype=torch.int64, device=device)
 
     def watch(self, y: Tensor, x: Tensor, token_offsets: Tensor | None, layout: Layout) -> Tensor:
-        """Return y = x Wᵀ unchanged, and score its gradient when it comes.
+        """Return y = x Wᵀ unchanged, and score the gradient of W in backward passes that come to it.
 
         Raises:
             RuntimeError: a transform of torch.func is at work, where nothing outside may be written.
@@ -105,7 +105,10 @@ class GrowthScores:
                 "RigL: the gradient of a layer cannot be scored inside torch.func.grad, vmap or jvp; "
                 "compute the loss without them, or use SET, which needs no scores"
             )
-        return _Watch.apply(y, x, token_offsets, self.armed, self.scores, layout)
+        if torch._C._get_tracing_state() is not None:
+            return y  # torch.jit.trace holds no such Function, and would find that its two traces differ
+        # compiled autograd cannot add up a gradient of x that is None here, and another of the product
+        return _Watch.apply(y, x.detach(), token_offsets, self.armed, self.scores, layout)
 
 
 def arm(growth: Sequence[GrowthScores], armed: bool) -> None:
@@ -125,15 +128,30 @@ class _Watch(torch.autograd.Function):
         ctx.scores, ctx.geometry = scores, layout.geometry
         if not torch.compiler.is_compiling():
             ctx.layout, ctx.versions = layout, layout.versions()
-        return y.view_as(y)
+        return y.detach()  # a view made here would refuse nn.ReLU(inplace=True)
 
     @staticmethod
     def backward(ctx, dy):
         if not torch.compiler.is_compiling():
             check_unchanged(ctx.layout, ctx.versions)
+            product, _ = ctx.next_functions[0]
+            if not _is_reached(product.next_functions[1][0]):  # of x, weight, bias
+                return dy, None, None, None, None, None
         x, token_offsets, armed, *tensors = ctx.saved_tensors
         torch.ops.sparsekern.score_growth(dy, x, token_offsets, *tensors, *ctx.geometry, armed, ctx.scores)
         return dy, None, None, None, None, None
+
+
+def _is_reached(node: torch.autograd.graph.Node) -> bool:
+    """Whether the backward pass that runs comes to this node of a parameter.
+
+    It does not where gradients of other tensors are asked for, as those of an input in adversarial training. What an
+    autograd Function says of the gradients that it needs is of its forward.
+    """
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # "A leaf node was passed": its gradient is one of those that autograd.grad was asked for
+        return True
 
 
 library.define(

@@ -2,14 +2,15 @@
 
 import math
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from sparsekern.layer import SparseLayer
 from sparsekern.rewire.arguments import (
@@ -64,7 +65,7 @@ class Rule:
             for path, layer in layers.items():
                 check_rewirable(name, path, layer)
         self.layers = {path: layer for path, layer in layers.items() if layer.weight.requires_grad}
-        """The sparse layers by name; a frozen layer (weight.requires_grad is False) is left alone."""
+        """The sparse layers by name, without those that are frozen (weight.requires_grad is False) from the start."""
         self._index = {path: i for i, path in enumerate(layers)}
         self._optimizer, self._optimizers = optimizer, self._checked_optimizers(optimizer)
         # What the checks of the last event have seen; None where something may be another than then.
@@ -80,18 +81,18 @@ class Rule:
         self._covered = {path: l.topology.mask() for path, l in self.layers.items()} if coverage else None
         self._seen = self._adoptions()
         self._with_state = self._layers_with_state()
-        self._state_was_loaded = False  # by an optimiser, since adoptions were last checked
+        self._state_was_loaded = False  # by an optimiser, since the last step
         self._check_ranks()
         self._adopted(list(self.layers))
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: list[weakref.finalize] = []
         self._listen()
 
     def __getstate__(self) -> dict:
-        return vars(self) | {"_watch": None, "_hooks": []}  # a copy has other objects, and copies have no hooks
+        return vars(self) | {"_watch": None, "_hooks": []}  # a copy has other objects
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
-        self._listen()
+        self._listen()  # a copy of an optimiser has no hooks
 
     @property
     def optimizer(self) -> Optimizer | Sequence[Optimizer] | None:
@@ -147,6 +148,7 @@ class Rule:
         if self._watch is None or not self._watch.holds():
             self._watch = None
             self._check_adoptions()
+            self._state_was_loaded = False
         pace, self.clock = now - self.clock, now
         due = self._due()
         fires = due is not None and self._reached(now, due) and self._ready()
@@ -370,16 +372,15 @@ class Rule:
 
     def _listen(self) -> None:
         """Hear of it when an optimiser loads a state, and no longer when one does that was replaced."""
-        for hook in self._hooks:
-            hook.remove()
+        for finish in self._hooks:
+            finish()
+        # the optimiser may outlive this rule, and must not keep its followers alive
+        hear = partial(_note_state_load, weakref.ref(self))
         self._hooks = [
-            one.register_load_state_dict_post_hook(self._note_state_load)
+            weakref.finalize(self, one.register_load_state_dict_post_hook(hear).remove)
             for one in self._optimizers
             if hasattr(one, "_optimizer_load_state_dict_post_hooks")  # wrappers may lack what Optimizer.__init__ makes
         ]
-
-    def _note_state_load(self, optimizer: Optimizer) -> None:
-        self._state_was_loaded = True
 
     def _layers_with_state(self) -> set[str]:
         states = [optimizer.state for optimizer in self._optimizers]
@@ -388,11 +389,10 @@ class Rule:
     def _check_adoptions(self) -> None:
         # state that came up since the last step belongs to the blocks that were loaded, not to those before
         stale, self._with_state = self._with_state, self._layers_with_state()
-        was_loaded, self._state_was_loaded = self._state_was_loaded, False
         if (seen := self._adoptions()) == self._seen:
             return
         changed = [path for path, count in seen.items() if count != self._seen[path]]
-        if stale.intersection(changed) and not was_loaded:
+        if stale.intersection(changed) and not self._state_was_loaded:
             raise RuntimeError(
                 f"{type(self).__name__}.step: weights of another topology were loaded into {', '.join(changed)}, but "
                 "the optimiser still holds the state of the old blocks; "
@@ -459,6 +459,12 @@ class Static(Rule):
 
     def _event(self, now: float) -> bool:
         return False
+
+
+def _note_state_load(reference: weakref.ref[Rule], optimizer: Optimizer) -> None:
+    rule = reference()
+    if rule is not None:
+        rule._state_was_loaded = True
 
 
 def _bare(path: str) -> str:

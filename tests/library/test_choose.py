@@ -62,6 +62,16 @@ def test_forcing_nests_and_ends_with_the_block_even_after_an_error():
     assert chosen(layer) is free
 
 
+def test_blocks_of_two_threads_that_end_in_any_order_leave_nothing_forced():
+    first, second = sk.use("reference"), sk.use("dense")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert choose.forced() is choose.BACKENDS["dense"]
+    second.__exit__(None, None, None)
+    assert choose.forced() is None
+
+
 @pytest.mark.parametrize(
     ("name", "expected"), [("reference", "reference"), ("abacus", "'abacus' is unknown; there are reference")]
 )

@@ -95,6 +95,15 @@ def test_channels_last_input_gives_the_same(block_size):
     torch.testing.assert_close(layer(x.contiguous(memory_format=torch.channels_last)), layer(x))
 
 
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+def test_pictures_come_out_in_the_memory_format_that_conv2d_gives_them(padding_mode):
+    layer = sk.SparseConv2d(8, 12, 3, padding=1, padding_mode=padding_mode, density=0.3, block_size=4)
+    pictures = torch.randn(2, 8, 6, 6)
+    for x in (pictures, pictures.contiguous(memory_format=torch.channels_last), pictures[0], pictures[:, :, ::2]):
+        assert layer(x).stride() == layer.to_conv2d()(x).stride()
+    layer(pictures).view(2, -1)  # as classifiers of pictures do before their linear layers
+
+
 @pytest.mark.parametrize("block_size", [1, 4])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("full", [True, False])

@@ -1,8 +1,12 @@
+from contextlib import nullcontext
+
 import numpy as np
 import oracle
 import pytest
 import torch
 from oracle import random_topology
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import sparsekern as sk
 from sparsekern.backends import reference
@@ -140,3 +144,67 @@ def test_watching_changes_neither_output_nor_gradients(backend):
         y = layer(x)
         results.append((y, *torch.autograd.grad(y, leaves, dy)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("kind", ["linear", "groups", "convolution"])
+def test_an_activation_may_write_over_the_output_of_a_watched_layer(kind, compiled):
+    if kind == "convolution":
+        layer, x = sk.SparseConv2d(4, 8, 3, density=0.3, block_size=4), torch.randn(2, 4, 5, 5)
+    else:
+        layer = sk.SparseLinear(16, 8, density=0.3, block_size=4, groups=1 if kind == "linear" else 2)
+        x = torch.randn(2, 3, 16)
+    layer.growth = GrowthScores(layer.topology)
+    gradients, scores = [], []
+    for inplace in (False, True):
+        model = torch.nn.Sequential(layer, torch.nn.ReLU(inplace))
+        forward = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        arm([layer.growth], True)
+        model.zero_grad()
+        forward(x).square().sum().backward()
+        gradients.append([p.grad for p in layer.parameters()])
+        scores.append(layer.growth.scores.clone())
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert torch.equal(*scores) and scores[0].max() > 0
+
+
+def test_only_gradients_that_reach_the_weight_are_scored(backend):
+    layer = watched(random_topology((5, 4), 4))
+    x, dy = torch.randn(3, layer.in_features, requires_grad=True), torch.randn(3, layer.out_features)
+    torch.autograd.grad(layer(x), x, dy)  # as adversarial training does before its step
+    layer(x).backward(dy, inputs=[x, layer.bias])
+    layer.weight.requires_grad_(False)
+    layer(x).backward(dy)  # as the generator's step does to a discriminator that is frozen for it
+    layer.weight.requires_grad_(True)
+    assert (keys_of(layer) == -1).all()
+    torch.autograd.grad(layer(x), layer.weight, dy)
+    layer(x).backward(dy, inputs=[layer.weight])
+    layer(x).backward(dy)
+    check_keys(layer, 3 * block_norms(layer.topology, dy, x))
+
+
+def test_scores_are_the_same_under_checkpoints_hooks_modes_and_compiled_autograd():
+    layer = watched(random_topology((5, 4), 4))
+    x = torch.randn(3, layer.in_features, requires_grad=True)
+    offload, compiler = torch.autograd.graph.save_on_cpu(), torch.compile(backend="eager")
+    layer(x).square().sum().backward()
+    expected = layer.growth.scores.clone()
+    ways = {
+        "checkpoint": (nullcontext(), lambda x: checkpoint(layer, x, use_reentrant=False)),
+        "reentrant checkpoint": (nullcontext(), lambda x: checkpoint(layer, x, use_reentrant=True)),
+        "saved tensors": (offload, layer),
+        "dispatch mode": (FlopCounterMode(display=False), layer),
+        "compiled autograd": (torch._dynamo.compiled_autograd._enable(compiler), layer),
+    }
+    for name, (context, forward) in ways.items():
+        arm([layer.growth], True)
+        with context:
+            forward(x).square().sum().backward()
+        torch.testing.assert_close(layer.growth.scores, expected, msg=name)
+
+
+def test_a_watched_layer_is_traced():
+    layer = watched(random_topology((5, 4), 4))
+    x = torch.randn(2, 3, layer.in_features)
+    traced = torch.jit.trace(layer, (x[0],))  # which compares two traces
+    torch.testing.assert_close(traced(x[1]), layer(x[1]))

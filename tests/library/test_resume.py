@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -226,6 +227,20 @@ def test_a_state_that_was_loaded_is_the_rules_own():
     train(second, 0, 1)
     assert second[3].events == 1 and second[3].stats() != first[3].stats()
     assert_equal(first[3].state_dict(), state)
+
+
+@pytest.mark.parametrize("kind", ["SET", "RigL"])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda run: pickle.loads(pickle.dumps(run))])
+def test_a_copy_of_a_whole_run_takes_back_an_earlier_state(kind, duplicate):
+    run = build(kind, seed=1)
+    train(run, 0, EVERY)
+    copied = duplicate(run)
+    train(copied, EVERY, 3 * EVERY)
+    for part, earlier in zip(copied, run, strict=True):
+        part.load_state_dict(copy.deepcopy(earlier.state_dict()))
+    for one in (copied, run):
+        train(one, EVERY, 3 * EVERY)
+    assert_equal(result(copied), result(run))
 
 
 def test_a_store_that_was_left_for_the_sparse_path_is_left_when_it_is_resumed(monkeypatch):

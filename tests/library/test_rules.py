@@ -1,7 +1,9 @@
 import copy
+import gc
 import math
 import pickle
 import warnings
+import weakref
 from functools import partial
 
 import numpy as np
@@ -306,6 +308,38 @@ def test_rules_of_one_seed_agree_and_layers_and_seeds_differ():
 
 
 @pytest.mark.parametrize("rule", RULES.values())
+def test_a_rule_that_is_given_up_leaves_nothing_behind(rule):
+    model = sk.SparseConv2d(2, 4, 3, density=0.5, block_size=2)
+    optimizer, target = torch.optim.SGD(model.parameters(), 0.1), copy.deepcopy(model)
+    rule = rule(model, optimizer, update_every=1, followers=[target])
+    rule.step()
+    memory = weakref.ref(target)
+    del rule, target
+    gc.collect()
+    assert memory() is None and not optimizer._optimizer_load_state_dict_post_hooks
+    assert model.growth is None  # else every backward would be scored for ever
+
+
+def test_a_rule_that_follows_another_keeps_its_own_scores():
+    model = sk.SparseLinear(16, 16, density=0.3, block_size=2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    rule = sk.RigL(model, optimizer, update_every=1)
+    rule = sk.RigL(model, optimizer, update_every=1)
+    gc.collect()
+    model(torch.randn(3, 16)).sum().backward()
+    assert rule.step() and rule.stats()[""]["grown"] > 0
+
+
+def test_a_copy_of_a_model_is_not_scored_for_the_rule_of_the_original():
+    model = sk.SparseLinear(16, 16, density=0.3, block_size=2)
+    rule = sk.RigL(model, torch.optim.SGD(model.parameters(), 0.1), update_every=1)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.growth is None
+        torch.func.grad(lambda x, other=other: other(x).sum())(torch.randn(3, 16))
+    assert model.growth is not None and rule.step()
+
+
+@pytest.mark.parametrize("rule", RULES.values())
 def test_a_frozen_layer_is_left_alone(rule):
     model = nn.Sequential(*(sk.SparseLinear(16, 16, density=0.3, block_size=2) for _ in range(2)))
     model[0].weight.requires_grad_(False)
@@ -315,6 +349,28 @@ def test_a_frozen_layer_is_left_alone(rule):
     model(torch.randn(3, 16)).sum().backward()
     assert rule.step() and list(rule.stats()) == ["1"]
     assert torch.equal(model[0].topology.mask(), before[0]) and not torch.equal(model[1].topology.mask(), before[1])
+
+
+@pytest.mark.parametrize("rule", RULES.values())
+def test_a_layer_that_is_frozen_later_is_left_alone_until_it_is_trained_again(rule):
+    model = nn.Sequential(*(sk.SparseLinear(16, 16, density=0.3, block_size=2) for _ in range(2)))
+    optimizer = torch.optim.Adam(model.parameters())
+    rule = rule(model, optimizer, update_every=1, drop_fraction=0.3)
+
+    def moved():
+        before = [(layer.to_dense(), layer.topology.mask()) for layer in model]
+        model(torch.randn(3, 16)).sum().backward()
+        assert rule.step()
+        after = [(layer.to_dense(), layer.topology.mask()) for layer in model]
+        return [not all(map(torch.equal, *pair)) for pair in zip(before, after, strict=True)]
+
+    assert moved() == [True, True]
+    carry = rule.state_dict()["carry"]["0"]
+    model[0].weight.requires_grad_(False)  # as gradual unfreezing and fine-tuning do
+    assert moved() == [False, True]
+    assert rule.stats()["0"]["dropped"] == 0 and rule.state_dict()["carry"]["0"] == carry
+    model[0].weight.requires_grad_(True)
+    assert moved() == [True, True]
 
 
 def test_followers_take_the_topology_the_rewired_values_and_nothing_else():

@@ -75,6 +75,19 @@ def test_a_group_counts_no_element_outside_its_matrix():
     assert line.bytes.dense == 4 * 16 * 16 * 4 and line.groups == 4
 
 
+def test_the_state_of_several_optimisers_is_counted():
+    model = nn.Sequential(sk.SparseLinear(64, 64), sk.SparseLinear(64, 64))
+    first, second = torch.optim.Adam(model[0].parameters()), torch.optim.SGD(model[1].parameters(), 0.1, momentum=0.9)
+    trained(model, first, 2, 64)
+    assert sk.summary(model, [first, second]).notes[-1].startswith("The optimiser does not hold state for every")
+    second.step()
+    summary = sk.summary(model, [first, second])
+    weight = summary.layers[0].bytes.weight
+    assert [line.bytes.state for line in summary.layers] == [2 * weight + 4, weight] and summary.notes == ()
+    with pytest.raises(ValueError, match="summary: optimizer must be a torch optimiser, or a list, got str"):
+        sk.summary(model, [first, "sgd"])
+
+
 def test_what_is_not_allocated_yet_is_said():
     model = nn.Sequential(sk.SparseLinear(64, 64))
     optimizer = torch.optim.Adam(model.parameters())

@@ -232,6 +232,7 @@ def test_a_subclass_sees_the_product():
 
 def test_rigl_says_that_a_transform_hides_the_gradient_from_it():
     model = nn.Sequential(layers()[0])
-    sk.RigL(model, torch.optim.SGD(model.parameters(), 0.1), update_every=1)
+    rule = sk.RigL(model, torch.optim.SGD(model.parameters(), 0.1), update_every=1)
     with pytest.raises(RuntimeError, match="cannot be scored inside torch.func"):
         grad(lambda x: model(x).sum())(torch.randn(5, 24).double())
+    assert rule.step() is True

@@ -105,6 +105,25 @@ def test_shared_memory_takes_the_topology_along():
     assert layer(torch.randn(3, 64)).isfinite().all()
 
 
+def test_layers_save_train_and_export_where_another_device_is_the_default():
+    layer, padded = (sk.SparseLinear(size, size, density=0.5, block_size=8) for size in (32, 30))
+    full = sk.SparseLinear(16, 16, density=1.0, block_size=4)
+    rules = [
+        sk.RigL(layer, torch.optim.SGD(layer.parameters(), 0.1), update_every=1),
+        sk.GMP(full, torch.optim.SGD(full.parameters(), 0.1), end_step=2, update_every=1),
+    ]
+    with torch.device("meta"):  # which stands in for a GPU
+        for _ in range(2):
+            layer(torch.ones(3, 32, device="cpu")).sum().backward()
+            full(torch.ones(3, 16, device="cpu")).sum().backward()
+            assert all(rule.step() for rule in rules)
+        assert layer.to_bsr().device.type == "cpu" and padded.to_scipy().shape == (30, 30)
+        states = [copy.deepcopy(module.state_dict()) for module in (layer, padded, full)]
+    for state, module in zip(states, (layer, padded, full), strict=True):
+        module.load_state_dict(state)
+        assert sk.plan_from(state)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_layers_are_built_in_any_default_dtype(dtype):
     torch.set_default_dtype(dtype)
