@@ -1,6 +1,7 @@
-"""What every test shares: uninitialised memory is NaN, randomness is seeded, hypothesis has time."""
+"""What every test shares: new memory is NaN, randomness is seeded, nothing is compiled yet, hypothesis has time."""
 
 import os
+import sys
 
 import hypothesis
 import numpy as np
@@ -29,6 +30,14 @@ def poisoned_memory():
 def seed():
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """What a test has compiled counts against torch's limit of recompilations, in whichever order tests run."""
+    yield
+    if "torch._dynamo" in sys.modules:  # importing it takes a second
+        torch.compiler.reset()
 
 
 @pytest.fixture(params=["reference", "cpu", "chosen"])

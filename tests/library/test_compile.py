@@ -10,13 +10,6 @@ from torch.library import opcheck
 import sparsekern as sk
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("block_size", [1, 4])
 def test_registered_operators_keep_the_rules_of_torch(block_size, ragged):

@@ -134,7 +134,6 @@ def test_padding_lanes_stay_zero_through_training():
 
 @pytest.mark.parametrize("density", [0.3, 1.0])
 def test_it_compiles_as_one_graph_and_rewiring_recompiles_nothing(density):
-    torch._dynamo.reset()
     layer = sk.SparseConv2d(4, 8, 3, padding="same", groups=2, density=density, block_size=4)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 4, 6, 6)

@@ -158,7 +158,6 @@ def test_what_is_meant_so_gives_no_warning(recwarn):
 
 
 def test_a_compiled_model_is_watched_as_an_eager_one():
-    torch.compiler.reset()
     model, optimizer = forgotten()
     with pytest.warns(UserWarning, match="never changed"):
         train(torch.compile(model, backend="aot_eager", fullgraph=True), optimizer)
