@@ -104,21 +104,6 @@ struct Argument {
         PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(value));
         return type == interned().tensor || type == interned().parameter;
     }
-    // Of a matrix [rows, columns]: how many rows; `wanted` of them where that is known.
-    int64_t rows(int64_t columns, int64_t wanted = -1) const {
-        const py::object shape = this->shape();
-        if (!PyTuple_Check(shape.ptr()) || PyTuple_GET_SIZE(shape.ptr()) != 2 || item(shape, 1) != columns ||
-            (wanted >= 0 && item(shape, 0) != wanted))
-            refuse("must be of shape (" + (wanted < 0 ? "tokens" : std::to_string(wanted)) + ", " +
-                   std::to_string(columns) + "), got " + std::string(py::str(owned(PySequence_Tuple(shape.ptr())))));
-        return item(shape, 0);
-    }
-    // Of a matrix: elements from one row to the next; those of a row must lie side by side.
-    int64_t row_stride(int64_t columns) const {
-        const py::object strides = this->strides();
-        if (item(strides, 1) != 1 && columns > 1 && item(shape(), 0) > 0) refuse("must have rows whose elements lie side by side");
-        return item(strides, 0);
-    }
     int64_t first_stride() const {
         const py::object strides = this->strides();
         if (!PyTuple_Check(strides.ptr()) || !PyTuple_GET_SIZE(strides.ptr())) refuse("must have an axis");
@@ -139,10 +124,11 @@ struct Argument {
         return place;
     }
 
-private:
-    static int64_t item(const py::object& tuple, int place) {
+    static int64_t item(const py::object& tuple, Py_ssize_t place) {
         return checked(PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), place)));
     }
+
+private:
     template <class T>
     static T checked(T number) {
         if (number == T(-1) && PyErr_Occurred()) throw py::error_already_set();

@@ -155,7 +155,7 @@ def bias_gradient(dy: Tensor, token_offsets: Tensor | None) -> Tensor:
     if token_offsets is None:
         return dy.sum(0)
     groups = len(token_offsets) - 1
-    return dy.new_zeros(groups, dy.shape[1]).index_add_(0, _group_of_token(dy, token_offsets), dy).flatten()
+    return dy.new_zeros(groups, dy.shape[1]).index_add_(0, _group_of_token(dy, token_offsets), dy).view(-1)
 
 
 def _group_of_token(x: Tensor, token_offsets: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ class Dds(Function):
         x, weight, token_offsets, *kept = ctx.saved_tensors
         leading = dy.shape[:-1]
         if len(leading) > 1:
-            dy, x = dy.flatten(0, -2), x.flatten(0, -2)
+            dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])  # a batch of gradients has no flatten
         if kept and (torch.is_grad_enabled() or choose.backend_for("dds", dy, layout, token_offsets) is not dense):
             kept = ()  # gradients of gradients go through the weight; and a backend may be forced meanwhile
         dx, dw, db = dds_gradients(ctx.needs_input_grad, dy, x, weight, token_offsets, layout, transpose, *kept)

@@ -44,31 +44,67 @@ int features(int blocks, const Layout& layout, const Argument& token_offsets) {
     return (token_offsets.is_none() ? blocks : blocks / layout.groups) * layout.block;
 }
 
+// The operands of a product, whose rows are known, read or refused; where the result goes is said to `into`.
+struct DdsOperands {
+    const Layout& layout;
+    const Type type;
+    Dds d;
+    int outputs, threads;
+    TokenOffsets offsets;
+
+    DdsOperands(const Layout& layout, const Argument& x, const Rows& rows, const Argument& weight, const Argument& bias,
+                bool transpose, const Argument& token_offsets, const Argument& threads_)
+        : layout(layout), type(type_of(x)) {
+        const int num_outputs = transpose ? layout.num_rows : layout.num_cols;
+        outputs = features(num_outputs, layout, token_offsets);
+        d.transpose = transpose;
+        d.tokens = rows.tokens, d.x_stride = rows.stride;
+        d.x = x.filled(d.tokens);
+        d.weight = operand(weight, layout.num_slots * layout.block * layout.block, type);
+        d.bias = bias.is_none() ? nullptr : operand(bias, int64_t(num_outputs) * layout.block, type);
+        offsets = offsets_of(token_offsets, layout, d.tokens);
+        threads = threads_of(threads_);
+    }
+    void into(void* y) {
+        d.y = y;
+        py::gil_scoped_release others_may_run;
+        dds(d, layout, offsets, type, threads);
+    }
+};
+struct SddOperands {
+    const Layout& layout;
+    const Type type;
+    Sdd s;
+    int threads;
+    TokenOffsets offsets;
+
+    SddOperands(const Layout& layout, const Argument& dy, const Rows& dy_rows, const Argument& x, const Rows& x_rows,
+                const Argument& token_offsets, const Argument& threads_)
+        : layout(layout), type(type_of(x)) {
+        must_be(dy, type);
+        s.tokens = x_rows.tokens, s.dy_stride = dy_rows.stride, s.x_stride = x_rows.stride;
+        s.dy = dy.filled(s.tokens);
+        s.x = x.filled(s.tokens);
+        offsets = offsets_of(token_offsets, layout, s.tokens);
+        threads = threads_of(threads_);
+    }
+    void into(void* grad) {
+        s.grad = grad;
+        py::gil_scoped_release others_may_run;
+        sdd(s, layout, offsets, type, threads);
+    }
+};
+
 PyObject* call_dds(const Call& call) {
     const auto& keywords = made_once([] {
         return Keywords<8>("dds", {"layout", "x", "weight", "bias", "y", "transpose", "token_offsets", "threads"});
     });
     const auto [layout_, x, weight, bias, y, transpose_, token_offsets, threads] = keywords.read(call);
     const Layout layout = read_layout(layout_);
-    const Type type = type_of(x);
     const bool transpose = transpose_.truth();
-    const int num_inputs = transpose ? layout.num_cols : layout.num_rows;
-    const int num_outputs = transpose ? layout.num_rows : layout.num_cols;
-    Dds d;
-    d.transpose = transpose;
-    const int inputs = features(num_inputs, layout, token_offsets);
-    d.tokens = x.rows(inputs);
-    d.x_stride = x.row_stride(inputs);
-    d.x = x.filled(d.tokens);
-    d.weight = operand(weight, layout.num_slots * layout.block * layout.block, type);
-    d.bias = bias.is_none() ? nullptr : operand(bias, int64_t(num_outputs) * layout.block, type);
-    d.y = operand(y, d.tokens * features(num_outputs, layout, token_offsets), type);
-    const TokenOffsets offsets = offsets_of(token_offsets, layout, d.tokens);
-    const int num_threads = threads_of(threads);
-    {
-        py::gil_scoped_release others_may_run;
-        dds(d, layout, offsets, type, num_threads);
-    }
+    const Rows rows = rows_of(x, features(transpose ? layout.num_cols : layout.num_rows, layout, token_offsets));
+    DdsOperands operands(layout, x, rows, weight, bias, transpose, token_offsets, threads);
+    operands.into(operand(y, operands.d.tokens * operands.outputs, operands.type));
     Py_RETURN_NONE;
 }
 
@@ -77,24 +113,10 @@ PyObject* call_sdd(const Call& call) {
         made_once([] { return Keywords<6>("sdd", {"layout", "dy", "x", "grad", "token_offsets", "threads"}); });
     const auto [layout_, dy, x, grad, token_offsets, threads] = keywords.read(call);
     const Layout layout = read_layout(layout_);
-    const Type type = type_of(x);
-    Sdd s;
-    const int inputs = features(layout.num_cols, layout, token_offsets);
-    const int outputs = features(layout.num_rows, layout, token_offsets);
-    must_be(dy, type);
-    s.tokens = x.rows(inputs);
-    s.x_stride = x.row_stride(inputs);
-    s.x = x.filled(s.tokens);
-    dy.rows(outputs, s.tokens);
-    s.dy_stride = dy.row_stride(outputs);
-    s.dy = dy.filled(s.tokens);
-    s.grad = operand(grad, layout.num_slots * layout.block * layout.block, type);
-    const TokenOffsets offsets = offsets_of(token_offsets, layout, s.tokens);
-    const int num_threads = threads_of(threads);
-    {
-        py::gil_scoped_release others_may_run;
-        sdd(s, layout, offsets, type, num_threads);
-    }
+    const Rows x_rows = rows_of(x, features(layout.num_cols, layout, token_offsets));
+    const Rows dy_rows = rows_of(dy, features(layout.num_rows, layout, token_offsets), x_rows.tokens);
+    SddOperands operands(layout, dy, dy_rows, x, x_rows, token_offsets, threads);
+    operands.into(operand(grad, layout.num_slots * layout.block * layout.block, operands.type));
     Py_RETURN_NONE;
 }
 
@@ -109,23 +131,19 @@ PyObject* or_none(const Product& product) {
     }
     Py_RETURN_NONE;
 }
-bool is_at_hand(const Argument& tensor, Dtype dtype) {
-    return tensor.is_plain() && tensor.is_cpu() && tensor.dtype() == dtype;
-}
-bool is_at_hand(const Argument& layout) {
+// What Python has looked at before it calls dds or sdd, and nobody before the short way is tried.
+bool is_at_hand(const Argument& tensor) { return tensor.is_none() || (tensor.is_plain() && tensor.is_cpu()); }
+bool is_layout_at_hand(const Argument& layout) {
     const bool is_tuple = PyTuple_Check(layout.value) && PyTuple_GET_SIZE(layout.value) == 8;
-    for (int part = 0; is_tuple && part < 3; part++) {
-        const Argument tensor{layout.function, "layout", PyTuple_GET_ITEM(layout.value, part)};
-        if (!tensor.is_plain() || !tensor.is_cpu()) return false;
-    }
+    for (int part = 0; is_tuple && part < 3; part++)
+        if (!is_at_hand({layout.function, "layout", PyTuple_GET_ITEM(layout.value, part)})) return false;
     return is_tuple;
 }
-bool is_whole(const Argument& tensor, Dtype dtype, const py::tuple& shape) {
-    return is_at_hand(tensor, dtype) && tensor.shape().equal(shape) && tensor.is_contiguous();
+bool is_whole(const Argument& tensor, const py::tuple& shape) {
+    return tensor.shape().equal(shape) && tensor.is_contiguous();
 }
-bool are_offsets(const Argument& token_offsets, int groups) {
-    return token_offsets.is_none() ||
-           (token_offsets.is_plain() && token_offsets.shape().equal(py::make_tuple(groups + 1)));
+bool are_of_groups(const Argument& token_offsets, const Layout& layout) {
+    return token_offsets.is_none() || token_offsets.shape().equal(py::make_tuple(layout.groups + 1));
 }
 
 PyObject* call_quick_dds(const Call& call) {
@@ -134,33 +152,21 @@ PyObject* call_quick_dds(const Call& call) {
     });
     const auto [layout_, x, weight, bias, transpose_, token_offsets, threads] = keywords.read(call);
     return or_none([&]() -> py::object {
-        if (!PyBool_Check(transpose_.value) || !x.is_plain() || !is_at_hand(layout_)) return py::none();
-        const Layout layout = read_layout(layout_);
-        const Dtype dtype = x.dtype();
-        const Type type = type_of(x);
-        Dds d;
-        d.transpose = transpose_.truth();
-        const int num_outputs = d.transpose ? layout.num_rows : layout.num_cols;
-        const int outputs = features(num_outputs, layout, token_offsets);
-        Rows rows;
-        if (!is_at_hand(x, dtype) || !are_offsets(token_offsets, layout.groups) ||
-            !read_rows(x, features(d.transpose ? layout.num_cols : layout.num_rows, layout, token_offsets), rows) ||
-            !is_whole(weight, dtype, py::make_tuple(layout.num_slots, layout.block, layout.block)) ||
-            !(bias.is_none() ||
-              (d.transpose && is_whole(bias, dtype, py::make_tuple(int64_t(num_outputs) * layout.block)))))
+        if (!PyBool_Check(transpose_.value) || !is_layout_at_hand(layout_) || !is_at_hand(x) || !is_at_hand(weight) ||
+            !is_at_hand(bias) || !is_at_hand(token_offsets))
             return py::none();
-        d.tokens = rows.tokens, d.x_stride = rows.stride;
-        d.x = x.filled(d.tokens);
-        d.weight = weight.address();
-        d.bias = bias.is_none() ? nullptr : bias.address();
-        const TokenOffsets offsets = offsets_of(token_offsets, layout, d.tokens);
-        const int num_threads = threads_of(threads);
-        const py::object y = new_empty(x, x.shape(), outputs);
-        d.y = Argument{"dds", "y", y.ptr()}.address();
-        {
-            py::gil_scoped_release others_may_run;
-            dds(d, layout, offsets, type, num_threads);
-        }
+        const Layout layout = read_layout(layout_);
+        const bool transpose = transpose_.value == Py_True;
+        Rows rows;  // not `rows_of`: x that lies otherwise is usual, and to throw takes several microseconds
+        if (!read_rows(x, features(transpose ? layout.num_cols : layout.num_rows, layout, token_offsets), rows) ||
+            !is_whole(weight, py::make_tuple(layout.num_slots, layout.block, layout.block)) ||
+            !(bias.is_none() ||
+              (transpose && is_whole(bias, py::make_tuple(int64_t(layout.num_rows) * layout.block)))) ||
+            !are_of_groups(token_offsets, layout))
+            return py::none();
+        DdsOperands operands(layout, x, rows, weight, bias, transpose, token_offsets, threads);
+        const py::object y = new_empty(x, x.shape(), operands.outputs);
+        operands.into(Argument{"dds", "y", y.ptr()}.address());
         return y;
     });
 }
@@ -170,27 +176,17 @@ PyObject* call_quick_sdd(const Call& call) {
         made_once([] { return Keywords<5>("sdd", {"layout", "dy", "x", "token_offsets", "threads"}); });
     const auto [layout_, dy, x, token_offsets, threads] = keywords.read(call);
     return or_none([&]() -> py::object {
-        if (!x.is_plain() || !is_at_hand(layout_)) return py::none();
-        const Layout layout = read_layout(layout_);
-        const Dtype dtype = x.dtype();
-        const Type type = type_of(x);
-        Rows dy_rows, x_rows;
-        if (!is_at_hand(x, dtype) || !is_at_hand(dy, dtype) || !are_offsets(token_offsets, layout.groups) ||
-            !read_rows(dy, features(layout.num_rows, layout, token_offsets), dy_rows) ||
-            !read_rows(x, features(layout.num_cols, layout, token_offsets), x_rows) || dy_rows.tokens != x_rows.tokens)
+        if (!is_layout_at_hand(layout_) || !is_at_hand(dy) || !is_at_hand(x) || !is_at_hand(token_offsets))
             return py::none();
-        Sdd s;
-        s.tokens = x_rows.tokens, s.dy_stride = dy_rows.stride, s.x_stride = x_rows.stride;
-        s.dy = dy.filled(s.tokens);
-        s.x = x.filled(s.tokens);
-        const TokenOffsets offsets = offsets_of(token_offsets, layout, s.tokens);
-        const int num_threads = threads_of(threads);
+        const Layout layout = read_layout(layout_);
+        Rows dy_rows, x_rows;
+        if (!read_rows(dy, features(layout.num_rows, layout, token_offsets), dy_rows) ||
+            !read_rows(x, features(layout.num_cols, layout, token_offsets), x_rows) ||
+            dy_rows.tokens != x_rows.tokens || !are_of_groups(token_offsets, layout))
+            return py::none();
+        SddOperands operands(layout, dy, dy_rows, x, x_rows, token_offsets, threads);
         const py::object grad = new_empty(x, py::make_tuple(layout.num_slots, layout.block, layout.block));
-        s.grad = Argument{"sdd", "grad", grad.ptr()}.address();
-        {
-            py::gil_scoped_release others_may_run;
-            sdd(s, layout, offsets, type, num_threads);
-        }
+        operands.into(Argument{"sdd", "grad", grad.ptr()}.address());
         return grad;
     });
 }

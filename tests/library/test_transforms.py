@@ -95,13 +95,19 @@ def test_forward_mode_differentiates_by_input_weight_and_bias(block_size):
 
 @BLOCKS
 def test_a_batch_of_gradients_goes_through_one_backward(block_size):
-    layer = sk.SparseLinear(24, 32, density=0.4, block_size=block_size)  # float32: the C++ kernels' own
-    x, batch = torch.randn(5, 24, requires_grad=True), torch.randn(3, 5, 32)
-    leaves = (x, layer.weight, layer.bias)
-    found = torch.autograd.grad(layer(x), leaves, batch, is_grads_batched=True)
-    one_by_one = [torch.autograd.grad(layer(x), leaves, dy) for dy in batch]
-    for together, single in zip(found, zip(*one_by_one, strict=True), strict=True):
-        torch.testing.assert_close(together, torch.stack(single), rtol=1e-5, atol=1e-5)
+    plain = sk.SparseLinear(24, 32, density=0.4, block_size=block_size)  # float32: the C++ kernels' own
+    heads = sk.SparseLinear(48, 64, density=0.4, block_size=block_size, groups=2)
+    ids = torch.tensor([1, 0, 0, 1, 1])
+    for layer, x, forward in (
+        (plain, torch.randn(5, 24), plain),
+        (plain, torch.randn(2, 5, 24), plain),
+        (heads, torch.randn(5, 24), lambda x: heads(x, group=ids)),
+    ):
+        leaves, batch = (x.requires_grad_(), layer.weight, layer.bias), torch.randn(3, *x.shape[:-1], 32)
+        found = torch.autograd.grad(forward(x), leaves, batch, is_grads_batched=True)
+        one_by_one = [torch.autograd.grad(forward(x), leaves, dy) for dy in batch]
+        for together, single in zip(found, zip(*one_by_one, strict=True), strict=True):
+            torch.testing.assert_close(together, torch.stack(single), rtol=1e-5, atol=1e-5)
 
 
 def test_the_product_of_two_dense_matrices_is_bilinear_too():
