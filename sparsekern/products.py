@@ -221,4 +221,5 @@ def _crop(y: Tensor, topology: Topology, side: int, groups: int) -> Tensor:
     size = topology.shape[side] // topology.groups
     if size % topology.block_size:
         y = y.reshape(y.shape[0], groups, y.shape[1] // groups)[:, :, :size].flatten(1)
+        return y.contiguous()  # callers may view(N, -1) what nn.Linear gives them
     return y

@@ -104,7 +104,8 @@ def summary(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None 
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"summary: model must be a torch.nn.Module, got {type(model).__name__}")
-    optimizers = optimizer if isinstance(optimizer, list | tuple) else [] if optimizer is None else [optimizer]
+    several = isinstance(optimizer, list | tuple) and optimizer
+    optimizers = optimizer if several else [] if optimizer is None else [optimizer]
     for one in optimizers:
         if not (hasattr(one, "state") and hasattr(one, "param_groups")):
             raise ValueError(f"summary: optimizer must be a torch optimiser, or a list, got {type(one).__name__}")

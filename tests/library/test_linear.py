@@ -7,6 +7,7 @@ from oracle import random_topology, topologies
 from torch.nn import functional as F
 
 import sparsekern as sk
+from sparsekern.rewire.growth import GrowthScores
 
 
 @given(topologies(), st.booleans(), st.integers(0, 5))
@@ -15,6 +16,17 @@ def test_a_layer_equals_linear_with_its_dense_matrix(topology, bias, tokens):
     layer = sk.SparseLinear(into, out, bias, topology=topology, dtype=torch.float64)
     x = torch.randn(tokens, 2, into, dtype=torch.float64)
     torch.testing.assert_close(layer(x), F.linear(x, layer.to_dense(), layer.bias), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("growth", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+def test_the_output_is_contiguous_as_that_of_linear(backend, block_size, groups, growth):
+    layer = sk.SparseLinear(30, 18, density=0.3, block_size=block_size, groups=groups)
+    layer.growth = GrowthScores(layer.topology) if growth else None
+    for x in (torch.ones(4, 6, 30), torch.ones(6, 4, 30).transpose(0, 1), torch.ones(4, 60)[:, ::2], torch.ones(30)):
+        assert layer(x).is_contiguous()
+    assert layer(torch.randn(5, 30 // groups), group=torch.zeros(5, dtype=torch.int64)).is_contiguous()
 
 
 @pytest.mark.parametrize("block_size", [1, 4])
