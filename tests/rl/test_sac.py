@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from brief import a_few_steps, brief_mt10
+from brief import brief_mt10
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsekern as sk
@@ -549,7 +549,6 @@ def measured(folder):
 
 def test_a_resumed_run_equals_a_straight_one_on_any_number_of_workers(run_folder, monkeypatch):
     monkeypatch.setattr(train_sac, "STEPS", 40)  # shorter than an episode: evaluations begin new ones
-    monkeypatch.setattr(trainer_mt10, "evaluate_mt10", a_few_steps)
     straight, killed = run_folder("straight", SHORT), run_folder("killed", SHORT)
     run.train(SHORT, straight, quiet=True)
     episode, episodes = train_sac.episode, []
