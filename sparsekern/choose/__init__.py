@@ -47,20 +47,17 @@ def use(backend: str) -> Iterator[None]:
         ValueError: there is no backend of that name.
         RuntimeError: it is not available here; the message says what is missing.
     """
-    global _forced
     entry = (_find(backend),)
-    _blocks.append(entry)
-    _forced = entry[0]
+    _forcing.append(entry)
     try:
         yield
     finally:  # blocks of several threads end in any order
-        _blocks[:] = [block for block in _blocks if block is not entry]
-        _forced = _blocks[-1][0]
+        _forcing[:] = [other for other in _forcing if other is not entry]
 
 
 def forced() -> Backend | None:
     """The backend that `use` or SPARSEKERN_BACKEND forces; None where none is."""
-    return _forced
+    return _forcing[-1][0]
 
 
 def rewires_by_cuda(device: torch.device) -> bool:
@@ -71,7 +68,7 @@ def rewires_by_cuda(device: torch.device) -> bool:
     """
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return False
-    if _forced is cuda:
+    if forced() is cuda:
         return True
     return devices.known(torch.cuda.get_device_name(device))["rewire_by_cuda"] and cuda.unavailable() is None
 
@@ -82,11 +79,12 @@ def backend_for(operation: str, x: Tensor, layout: Layout, token_offsets: Tensor
     Raises:
         RuntimeError: the forced backend does not take these operands.
     """
-    if _forced is not None and operation in _forced.OPERATIONS:
-        if takes := _forced.refusal(x, layout):
-            name = next(name for name, backend in BACKENDS.items() if backend is _forced)
+    wanted = forced()
+    if wanted is not None and operation in wanted.OPERATIONS:
+        if takes := wanted.refusal(x, layout):
+            name = next(name for name, backend in BACKENDS.items() if backend is wanted)
             raise RuntimeError(f"backend {name!r} takes {takes}")
-        return _forced
+        return wanted
     if x.device.type == "cuda":
         return _on_gpu(operation, x, layout, token_offsets is not None)
     if not _has_kernels(x.device, x.dtype):
@@ -195,5 +193,5 @@ def _find(backend: str) -> Backend:
     return BACKENDS[backend]
 
 
-_forced = _find(os.environ["SPARSEKERN_BACKEND"]) if os.environ.get("SPARSEKERN_BACKEND") else None
-_blocks = [(_forced,)]
+# What SPARSEKERN_BACKEND forces, then what each block of `use` does that has not ended.
+_forcing = [(_find(os.environ["SPARSEKERN_BACKEND"]) if os.environ.get("SPARSEKERN_BACKEND") else None,)]
