@@ -225,6 +225,21 @@ class Sdd(Function):
         return *sdd_gradients(ctx.needs_input_grad, grad, *ctx.saved_tensors, ctx.layout), None, None
 
 
+# Where torch wants to know of every tensor that is kept, those of the layout are saved with the operands.
+
+
+def save(ctx, layout: Layout, *operands: Tensor | None) -> None:
+    """Keep operands and layout for the backward."""
+    ctx.save_for_backward(*operands, *layout.tensors)
+    ctx.geometry = layout.geometry
+
+
+def saved(ctx) -> tuple:
+    """The operands that were saved, and the layout."""
+    *operands, rows, cols, index = ctx.saved_tensors
+    return *operands, Layout.from_flat((rows, cols, index, *ctx.geometry))
+
+
 # Transforms: batching folds into the tokens where it can, and both products are bilinear.
 
 
@@ -238,21 +253,18 @@ class TransformedDds(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, weight, _, token_offsets, layout, ctx.transpose = inputs
-        ctx.save_for_backward(x, weight, token_offsets, *layout.tensors)
+        save(ctx, layout, x, weight, token_offsets)
         ctx.save_for_forward(x, weight, token_offsets, *layout.tensors)
-        ctx.geometry = layout.geometry
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, token_offsets, *tensors = ctx.saved_tensors
-        layout = Layout.from_flat((*tensors, *ctx.geometry))
+        x, weight, token_offsets, layout = saved(ctx)
         gradients = dds_gradients(ctx.needs_input_grad, dy, x, weight, token_offsets, layout, ctx.transpose)
         return *gradients, None, None, None
 
     @staticmethod
     def jvp(ctx, dx, dweight, dbias, *_):
-        x, weight, token_offsets, *tensors = ctx.saved_tensors
-        layout = Layout.from_flat((*tensors, *ctx.geometry))
+        x, weight, token_offsets, layout = saved(ctx)
         terms = []
         if dx is not None:
             terms.append(dds(dx, weight, None, token_offsets, layout, ctx.transpose))
@@ -279,20 +291,17 @@ class TransformedSdd(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         dy, x, token_offsets, layout = inputs
-        ctx.save_for_backward(dy, x, token_offsets, *layout.tensors)
+        save(ctx, layout, dy, x, token_offsets)
         ctx.save_for_forward(dy, x, token_offsets, *layout.tensors)
-        ctx.geometry = layout.geometry
 
     @staticmethod
     def backward(ctx, grad):
-        dy, x, token_offsets, *tensors = ctx.saved_tensors
-        layout = Layout.from_flat((*tensors, *ctx.geometry))
+        dy, x, token_offsets, layout = saved(ctx)
         return *sdd_gradients(ctx.needs_input_grad, grad, dy, x, token_offsets, layout), None, None
 
     @staticmethod
     def jvp(ctx, d_dy, dx, *_):
-        dy, x, token_offsets, *tensors = ctx.saved_tensors
-        layout = Layout.from_flat((*tensors, *ctx.geometry))
+        dy, x, token_offsets, layout = saved(ctx)
         terms = [] if d_dy is None else [sdd(d_dy, x, token_offsets, layout)]
         if dx is not None:
             terms.append(sdd(dy, dx, token_offsets, layout))

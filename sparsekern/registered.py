@@ -15,7 +15,16 @@ from sparsekern import choose
 from sparsekern.agreement import catch_up, is_current
 from sparsekern.geometry import check_block_size
 from sparsekern.layout import Layout
-from sparsekern.operators import batched_dds, dds_gradients, one_by_one, refuse_batched, row_major, sdd_gradients
+from sparsekern.operators import (
+    batched_dds,
+    dds_gradients,
+    one_by_one,
+    refuse_batched,
+    row_major,
+    save,
+    saved,
+    sdd_gradients,
+)
 
 LAYOUT_SCHEMA = (
     "Tensor block_rows, Tensor block_cols, Tensor index, "
@@ -148,28 +157,22 @@ def _(dy_shape, x_shape, token_offsets, *layout, out_shape=None, **kwargs) -> in
 
 def _setup_dds(ctx, inputs, output):
     x, weight, _, token_offsets, *layout, ctx.transpose = inputs
-    layout = Layout.from_flat(layout)
-    ctx.save_for_backward(x, weight, token_offsets, *layout.tensors)
-    ctx.geometry = layout.geometry
+    save(ctx, Layout.from_flat(layout), x, weight, token_offsets)
 
 
 def _dds_backward(ctx, dy):
-    x, weight, token_offsets, *tensors = ctx.saved_tensors
-    layout = Layout.from_flat((*tensors, *ctx.geometry))
+    x, weight, token_offsets, layout = saved(ctx)
     gradients = dds_gradients(ctx.needs_input_grad, dy, x, weight, token_offsets, layout, ctx.transpose)
     return *gradients, None, *(None for _ in layout), None
 
 
 def _setup_sdd(ctx, inputs, output):
     dy, x, token_offsets, *layout = inputs
-    layout = Layout.from_flat(layout)
-    ctx.save_for_backward(dy, x, token_offsets, *layout.tensors)
-    ctx.geometry = layout.geometry
+    save(ctx, Layout.from_flat(layout), dy, x, token_offsets)
 
 
 def _sdd_backward(ctx, grad):
-    dy, x, token_offsets, *tensors = ctx.saved_tensors
-    layout = Layout.from_flat((*tensors, *ctx.geometry))
+    dy, x, token_offsets, layout = saved(ctx)
     return *sdd_gradients(ctx.needs_input_grad, grad, dy, x, token_offsets, layout), None, *(None for _ in layout)
 
 
