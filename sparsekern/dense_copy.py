@@ -7,7 +7,7 @@ from torch.autograd import Function
 from sparsekern import choose
 from sparsekern.backends import reference
 from sparsekern.layout import Layout
-from sparsekern.operators import check_unchanged, is_plain
+from sparsekern.routes import check_unchanged, is_plain
 
 
 def densify(weight: Tensor, layout: Layout) -> Tensor:

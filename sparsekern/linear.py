@@ -7,8 +7,8 @@ from torch.autograd import Function
 from sparsekern.backends import cpu
 from sparsekern.geometry import INTEGERS
 from sparsekern.layer import SparseLayer
-from sparsekern.operators import is_plain
 from sparsekern.products import dds
+from sparsekern.routes import is_plain
 from sparsekern.topology import Topology
 
 

@@ -1,6 +1,6 @@
 """The two products of sparse training, dds and sdd: what they take, and how sizes become whole blocks.
 
-`sparsekern.operators` multiplies and differentiates.
+`sparsekern.routes` multiplies and differentiates.
 """
 
 from typing import Protocol
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsekern import operators
+from sparsekern import routes
 from sparsekern.geometry import INTEGERS
 from sparsekern.layout import Layout
-from sparsekern.registered import check_rising
+from sparsekern.operators import check_rising
 from sparsekern.topology import Topology
 
 _SIDES = {False: 0, True: 1}  # of a topology's shape that x has, by `transpose`
@@ -58,7 +58,7 @@ def dds(
     try:
         layout = topology.layout
         if not (topology.padded or torch.compiler.is_compiling() or growth is not None and x.dim() != 2):
-            y = operators.quick_dds(x, weight, bias, token_offsets, layout, transpose)
+            y = routes.quick_dds(x, weight, bias, token_offsets, layout, transpose)
             if y is not None:
                 return _watched(y, x, weight, token_offsets, layout, growth)
         x, weight, bias = _autocast(x, weight, bias)
@@ -73,7 +73,7 @@ def dds(
             if topology.shape[0] // topology.groups % topology.block_size:
                 bias = _pad(bias, topology, 0, topology.groups).flatten()
             bias = bias.contiguous()
-        y = operators.dds(rows, weight, bias, token_offsets, layout, transpose)
+        y = routes.dds(rows, weight, bias, token_offsets, layout, transpose)
         y = _watched(y, rows, weight, token_offsets, layout, growth)
     except (AttributeError, RuntimeError, KeyError, TypeError):  # looking at the types first would cost every call
         _check_types("dds", topology, x=x, weight=weight, bias=bias, token_offsets=token_offsets)
@@ -112,7 +112,7 @@ def sdd(dy: Tensor, x: Tensor, topology: Topology, token_offsets: Tensor | None 
             raise ValueError(f"sdd: dy has {tuple(dy.shape[:-1])} tokens, but x has {tuple(x.shape[:-1])}")
         groups = 1 if token_offsets is not None else topology.groups
         dy, x = _pad(dy, topology, 0, groups), _pad(x, topology, 1, groups)
-        return operators.sdd(dy, x, token_offsets, topology.layout)
+        return routes.sdd(dy, x, token_offsets, topology.layout)
     except (AttributeError, RuntimeError):
         _check_types("sdd", topology, dy=dy, x=x, token_offsets=token_offsets)
         raise
@@ -200,7 +200,7 @@ def _as_offsets(name: str, token_offsets: Tensor, topology: Topology, x: Tensor)
     if token_offsets.dtype not in (torch.int32, torch.int64):
         token_offsets = token_offsets.to(torch.int64)
     readable = token_offsets.device.type == "cpu" and not torch.compiler.is_compiling()  # a GPU would synchronise
-    if readable and operators.is_plain(token_offsets):
+    if readable and routes.is_plain(token_offsets):
         check_rising(name, token_offsets, x.shape[:-1].numel())
     return token_offsets.contiguous()
 
@@ -213,7 +213,7 @@ def _pad(x: Tensor, topology: Topology, side: int, groups: int) -> Tensor:
     missing = topology.grid[side] // topology.groups * topology.block_size - size
     if missing:
         x = F.pad(x.reshape(x.shape[0], groups, size), (0, missing)).flatten(1)  # vmap has no rule for unflatten
-    return operators.row_major(x)
+    return routes.row_major(x)
 
 
 def _crop(y: Tensor, topology: Topology, side: int, groups: int) -> Tensor:

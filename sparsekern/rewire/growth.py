@@ -12,8 +12,8 @@ from torch import Tensor
 
 from sparsekern import choose
 from sparsekern.layout import Layout
-from sparsekern.operators import check_unchanged, in_transform
-from sparsekern.registered import LAYOUT_SCHEMA, check_devices, check_operand, checked, library
+from sparsekern.operators import LAYOUT_SCHEMA, check_devices, check_operand, checked, library
+from sparsekern.routes import check_unchanged, in_transform
 from sparsekern.topology import Topology
 
 # Elements looked at in one go: 2 MB of keys, about a core's cache.

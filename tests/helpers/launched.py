@@ -20,7 +20,7 @@ from triton.runtime import driver
 
 import sparsekern as sk
 from bench.call_overhead import Driver
-from sparsekern import choose, operators, products, quick
+from sparsekern import choose, products, quick, routes
 from sparsekern.backends import cuda, triton
 from sparsekern.backends.cuda import products as cuda_products
 from sparsekern.backends.triton import launch, prepare, tiles
@@ -567,7 +567,7 @@ def both_ways(call, compiled) -> tuple[list[dict], list[dict]]:
         long = records(call, compiled)
         call()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(operators, "_long_way", None)  # whoever calls it now fails
+        patch.setattr(routes, "_long_way", None)  # whoever calls it now fails
         short = records(call, compiled)
     assert [r.pop("triton") for r in long] == len(long) * [1]
     assert [r.pop("triton") for r in short] == len(short) * [0]

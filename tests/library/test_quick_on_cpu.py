@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sparsekern as sk
-from sparsekern import choose, operators, products, quick
+from sparsekern import choose, products, quick, routes
 from sparsekern.backends import cpu
 from sparsekern.layout import Layout
 
@@ -247,7 +247,7 @@ def test_a_layer_that_dense_multiplies_faster_does_not_go_the_short_way():
     few, many = torch.randn(2, 3, 96), torch.randn(20, 30, 96)
     with torch.no_grad():
         for layer, x, short in ((sparse, many, True), (nearly_dense, many, False), (nearly_dense, few, True)):
-            y = operators.quick_dds(x, layer.weight, layer.bias, None, layer.topology.layout, True)
+            y = routes.quick_dds(x, layer.weight, layer.bias, None, layer.topology.layout, True)
             assert (y is not None) == short
             backend = choose.backend_for("dds", x.flatten(0, 1), layer.topology.layout)
             assert (backend is cpu) == short  # of few tokens, copying the blocks would cost more than it saves
