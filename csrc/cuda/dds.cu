@@ -241,8 +241,7 @@ DEVICE int chunks_of(const DdsCall& call, int B) { return int((call.inputs / cal
 template <class Shape>
 DEVICE void stream_x(const DdsCall& call, const DdsPart& part, DdsShared& shared, uint32_t stages) {
     constexpr int B = Shape::B;
-    const int lane = int(threadIdx.x) % 32, chunks = chunks_of(call, B);
-    const int features = int(call.inputs / call.groups) * B;
+    const int chunks = chunks_of(call, B), features = int(call.inputs / call.groups) * B;
     const uint8_t* counts = call.streams.counts + int64_t(part.outputs) * chunks * counts_bytes(Shape::ROWS);
     const uint16_t* x = call.x + (call.token_offsets.ragged() ? 0 : part.group * features);
     Ring ring;
@@ -254,9 +253,8 @@ DEVICE void stream_x(const DdsCall& call, const DdsPart& part, DdsShared& shared
             wait_for(shared_address(&shared.empty[ring.stage]), ring.parity ^ 1);
             // what lies past the last token is left as it is: its sums are not stored
             announce(full, tokens * bytes + counts_bytes(Shape::ROWS));
-            for (int token = lane; token < tokens; token += 32)
-                copy(to + token * PITCH, x + (first + token) * call.x_stride + c * CHUNK, bytes, full);
-            copy_together(to + X_BYTES, counts + c * counts_bytes(Shape::ROWS), counts_bytes(Shape::ROWS), full);
+            copy_rows(to, PITCH, x + first * call.x_stride + c * CHUNK, call.x_stride, bytes, tokens, full);
+            copy_row(to + X_BYTES, counts + c * counts_bytes(Shape::ROWS), counts_bytes(Shape::ROWS), full);
             close(full);
         }
     }
@@ -288,8 +286,8 @@ struct Weights {
         if (!turns) return;
         const uint32_t barrier = barriers + 8 * group;
         announce(barrier, Shape::GROUP_BYTES);
-        copy_together(groups + group * Shape::GROUP_BYTES,
-                      call.streams.units + (first + int64_t(next) * Unit::GROUP) * Unit::BYTES, Shape::GROUP_BYTES, barrier);
+        copy_row(groups + group * Shape::GROUP_BYTES,
+                 call.streams.units + (first + int64_t(next) * Unit::GROUP) * Unit::BYTES, Shape::GROUP_BYTES, barrier);
         close(barrier);
         if (++next == all) next = 0, turns--;
     }

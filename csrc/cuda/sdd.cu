@@ -136,27 +136,18 @@ DEVICE void list_columns(const SddCall& call, const SddTile& tile, SddShared<Sha
 // The last warp: the tile's features of all tokens of the part, once.
 template <class Shape>
 DEVICE void stream_tokens(const SddCall& call, const SddTile& tile, SddShared<Shape>& shared, uint32_t stages, Ring& ring) {
-    const int lane = int(threadIdx.x) % 32;
     for (int64_t turn = 0; turn < tile.turns; turn++, ring.next(int(call.stages))) {
         const uint32_t full = shared_address(&shared.full[ring.stage]), to = stages + ring.stage * Shape::STAGE;
         wait_for(shared_address(&shared.empty[ring.stage]), ring.parity ^ 1);
         const int64_t first = tile.begin + turn * Shape::TOKENS;
         const int tokens = int(tile.end - first < Shape::TOKENS ? tile.end - first : Shape::TOKENS);
         // what lies past the last token is zero on both sides, as 0 times something may be NaN
-        for (int row = tokens + lane; row < Shape::TOKENS; row += 32) {
-            clear(to + row * Shape::DY_PITCH, call.dy, tile.dy_bytes);
-            clear(to + Shape::X_AT + row * Shape::X_PITCH, call.x, tile.x_bytes);
-        }
+        clear_rows(to + tokens * Shape::DY_PITCH, Shape::DY_PITCH, call.dy, tile.dy_bytes, Shape::TOKENS - tokens);
+        clear_rows(to + Shape::X_AT + tokens * Shape::X_PITCH, Shape::X_PITCH, call.x, tile.x_bytes, Shape::TOKENS - tokens);
         announce(full, tokens * (tile.dy_bytes + tile.x_bytes));
-        for (int row = lane; row < 2 * Shape::TOKENS; row += 32) {
-            const int token = row % Shape::TOKENS;
-            if (token >= tokens) continue;
-            if (row < Shape::TOKENS)
-                copy(to + token * Shape::DY_PITCH, call.dy + (first + token) * call.dy_stride + tile.dy_at, tile.dy_bytes, full);
-            else
-                copy(to + Shape::X_AT + token * Shape::X_PITCH, call.x + (first + token) * call.x_stride + tile.x_at,
-                     tile.x_bytes, full);
-        }
+        const uint16_t *dy = call.dy + first * call.dy_stride + tile.dy_at, *x = call.x + first * call.x_stride + tile.x_at;
+        copy_rows(to, Shape::DY_PITCH, dy, call.dy_stride, tile.dy_bytes, tokens, full);
+        copy_rows(to + Shape::X_AT, Shape::X_PITCH, x, call.x_stride, tile.x_bytes, tokens, full);
         close(full);
     }
 }

@@ -215,15 +215,24 @@ DEVICE void announce(uint32_t barrier, uint32_t bytes) {
     }
     __syncwarp();
 }
-DEVICE void copy(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
-    if (bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16) emulated::fail("a copied row is not of whole 16 bytes");
-    emulated::place_of(to, bytes, 16);
-    emulated::under_way.push_back({to, from, bytes, barrier});
+DEVICE void copy_rows(
+    uint32_t to, uint32_t pitch, const uint16_t* from, int64_t stride, uint32_t bytes, int rows, uint32_t barrier
+) {
+    if (threadIdx.x % 32) return;
+    for (int row = 0; row < rows; row++, to += pitch, from += stride) {
+        if (bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16) emulated::fail("a copied row is not of whole 16 bytes");
+        emulated::place_of(to, bytes, 16);
+        emulated::under_way.push_back({to, from, bytes, barrier});
+    }
 }
-DEVICE void copy_together(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
-    if (threadIdx.x % 32 == 0) copy(to, from, bytes, barrier);
+DEVICE void copy_row(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+    copy_rows(to, 0, static_cast<const uint16_t*>(from), 0, bytes, 1, barrier);
 }
-DEVICE void clear(uint32_t to, const void*, uint32_t bytes) { std::memset(emulated::place_of(to, bytes, 16), 0, bytes); }
+DEVICE void clear_rows(uint32_t to, uint32_t pitch, const void*, uint32_t bytes, int rows) {
+    for (int row = 0; row < rows; row++, to += pitch)
+        for (uint32_t at = threadIdx.x % 32 * 16; at < bytes; at += 512)
+            std::memset(emulated::place_of(to + at, 16, 16), 0, 16);
+}
 DEVICE void close(uint32_t) {}
 
 }  // namespace sparsekern
