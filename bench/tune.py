@@ -2,19 +2,20 @@
 
 It writes sparsekern/devices/<device>.json, anew after every entry, and never half of it: the constants of the model;
 then, bfloat16 before float32, the densities where dense becomes faster, the fastest tiles, and these densities again
-with such tiles. It goes on where a run of the same commit and versions stopped. The fields are explained in
-sparsekern/devices/README.md.
+with such tiles; and after bfloat16 the densities between which the kernels of csrc/cuda are the fastest. It goes on
+where a run of the same commit and versions stopped. The fields are explained in sparsekern/devices/README.md.
 """
 
 import argparse
 import json
+import math
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import date
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from bench.contenders import reason
 from bench.measure import microseconds
 from bench.problem import Problem
 from sparsekern import devices
+from sparsekern.backends import cuda, triton
 from sparsekern.backends.triton import tiles
 from sparsekern.backends.triton.tiles import Tile
 from sparsekern.choose import cost
@@ -39,12 +41,16 @@ ARITHMETICS = limits.arithmetics(SIZES)
 DENSITIES = (0.1, 0.5) if ON_GPU else (0.25, 0.75)  # between which both paths take time linear in the density
 FEW_TOKENS = SIZES.tokens[-1]
 BREAK_EVEN_TOKENS = (*SIZES.tokens[:2], 1024) if ON_GPU else SIZES.tokens
+# Of layers that the kernels of csrc/cuda multiply, and how dense they are.
+CUDA_WIDTHS, CUDA_TOKENS, CUDA_DENSITIES = (4096, 2048, 1024), (16384, 4096, 1024, 256), (0.02, 0.05, 0.1, 0.2)
 PROCESSES = 8  # that compile at once
 MOST_SHARED = 220_000  # bytes of a program's buffers, of the 232 448 that there are on Hopper
 MOST_SUMS = 128  # float32 sums that a thread keeps in registers
 
 SHAPES = [(4, 3), (4, 4), (8, 3)]  # warps, stages
 NAMES = {"dds": ("dds transposed", "dds"), "sdd": ("sdd",)}  # dds in both orientations together
+
+ROWS = ("cuda", "break_even")  # fields of a table that are lists of rows
 
 Key = tuple[str, int, str]
 
@@ -142,13 +148,48 @@ def break_even(product: str, block_size: int, arithmetic: str, tokens: int) -> d
     return row | {"density": round(density, 3)}
 
 
+def fastest_by_cuda(product: str, block_size: int, width: int, tokens: int) -> dict:
+    """Between which of CUDA_DENSITIES the kernels of csrc/cuda take less time than every other path."""
+    gains = []
+    for density in CUDA_DENSITIES:
+        problem = problem_of(on_gpu(width, tokens, density, block_size, SIZES.half))
+        others = [contenders.densified, *([contenders.kernels] if block_size in triton.BLOCK_SIZES else [])]
+        gains.append(min(times(problem, product, o) for o in others) / times(problem, product, contenders.by_cuda))
+    low, high = winning(CUDA_DENSITIES, gains)
+    row = {"product": product, "block_size": block_size, "arithmetic": "half", "out_features": width}
+    return row | {"in_features": width, "tokens": tokens, "from": round(low, 3), "to": round(high, 3)}
+
+
+def winning(densities: tuple[float, ...], gains: list[float]) -> tuple[float, float]:
+    """Where gains are above 1, around the greatest of them and between the densities; (1, 0) where none is.
+
+    Below the first density, a gain there is believed; beyond the last it is not.
+    """
+    first = last = max(range(len(gains)), key=gains.__getitem__)
+    if gains[first] <= 1:
+        return 1.0, 0.0
+    while first and gains[first - 1] > 1:
+        first -= 1
+    while last + 1 < len(gains) and gains[last + 1] > 1:
+        last += 1
+
+    def crossing(inside: int, outside: int) -> float:
+        share = math.log(gains[inside]) / (math.log(gains[inside]) - math.log(gains[outside]))
+        return densities[inside] + share * (densities[outside] - densities[inside])
+
+    low = crossing(first, first - 1) if first else 0.0
+    return low, crossing(last, last + 1) if last + 1 < len(gains) else densities[-1]
+
+
 def write(folder: Path, facts: dict) -> None:
     """A line for every tile list and break-even; a reader never sees half a file."""
-    lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in facts.items() if name != "break_even"]
-    rows = ",\n  ".join(json.dumps(row) for row in facts["break_even"])
+    lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in facts.items() if name not in ROWS]
+    for name in ROWS:
+        rows = ",\n  ".join(json.dumps(row) for row in facts[name])
+        lines.append(f" {json.dumps(name)}: [\n  {rows}\n ]" if rows else f" {json.dumps(name)}: []")
     path = folder / devices.path_for(NAME).name
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text("{\n" + ",\n".join(lines) + f',\n "break_even": [\n  {rows}\n ]\n}}\n')
+    unfinished.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     unfinished.replace(path)
 
 
@@ -157,31 +198,61 @@ def started(folder: Path) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     versions = f"at {results.commit()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
     path = folder / devices.path_for(NAME).name
-    if path.exists() and (facts := json.loads(path.read_text()))["source"].endswith(versions):
-        return facts
+    before = json.loads(path.read_text()) if path.exists() else {"source": ""}
+    if before["source"].endswith(versions):
+        return before
     facts = {"device": NAME, "source": f"measured {date.today().isoformat()} {versions}"} | limits.constants(SIZES)
     if ON_GPU:
         facts["num_sms"] = torch.cuda.get_device_properties(0).multi_processor_count
         facts["compute_capability"] = list(torch.cuda.get_device_capability())
-    return facts | {"tiles": {}, "break_even": []}
+    if "rewire_by_cuda" in before:  # which somebody has decided
+        facts["rewire_by_cuda"] = before["rewire_by_cuda"]
+    return facts | {"tiles": {}, "cuda": [], "break_even": []}
 
 
-def plan() -> Iterator[tuple[Key, int | None, bool]]:
-    """Entries, the most important first: kind of product, tokens of a break-even (None: tiles), whether with tiles."""
+Step = Callable[[dict], None]  # adds what it measures to the facts, if it is not there yet
+
+
+def plan(pool) -> Iterator[Step]:
+    """The most important first."""
     for kind in ARITHMETICS:
         keys = [(product, block_size, kind) for block_size in SIZES.block_sizes for product in cost.PRODUCTS]
-        yield from ((key, tokens, False) for tokens in BREAK_EVEN_TOKENS for key in keys)
-        yield from ((key, None, True) for key in keys)
-        yield from ((key, tokens, True) for tokens in BREAK_EVEN_TOKENS for key in keys)
+        yield from (partial(add_break_even, key, tokens, False) for tokens in BREAK_EVEN_TOKENS for key in keys)
+        yield from (partial(add_tiles, key, pool) for key in keys)
+        yield from (partial(add_break_even, key, tokens, True) for tokens in BREAK_EVEN_TOKENS for key in keys)
+        if kind == "half" and not cuda.unavailable():
+            yield from cuda_plan()
+
+
+def cuda_plan() -> Iterator[Step]:
+    shapes = [(width, tokens) for width in CUDA_WIDTHS for tokens in CUDA_TOKENS]
+    for shape in shapes:
+        for block_size in cuda.BLOCK_SIZES:  # both products of one problem follow each other
+            yield from (partial(add_fastest_by_cuda, product, block_size, *shape) for product in cost.PRODUCTS)
+
+
+def add_tiles(key: Key, pool, facts: dict) -> None:
+    entry = " ".join(map(str, key))
+    if entry not in facts["tiles"]:
+        facts["tiles"][entry] = [list(tile) for tile in tuned_tiles(*key, pool)]
+
+
+def add_break_even(key: Key, tokens: int, tuned: bool, facts: dict) -> None:
+    """With such tiles, or with newer ones."""
+    older = [row for row in facts["break_even"] if same(row, key, tokens)]
+    if not any(row["tuned"] >= tuned for row in older):
+        row = break_even(*key, tokens) | {"tuned": tuned}
+        facts["break_even"] = [*(r for r in facts["break_even"] if r not in older), row]
+
+
+def add_fastest_by_cuda(product: str, block_size: int, width: int, tokens: int, facts: dict) -> None:
+    key = product, block_size, "half"
+    if not any(same(row, key, tokens) and row["out_features"] == width for row in facts["cuda"]):
+        facts["cuda"].append(fastest_by_cuda(product, block_size, width, tokens))
 
 
 def same(row: dict, key: Key, tokens: int) -> bool:
     return (row["product"], row["block_size"], row["arithmetic"], row["tokens"]) == (*key, tokens)
-
-
-def done(facts: dict, key: Key, tokens: int, tuned: bool) -> bool:
-    """Whether a break-even is there, with such tiles or newer ones."""
-    return any(same(row, key, tokens) and row["tuned"] >= tuned for row in facts["break_even"])
 
 
 def main() -> None:
@@ -198,20 +269,16 @@ def main() -> None:
 
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(PROCESSES, mp_context=context) if ON_GPU else None
-    for key, tokens, tuned in plan():
+    for step in plan(pool):
         if time.monotonic() > stop:
             break
-        entry = " ".join(map(str, key))
-        if tokens is None and entry not in facts["tiles"]:
-            facts["tiles"][entry] = [list(tile) for tile in tuned_tiles(*key, pool)]
-        elif tokens is not None and not done(facts, key, tokens, tuned):
-            row = break_even(*key, tokens) | {"tuned": tuned}
-            older = [r for r in facts["break_even"] if not same(r, key, tokens)]
-            facts["break_even"] = [*older, row]
+        step(facts)
         write(arguments.folder, facts)
     if pool is not None:
         pool.shutdown(cancel_futures=True)
-    print(f"{len(facts['tiles'])} tile lists and {len(facts['break_even'])} break-evens")
+    print(
+        f"{len(facts['tiles'])} tile lists, {len(facts['break_even'])} break-evens, {len(facts['cuda'])} rows of cuda"
+    )
 
 
 if __name__ == "__main__":

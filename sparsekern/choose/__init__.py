@@ -170,15 +170,21 @@ def _on_gpu(operation: str, x: Tensor, layout: Layout, ragged: bool) -> Backend:
 def _fastest_on_gpu(
     operation, device, dtype, arithmetic, tokens, ragged, num_slots, num_rows, num_cols, groups, block_size, full
 ) -> Backend:
+    if full:
+        return dense
+    out, into = num_rows * block_size, num_cols // groups * block_size
+    density = num_slots * block_size**2 / (out * into)
+    product = cost.Product(operation, block_size, arithmetic, out, into, tokens, _device_name(device))
+    # ragged groups were not measured with either
+    if operation in cost.PRODUCTS and not ragged and cost.is_for_cuda(product, density) and cuda.unavailable() is None:
+        if not cuda.refuses(device, dtype, block_size, max(out // groups, into)):
+            return cuda
     has_kernel = operation in triton.OPERATIONS and dtype in triton.DTYPES and block_size in triton.BLOCK_SIZES
-    if full or not has_kernel or triton.unavailable():
+    if not has_kernel or triton.unavailable():
         return dense
     # without its host's knowledge, the vendor's GEMM would multiply every token by every group
     if ragged or operation not in cost.PRODUCTS:
         return triton
-    out, into = num_rows * block_size, num_cols // groups * block_size
-    density = num_slots * block_size**2 / (out * into)
-    product = cost.Product(operation, block_size, arithmetic, out, into, tokens, _device_name(device))
     return triton if density <= cost.break_even(product) else dense
 
 

@@ -138,15 +138,30 @@ def break_even(product: Product) -> float:
     measured = [row for row in devices.known(product.device)["break_even"] if kind.items() <= row.items()]
     if not measured:
         return here
+    near = _nearest(measured, product)
+    there = product._replace(out=near["out_features"], into=near["in_features"], tokens=near["tokens"])
+    return min(1.0, near["density"] * here / _modelled(there))
+
+
+def is_for_cuda(product: Product, density: float) -> bool:
+    """Whether the kernels of csrc/cuda were faster than the other paths at such a density; the nearest shape counts."""
+    kind = {"product": product.name, "block_size": product.block_size, "arithmetic": product.arithmetic}
+    measured = [row for row in devices.known(product.device)["cuda"] if kind.items() <= row.items()]
+    if not measured:
+        return False
+    near = _nearest(measured, product)
+    return near["from"] <= density <= near["to"]
+
+
+def _nearest(rows: list[dict], product: Product) -> dict:
+    """The row whose tokens and area differ by the smallest factor."""
 
     def distance(row: dict) -> float:
         area = row["out_features"] * row["in_features"]
         near_tokens = abs(math.log(row["tokens"] / max(product.tokens, 1)))
         return near_tokens + abs(math.log(area / (product.out * product.into)))
 
-    near = min(measured, key=distance)
-    there = product._replace(out=near["out_features"], into=near["in_features"], tokens=near["tokens"])
-    return min(1.0, near["density"] * here / _modelled(there))
+    return min(rows, key=distance)
 
 
 def _modelled(product: Product) -> float:

@@ -37,6 +37,13 @@ def launches(monkeypatch):
     return Launches(monkeypatch)
 
 
+def bytes_of(tensor: Tensor) -> Tensor:
+    own = tensor.cpu().reshape(-1)
+    if tensor.is_cuda and tensor.is_floating_point():  # torch's masked_fill_ changes the bits of a NaN that it leaves
+        own = own.masked_fill(own.isnan(), torch.nan)
+    return own.view(torch.uint8)
+
+
 @dataclass
 class Case:
     """One layer, and what an event does with it. Both paths change clones of it."""
@@ -72,9 +79,7 @@ class Case:
         found |= {f"tensor {i}": tensor for i, (tensor, _) in enumerate(self.tensors)}
         for copy, layout in enumerate(self.layouts):
             found |= {f"{name} of copy {copy}": getattr(layout, name) for name in ("block_rows", "block_cols", "index")}
-        return {
-            name: tensor.cpu().reshape(-1).view(torch.uint8) for name, tensor in found.items() if tensor is not None
-        }
+        return {name: bytes_of(tensor) for name, tensor in found.items() if tensor is not None}
 
     def torch_path(self, growth: Growth, start: int) -> int:
         """What the rules do by torch operations; returns how many blocks moved."""

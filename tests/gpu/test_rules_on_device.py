@@ -196,6 +196,8 @@ def train(
                 change(model, optimizer, copies)
         with rewiring():
             changed = rule.step()
+        if isinstance(rule, sk.GMP):
+            rule._settle(wait=True)  # a GPU compacts when its counts have arrived, be it a step later
         found.append(results(model, copies, optimizer, rule) | {"changed": changed, "stats": rule.stats()})
         found[-1]["state"] = {name: value for name, value in rule.state_dict().items() if name != "covered"}
     return found

@@ -9,7 +9,7 @@ from oracle import random_topology
 
 import sparsekern as sk
 from sparsekern import choose, devices
-from sparsekern.backends import dense, reference, triton
+from sparsekern.backends import cuda, dense, reference, triton
 from sparsekern.backends.contract import OPERATIONS
 from sparsekern.choose import cost
 
@@ -156,11 +156,35 @@ def test_an_h100_breaks_even_where_the_measured_hopper_card_does_and_not_where_t
     monkeypatch.setattr(choose, "_device_name", devices.name_of)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    key = 16, "half", 4096, 4096, 16384
+    key = 64, "half", 4096, 4096, 16384
     model, measured = (cost.break_even(cost.Product("sdd", *key, name)) for name in (GPU, "NVIDIA H200"))
-    assert measured == 0.024 < model / 1.5
-    between = layout((measured + model) / 2, 16)
-    assert choose.backend_for("sdd", OnGpu(16384, 4096), between) is dense
+    assert abs(measured - model) > 0.02
+    between, faster = layout((measured + model) / 2, 64), triton if model < measured else dense
+    assert choose.backend_for("sdd", OnGpu(16384, 4096), between) is faster
+
+
+def test_cuda_is_chosen_where_it_was_measured_to_be_the_fastest_and_nowhere_else(gpu, monkeypatch):
+    row = {"product": "dds", "block_size": 16, "arithmetic": "half", "out_features": 4096, "in_features": 4096}
+    rows = [row | {"tokens": 16384, "from": 0.03, "to": 0.15}, row | {"tokens": 256, "from": 1.0, "to": 0.0}]
+    default = devices.known(GPU)
+    monkeypatch.setattr(devices, "known", lambda name: default | {"cuda": rows})
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda, "shared_bytes", lambda device: 232448)
+    choose._fastest_on_gpu.cache_clear()
+
+    def chosen(density, tokens=16384, operation="dds", block_size=16, width=4096, dtype=torch.bfloat16, **more):
+        x = OnGpu(tokens, width, dtype=dtype)
+        return choose.backend_for(operation, x, layout(density, block_size, width), **more)
+
+    assert [chosen(density) is cuda for density in (0.02, 0.04, 0.1, 0.16)] == [False, True, True, False]
+    assert chosen(0.1, 8192, width=2048) is cuda  # the nearest row counts
+    assert chosen(0.1, 256) is not cuda and chosen(0.1, operation="sdd") is not cuda
+    assert chosen(0.1, block_size=32) is not cuda and chosen(0.1, dtype=torch.float32) is not cuda
+    assert chosen(0.1, token_offsets=torch.tensor([0, 16384])) is not cuda
+    choose._fastest_on_gpu.cache_clear()
+    monkeypatch.setattr(cuda, "unavailable", lambda: "it was not built.")
+    assert chosen(0.1) is not cuda
+    choose._fastest_on_gpu.cache_clear()
 
 
 @pytest.mark.parametrize("path", sorted(devices.FOLDER.glob("*.json")), ids=lambda path: path.stem)

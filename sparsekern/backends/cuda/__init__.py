@@ -1,7 +1,7 @@
 """The kernels of csrc/cuda, compiled to fatbin/*.fatbin when sparsekern was built, and launched through CUDA's driver.
 
-They rewire and prune (sparsekern/rewire/on_device.py), for which they are chosen on a device whose table says so; and
-make products of blocks of 16 and 8 (`products`), which nothing chooses yet. `sparsekern.use("cuda")` forces both.
+They rewire and prune (sparsekern/rewire/on_device.py), and make products of blocks of 16 and 8 (`products`). Both are
+chosen where the table of the device says so (sparsekern/devices); `sparsekern.use("cuda")` forces both.
 """
 
 import ctypes
@@ -74,13 +74,18 @@ def _files(folder: Path) -> list[str]:
 def refusal(x: Tensor, layout: Layout) -> str | None:
     """What it takes, where it does not take these operands."""
     features = max(layout.num_rows, layout.num_cols) // layout.groups * layout.block_size
-    if x.device.type != "cuda" or x.dtype not in DTYPES or layout.block_size not in BLOCK_SIZES:
-        got = f"{x.dtype} on {x.device} in blocks of {layout.block_size}"
+    return refuses(x.device, x.dtype, layout.block_size, features)
+
+
+def refuses(device: torch.device, dtype: torch.dtype, block_size: int, features: int) -> str | None:
+    """The same of a layer whose groups have at most so many inputs and outputs."""
+    if device.type != "cuda" or dtype not in DTYPES or block_size not in BLOCK_SIZES:
+        got = f"{dtype} on {device} in blocks of {block_size}"
         return f"bfloat16 and float16 on an NVIDIA GPU in blocks of 8 and 16, got {got}"
     if features > MOST_FEATURES:
         return f"groups of at most {MOST_FEATURES} features, got {features}"
-    if (allowed := shared_bytes(x.device)) < NEEDED_SHARED:
-        name = torch.cuda.get_device_name(x.device)
+    if (allowed := shared_bytes(device)) < NEEDED_SHARED:
+        name = torch.cuda.get_device_name(device)
         return f"GPUs that allow a kernel {NEEDED_SHARED} bytes of shared memory, and {name} allows {allowed}"
     return None
 
