@@ -32,8 +32,10 @@ def test_prepared_launches_pass_what_tritons_launcher_passes(tmp_path):
         "TRITON_INTERPRET": "0",
         "TRITON_LIBCUDA_PATH": str(tmp_path),
         "LD_LIBRARY_PATH": f"{tmp_path}:{os.environ.get('LD_LIBRARY_PATH', '')}",
-        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+        "PYTHONPATH": f"{ROOT}:{HELPERS}:{os.environ.get('PYTHONPATH', '')}",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", HELPERS / "launched.py"]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "without_cuda"]
+    run = subprocess.run(
+        [*command, HELPERS / "launched.py"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert run.returncode == 0, f"{run.stdout[-8000:]}\n{run.stderr[:3000]}"
