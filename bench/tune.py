@@ -150,21 +150,20 @@ def break_even(product: str, block_size: int, arithmetic: str, tokens: int) -> d
 
 def fastest_by_cuda(product: str, block_size: int, width: int, tokens: int) -> dict:
     """Between which of CUDA_DENSITIES the kernels of csrc/cuda take less time than every other path."""
-    gains = []
+    gains, by_triton = [], block_size in triton.BLOCK_SIZES
     for density in CUDA_DENSITIES:
         problem = problem_of(on_gpu(width, tokens, density, block_size, SIZES.half))
-        others = [contenders.densified, *([contenders.kernels] if block_size in triton.BLOCK_SIZES else [])]
+        others = [contenders.densified, *([contenders.kernels] if by_triton else [])]
         gains.append(min(times(problem, product, o) for o in others) / times(problem, product, contenders.by_cuda))
     low, high = winning(CUDA_DENSITIES, gains)
+    if low == CUDA_DENSITIES[0] and not by_triton:
+        low = 0.0  # the vendor's GEMM gains nothing from fewer blocks
     row = {"product": product, "block_size": block_size, "arithmetic": "half", "out_features": width}
     return row | {"in_features": width, "tokens": tokens, "from": round(low, 3), "to": round(high, 3)}
 
 
 def winning(densities: tuple[float, ...], gains: list[float]) -> tuple[float, float]:
-    """Where gains are above 1, around the greatest of them and between the densities; (1, 0) where none is.
-
-    Below the first density, a gain there is believed; beyond the last it is not.
-    """
+    """Where gains are above 1, around the greatest of them and between the densities; (1, 0) where none is."""
     first = last = max(range(len(gains)), key=gains.__getitem__)
     if gains[first] <= 1:
         return 1.0, 0.0
@@ -177,7 +176,7 @@ def winning(densities: tuple[float, ...], gains: list[float]) -> tuple[float, fl
         share = math.log(gains[inside]) / (math.log(gains[inside]) - math.log(gains[outside]))
         return densities[inside] + share * (densities[outside] - densities[inside])
 
-    low = crossing(first, first - 1) if first else 0.0
+    low = crossing(first, first - 1) if first else densities[0]
     return low, crossing(last, last + 1) if last + 1 < len(gains) else densities[-1]
 
 

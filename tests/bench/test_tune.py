@@ -57,8 +57,8 @@ def measured(monkeypatch, tmp_path):
     [
         ((0.9, 0.8, 0.7), (1, 0)),  # nowhere
         ((0.5, 2.0, 0.5), (0.15, 0.3)),  # half way, as gains are ratios
-        ((1.1, 2.0, 1.5), (0, 0.4)),  # below what was measured, and not beyond
-        ((2.0, 0.9, 1.5), (0, 0.1 + 0.1 * 0.868)),  # around the greatest gain alone
+        ((1.1, 2.0, 1.5), (0.1, 0.4)),  # and not beyond what was measured
+        ((2.0, 0.9, 1.5), (0.1, 0.1 + 0.1 * 0.868)),  # around the greatest gain alone
     ],
 )
 def test_kernels_win_between_the_densities_where_their_gain_is_one(gains, between):
