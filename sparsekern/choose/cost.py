@@ -154,12 +154,12 @@ def is_for_cuda(product: Product, density: float) -> bool:
 
 
 def _nearest(rows: list[dict], product: Product) -> dict:
-    """The row whose tokens and area differ by the smallest factor."""
+    """The row whose tokens and area, each as a logarithm, are the nearest."""
 
     def distance(row: dict) -> float:
         area = row["out_features"] * row["in_features"]
-        near_tokens = abs(math.log(row["tokens"] / max(product.tokens, 1)))
-        return near_tokens + abs(math.log(area / (product.out * product.into)))
+        tokens = row["tokens"] / max(product.tokens, 1)
+        return math.hypot(math.log(tokens), math.log(area / (product.out * product.into)))
 
     return min(rows, key=distance)
 
