@@ -226,7 +226,9 @@ def plan(pool) -> Iterator[Step]:
 def cuda_plan() -> Iterator[Step]:
     shapes = [(width, tokens) for width in CUDA_WIDTHS for tokens in CUDA_TOKENS]
     for shape in shapes:
-        for block_size in cuda.BLOCK_SIZES:  # both products of one problem follow each other
+        for block_size in cuda.BLOCK_SIZES:
+            if cuda.refuses(torch.device("cuda", 0), SIZES.half, block_size, shape[0]):
+                continue  # a GPU with too little shared memory
             yield from (partial(add_fastest_by_cuda, product, block_size, *shape) for product in cost.PRODUCTS)
 
 

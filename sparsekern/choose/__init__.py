@@ -68,8 +68,8 @@ def rewires_by_cuda(device: torch.device) -> bool:
     """
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return False
-    if forced() is cuda:
-        return True
+    if (wanted := forced()) is not None:
+        return wanted is cuda
     return devices.known(torch.cuda.get_device_name(device))["rewire_by_cuda"] and cuda.unavailable() is None
 
 
@@ -175,9 +175,10 @@ def _fastest_on_gpu(
     out, into = num_rows * block_size, num_cols // groups * block_size
     density = num_slots * block_size**2 / (out * into)
     product = cost.Product(operation, block_size, arithmetic, out, into, tokens, _device_name(device))
-    # ragged groups were not measured with either
-    if operation in cost.PRODUCTS and not ragged and cost.is_for_cuda(product, density) and cuda.unavailable() is None:
-        if not cuda.refuses(device, dtype, block_size, max(out // groups, into)):
+    # groups were not measured with cuda, and an H100 takes the tiles of the H200 but not this decision
+    measured = operation in cost.PRODUCTS and groups == 1 and not ragged and _has_own_table(device)
+    if measured and cost.is_for_cuda(product, density) and cuda.unavailable() is None:
+        if not cuda.refuses(device, dtype, block_size, max(out, into)):
             return cuda
     has_kernel = operation in triton.OPERATIONS and dtype in triton.DTYPES and block_size in triton.BLOCK_SIZES
     if not has_kernel or triton.unavailable():
@@ -189,6 +190,10 @@ def _fastest_on_gpu(
 
 
 _device_name = devices.name_of
+
+
+def _has_own_table(device: torch.device) -> bool:
+    return _device_name(device) == torch.cuda.get_device_name(device)
 
 
 def _find(backend: str) -> Backend:

@@ -138,30 +138,33 @@ def break_even(product: Product) -> float:
     measured = [row for row in devices.known(product.device)["break_even"] if kind.items() <= row.items()]
     if not measured:
         return here
-    near = _nearest(measured, product)
+    near = min(measured, key=lambda row: _distance(row, product))
     there = product._replace(out=near["out_features"], into=near["in_features"], tokens=near["tokens"])
     return min(1.0, near["density"] * here / _modelled(there))
 
 
 def is_for_cuda(product: Product, density: float) -> bool:
-    """Whether the kernels of csrc/cuda were faster than the other paths at such a density; the nearest shape counts."""
+    """Whether the kernels of csrc/cuda were faster than the other paths at such a density.
+
+    The nearest shapes count, all that are equally near, and none that differs by more than a factor of four.
+    """
     kind = {"product": product.name, "block_size": product.block_size, "arithmetic": product.arithmetic}
     measured = [row for row in devices.known(product.device)["cuda"] if kind.items() <= row.items()]
-    if not measured:
+    distances = [_distance(row, product) for row in measured]
+    reach = (
+        min(distances, default=math.inf) + 1e-6
+    )  # tokens and widths are often powers of two, so many are equally near
+    if reach > math.log(4) + 1e-5:
         return False
-    near = _nearest(measured, product)
-    return near["from"] <= density <= near["to"]
+    near = [row for row, distance in zip(measured, distances, strict=True) if distance <= reach]
+    return all(row["from"] <= density <= row["to"] for row in near)
 
 
-def _nearest(rows: list[dict], product: Product) -> dict:
-    """The row whose tokens and area, each as a logarithm, are the nearest."""
-
-    def distance(row: dict) -> float:
-        area = row["out_features"] * row["in_features"]
-        tokens = row["tokens"] / max(product.tokens, 1)
-        return math.hypot(math.log(tokens), math.log(area / (product.out * product.into)))
-
-    return min(rows, key=distance)
+def _distance(row: dict, product: Product) -> float:
+    """Between a measured shape and a product's, in the plane of the logarithms of tokens and area."""
+    area = row["out_features"] * row["in_features"]
+    tokens = row["tokens"] / max(product.tokens, 1)
+    return math.hypot(math.log(tokens), math.log(area / (product.out * product.into)))
 
 
 def _modelled(product: Product) -> float:

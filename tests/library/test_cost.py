@@ -29,6 +29,7 @@ def gpu(monkeypatch):
     """A GPU, for the chooser."""
     monkeypatch.setattr(triton, "unavailable", lambda: None)
     monkeypatch.setattr(choose, "_device_name", lambda device: GPU)
+    monkeypatch.setattr(choose, "_has_own_table", lambda device: True)
     choose._fastest_on_gpu.cache_clear()
     cost.break_even.cache_clear()
     yield
@@ -170,6 +171,8 @@ def test_cuda_is_chosen_where_it_was_measured_to_be_the_fastest_and_nowhere_else
     monkeypatch.setattr(devices, "known", lambda name: default | {"cuda": rows})
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
     monkeypatch.setattr(cuda, "shared_bytes", lambda device: 232448)
+    own = [True]
+    monkeypatch.setattr(choose, "_has_own_table", lambda device: own[0])
     choose._fastest_on_gpu.cache_clear()
 
     def chosen(density, tokens=16384, operation="dds", block_size=16, width=4096, dtype=torch.bfloat16, **more):
@@ -177,10 +180,19 @@ def test_cuda_is_chosen_where_it_was_measured_to_be_the_fastest_and_nowhere_else
         return choose.backend_for(operation, x, layout(density, block_size, width), **more)
 
     assert [chosen(density) is cuda for density in (0.02, 0.04, 0.1, 0.16)] == [False, True, True, False]
-    assert chosen(0.1, 8192, width=2048) is cuda  # the nearest row counts
+    assert chosen(0.1, 8192) is cuda and chosen(0.1, width=2048) is cuda  # the nearest row counts
     assert chosen(0.1, 256) is not cuda and chosen(0.1, operation="sdd") is not cuda
+    assert chosen(0.1, 2048) is not cuda  # too far from any row
+    both = [*rows, rows[0] | {"tokens": 4096, "from": 0.05, "to": 0.07}]
+    monkeypatch.setattr(devices, "known", lambda name: default | {"cuda": both})
+    choose._fastest_on_gpu.cache_clear()
+    assert chosen(0.06, 8192) is cuda and chosen(0.1, 8192) is not cuda  # rows that are equally near must agree
     assert chosen(0.1, block_size=32) is not cuda and chosen(0.1, dtype=torch.float32) is not cuda
     assert chosen(0.1, token_offsets=torch.tensor([0, 16384])) is not cuda
+    choose._fastest_on_gpu.cache_clear()
+    own[0] = False  # the table is that of a device like it
+    assert chosen(0.1) is not cuda
+    own[0] = True
     choose._fastest_on_gpu.cache_clear()
     monkeypatch.setattr(cuda, "unavailable", lambda: "it was not built.")
     assert chosen(0.1) is not cuda
