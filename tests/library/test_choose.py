@@ -162,6 +162,8 @@ def test_events_of_rewiring_look_for_the_kernels_files_once(monkeypatch, capturi
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert [choose.rewires_by_cuda(GPU) for _ in range(3)] == 3 * [True]
+    with sk.use("reference"):
+        assert not choose.rewires_by_cuda(GPU)
     assert looked == [f"{name}.fatbin" for name in cuda.KERNELS]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # what may change is asked again
     assert not choose.rewires_by_cuda(GPU)
