@@ -149,12 +149,20 @@ def break_even(product: str, block_size: int, arithmetic: str, tokens: int) -> d
 
 
 def fastest_by_cuda(product: str, block_size: int, width: int, tokens: int) -> dict:
-    """Between which of CUDA_DENSITIES the kernels of csrc/cuda take less time than every other path."""
+    """Between which of CUDA_DENSITIES the kernels of csrc/cuda are right and take less time than every other path."""
     gains, by_triton = [], block_size in triton.BLOCK_SIZES
     for density in CUDA_DENSITIES:
         problem = problem_of(on_gpu(width, tokens, density, block_size, SIZES.half))
         others = [contenders.densified, *([contenders.kernels] if by_triton else [])]
-        gains.append(min(times(problem, product, o) for o in others) / times(problem, product, contenders.by_cuda))
+        try:
+            for name in NAMES[product]:
+                contenders.right(problem, contenders.by_cuda, name)
+            ours = times(problem, product, contenders.by_cuda)
+            gains.append(min(times(problem, product, other) for other in others) / ours)
+        except Exception as error:
+            print(f"  {product} {block_size} by cuda, {width} x {width}, {tokens} tokens: {reason(error)}")
+            gains = [0.0]  # nowhere: what fails at one density is not to be chosen at another
+            break
     low, high = winning(CUDA_DENSITIES, gains)
     if low == CUDA_DENSITIES[0] and not by_triton:
         low = 0.0  # the vendor's GEMM gains nothing from fewer blocks
@@ -206,7 +214,8 @@ def started(folder: Path) -> dict:
         facts["compute_capability"] = list(torch.cuda.get_device_capability())
     if "rewire_by_cuda" in before:  # which somebody has decided
         facts["rewire_by_cuda"] = before["rewire_by_cuda"]
-    return facts | {"tiles": {}, "cuda": [], "break_even": []}
+    kept = before.get("cuda", []) if cuda.unavailable() else []  # this run could not measure them again
+    return facts | {"tiles": {}, "cuda": kept, "break_even": []}
 
 
 Step = Callable[[dict], None]  # adds what it measures to the facts, if it is not there yet

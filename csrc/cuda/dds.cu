@@ -20,7 +20,7 @@
 //
 // With few tokens (_few: ROWS for 176 outputs instead of 528, so that every multiprocessor has a tile) the same loop is
 // what a dense product with gathered tiles would be, without its zeros: at T = 256, n = 4096, d = .2, L2 moves 50 MB of x
-// and 27 MB of W, 8.4 us, where the dense GEMM takes 19 and its copy into a dense matrix 12. The weight's traffic is d
+// and 27 MB of W, 8.4 us, where the dense GEMM takes 15 and its copy into a dense matrix 12. The weight's traffic is d
 // times that of dense, the operations too. Predicted with packing: 22 us at d = .2. Measured: 33 (Triton 31, dense 15),
 // of which packing takes 12.5.
 #include <type_traits>

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from bench import tune  # noqa: E402
+from bench import contenders, tune  # noqa: E402
 from sparsekern.backends.triton import tiles  # noqa: E402
 
 
@@ -45,6 +45,14 @@ def measured(monkeypatch, tmp_path):
         found.note(product, block_size, kind, None)
         return tiles.DEFAULT[product, block_size, kind]
 
+    def fastest_by_cuda(product, block_size, width, tokens):
+        found.note(product, block_size, "half", tokens, width)
+        key = {"product": product, "block_size": block_size, "arithmetic": "half", "tokens": tokens}
+        return key | {"out_features": width, "in_features": width, "from": 0.02, "to": 0.1}
+
+    monkeypatch.setattr(tune.cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(tune.cuda, "refuses", lambda device, dtype, block_size, features: None)
+    monkeypatch.setattr(tune, "fastest_by_cuda", fastest_by_cuda)
     monkeypatch.setattr(tune, "break_even", break_even)
     monkeypatch.setattr(tune, "tuned_tiles", tuned_tiles)
     monkeypatch.setattr(tune.limits, "constants", lambda sizes: {})
@@ -83,6 +91,30 @@ def test_the_tuner_goes_on_where_it_stopped(measured, tmp_path):
     assert json.loads(path.read_text()) == complete
     tune.main()
     assert measured == whole
+
+
+def test_a_build_without_nvcc_keeps_the_rows_of_cuda_that_it_cannot_measure(measured, monkeypatch, tmp_path):
+    tune.main()
+    (path,) = tmp_path.glob("*.json")
+    rows = json.loads(path.read_text())["cuda"]
+    shapes = len(tune.CUDA_WIDTHS) * len(tune.CUDA_TOKENS)
+    assert len(rows) == shapes * len(tune.cuda.BLOCK_SIZES) * len(tune.cost.PRODUCTS)
+    for missing, kept in (("it was built without nvcc.", rows), (None, [])):
+        monkeypatch.setattr(tune.cuda, "unavailable", lambda missing=missing: missing)
+        monkeypatch.setattr(tune.results, "commit", lambda missing=missing: f"another, {missing}")
+        assert tune.started(tmp_path)["cuda"] == kept
+
+
+def test_kernels_that_fail_or_are_wrong_win_nowhere(monkeypatch):
+    def wrong(problem, build, name):
+        raise ValueError(f"{name} is wrong")
+
+    monkeypatch.setattr(tune, "problem_of", lambda case: None)
+    monkeypatch.setattr(tune, "times", lambda problem, product, build: 1.0 if build is contenders.by_cuda else 2.0)
+    for right, between in ((lambda *_: None, (0.02, 0.2)), (wrong, (1.0, 0.0))):
+        monkeypatch.setattr(contenders, "right", right)
+        row = tune.fastest_by_cuda("dds", 16, 4096, 1024)
+        assert (row["from"], row["to"]) == between
 
 
 def test_the_tuner_begins_with_what_the_chooser_needs_most(measured):
