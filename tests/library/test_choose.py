@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -150,23 +151,80 @@ def test_kernels_rewire_unforced_only_on_the_very_device_whose_table_says_so(mon
     assert [key for key, answer in answers.items() if answer] == [("Fast GPU", True)]
 
 
-def test_events_of_rewiring_look_for_the_kernels_files_once(monkeypatch, capturing, tmp_path):
+class Driver:
+    """A libcuda of CUDA 12.4, which loads modules or says why not."""
+
+    status = 0
+
+    def cuModuleLoadData(self, module, image):
+        return self.status
+
+    def cuModuleGetFunction(self, function, module, name):
+        return self.status
+
+    def cuGetErrorString(self, status, text):
+        text._obj.value = b"unsupported toolchain"
+
+    def cuDriverGetVersion(self, version):
+        version._obj.value = 12040
+
+
+@pytest.fixture
+def driver(monkeypatch, capturing, tmp_path):
+    """All that the kernels of csrc/cuda ask for, but a GPU; what they wait for is in `waits`."""
+    driver = Driver()
+    driver.waits = []
     for name in cuda.KERNELS:
         (tmp_path / f"{name}.fatbin").touch()
-    looked, exists = [], Path.exists
-    monkeypatch.setattr(Path, "exists", lambda path: looked.append(path.name) or exists(path))
     monkeypatch.setattr(cuda, "FATBIN", tmp_path)
     monkeypatch.setattr(cuda, "_cuda", object())
-    monkeypatch.setattr(devices, "known", lambda name: {"rewire_by_cuda": True})
+    monkeypatch.setattr(cuda, "_driver", lambda: driver)
+    stream = SimpleNamespace(synchronize=lambda: driver.waits.append("stream"))
+    for name, value in {
+        "is_available": True,
+        "get_device_capability": (9, 0),
+        "current_device": 0,
+        "current_stream": stream,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Fast GPU")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    held = (cuda._refused_by_driver, cuda._module, cuda._function)
+    for cached in held:
+        cached.cache_clear()
+    yield driver
+    for cached in held:
+        cached.cache_clear()
+
+
+def test_events_of_rewiring_look_for_the_kernels_files_once(monkeypatch, driver):
+    looked, exists = [], Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: looked.append(path.name) or exists(path))
+    monkeypatch.setattr(devices, "known", lambda name: {"rewire_by_cuda": True})
     assert [choose.rewires_by_cuda(GPU) for _ in range(3)] == 3 * [True]
     with sk.use("reference"):
         assert not choose.rewires_by_cuda(GPU)
     assert looked == [f"{name}.fatbin" for name in cuda.KERNELS]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # what may change is asked again
     assert not choose.rewires_by_cuda(GPU)
+
+
+def test_kernels_that_the_driver_does_not_load_are_not_chosen(monkeypatch, driver):
+    monkeypatch.setattr(devices, "known", lambda name: {"rewire_by_cuda": True})
+    driver.status = 222
+    assert not choose.rewires_by_cuda(GPU)
+    problem = r"dds.fatbin: error 222 \(unsupported toolchain\); install .* CUDA 12.4, which the driver is for"
+    with pytest.raises(RuntimeError, match=f"backend 'cuda' was asked for, but the driver .*{problem}"):
+        with sk.use("cuda"):
+            pass
+
+
+def test_a_kernel_that_is_first_used_in_a_capture_is_loaded_without_waiting(driver, capturing):
+    capturing[0] = True
+    cuda._function("dds", "dds_pack_8", 0, 0)
+    assert not driver.waits
+    capturing[0] = False
+    cuda._function("dds", "dds_pack_16", 0, 0)
+    assert driver.waits == ["stream"]
 
 
 @pytest.mark.skipif(cuda.unavailable() is None, reason="the kernels of backend 'cuda' can run here")

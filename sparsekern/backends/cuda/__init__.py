@@ -62,6 +62,24 @@ def unavailable() -> str | None:
         return f"the kernels need compute capability 8.0, and {name} has {capability}."
     if _cuda is None:
         return "sparsekern was built without sparsekern._cuda; install it again where a C++ compiler works."
+    return _refused_by_driver(torch.cuda.current_device())
+
+
+@functools.cache
+def _refused_by_driver(device: int) -> str | None:
+    """Why the driver does not load the files: a newer nvcc than its own CUDA may have compiled them."""
+    _bind_context()
+    try:
+        for name in KERNELS:
+            _module(name, device)
+    except RuntimeError as error:
+        version = ctypes.c_int()
+        _driver().cuDriverGetVersion(ctypes.byref(version))
+        major, minor = version.value // 1000, version.value % 1000 // 10
+        return (
+            f"the driver does not load its kernels: {error}; install sparsekern again with the nvcc of CUDA "
+            f"{major}.{minor}, which the driver is for, or an older one."
+        )
     return None
 
 
@@ -170,9 +188,15 @@ _most_shared: dict[tuple[str, int], int] = {}
 """Bytes of dynamic shared memory that kernels may have by now, by name and device."""
 
 
+def _bind_context() -> None:
+    """Make the current device's context that of this thread, as calls of CUDA's runtime do and those below need."""
+    if not torch.cuda.is_current_stream_capturing():  # such a call itself, after which a capture may not wait
+        torch.cuda.current_stream().synchronize()
+
+
 @functools.cache
 def _function(file: str, kernel: str, device: int, shared: int) -> ctypes.c_void_p:
-    torch.cuda.current_stream().synchronize()  # the device's context exists from here on
+    _bind_context()
     function = ctypes.c_void_p()
     _check(_driver().cuModuleGetFunction(ctypes.byref(function), _module(file, device), kernel.encode()), kernel)
     if shared > _most_shared.get((kernel, device), DEFAULT_SHARED):  # never less: earlier launches come again
