@@ -63,8 +63,9 @@ def forced() -> Backend | None:
 def rewires_by_cuda(device: torch.device) -> bool:
     """Whether the kernels of `cuda` rewire the layers of this device.
 
-    They do where they are forced, and where the device's own table, not that of one like it, says `rewire_by_cuda`. Not
-    while a CUDA graph is being captured: a replay would copy the event from memory of the host that is gone by then.
+    They do where they are forced, and where the device's own table, not that of one like it, says `rewire_by_cuda`; a
+    rule that nobody forces leaves to torch what they refuse. Not while a CUDA graph is being captured: a replay would
+    copy the event from memory of the host that is gone by then.
     """
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return False

@@ -9,7 +9,16 @@ from torch import Tensor
 from sparsekern import choose
 from sparsekern.layer import SparseLayer
 from sparsekern.rewire.hash import stream
-from sparsekern.rewire.on_device import Growth, LayerTensors, ModelEvent, ModelTables, rewire_model, tables_for
+from sparsekern.rewire.on_device import (
+    Growth,
+    LayerTensors,
+    ModelEvent,
+    ModelTables,
+    refusal,
+    rewire_model,
+    tables_for,
+    takes_gradient,
+)
 from sparsekern.rewire.optimizer_state import element_state
 from sparsekern.rewire.rule import Rule
 from sparsekern.rewire.watch import Watch
@@ -53,13 +62,28 @@ class DeviceRule(Rule):
         """What `_by_layer` makes, back in one array."""
         return np.array([number for path in self.layers for number in by_layer[path]], dtype)
 
-    def _is_on_device(self) -> bool:
-        """Whether kernels do the events: all layers must be on one device, and the chooser must want it."""
+    def _is_on_device(self, layers: dict[str, SparseLayer], growth: Growth) -> bool:
+        """Whether kernels do the event of these layers: all must be on one device, and the chooser must want it.
+
+        Where nobody forces the kernels, they must also take all that they are to write. That is settled before anything
+        changes, and before other ranks are asked for scores.
+        """
         if self._watch is not None:
             devices = self._watch.devices
         else:
             devices = {layer.weight.device for layer in self.layers.values()}
-        return len(devices) == 1 and choose.rewires_by_cuda(next(iter(devices)))
+        if len(devices) != 1 or not choose.rewires_by_cuda(next(iter(devices))):
+            return False
+        return choose.forced() is not None or self._is_taken_by_kernels(layers, growth)
+
+    def _is_taken_by_kernels(self, layers: dict[str, SparseLayer], growth: Growth) -> bool:
+        if (held := self._held()) is not None:  # so all was taken, and nothing but gradients has been replaced since
+            weights = held.weights
+        elif refusal(self._layer_tensors(path, growth) for path in layers):
+            return False
+        else:
+            weights = [layer.weight for layer in layers.values()]
+        return all(takes_gradient(weight.grad, weight) for weight in weights)
 
     def _has_full_stores(self) -> bool:
         return self._watch is None or self._watch.has_full_stores  # where nobody watches, there may be some

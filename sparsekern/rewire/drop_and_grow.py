@@ -123,8 +123,9 @@ class DropAndGrow(DeviceRule):
         counts, carry = self._counts(fraction)
         if self._has_full_stores():
             self._leave_full_stores(counts)
-        if self._is_on_device():
-            self._event_on_device(counts)
+        layers = self._movable()
+        if self.balance is None and self._is_on_device(layers, Growth.BY_HASH):  # the kernels grow anywhere in a group
+            self._event_on_device(layers, counts)
         else:
             self._check_gradients()
             of_layers = self._by_layer(counts)
@@ -143,13 +144,13 @@ class DropAndGrow(DeviceRule):
                         self._watch = None
                         copy.topology.leave_full_store()
 
-    def _is_on_device(self) -> bool:
-        return self.balance is None and super()._is_on_device()  # the kernels grow anywhere in a group
+    def _movable(self) -> dict[str, SparseLayer]:
+        """The layers but full stores, where nothing moves."""
+        if not self._has_full_stores():
+            return self.layers
+        return {path: layer for path, layer in self.layers.items() if not layer.topology.full}
 
-    def _event_on_device(self, counts: np.ndarray) -> None:
-        layers = self.layers
-        if self._has_full_stores():  # where nothing moves
-            layers = {path: layer for path, layer in layers.items() if not layer.topology.full}
+    def _event_on_device(self, layers: dict[str, SparseLayer], counts: np.ndarray) -> None:
         if not layers:
             self._moved = dict.fromkeys(self.layers, (0, 0))
             return

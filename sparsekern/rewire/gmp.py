@@ -108,8 +108,9 @@ class GMP(DeviceRule):
     def _event(self, now: float) -> bool:
         self._settle(wait=True)
         progress = self._progress(now)
-        if self._is_on_device():
-            self._event_on_device(progress)
+        kind = Growth.MARK_DEAD_OF_ALL if self.scope == "global" else Growth.MARK_DEAD
+        if self._is_on_device(self.layers, kind):
+            self._event_on_device(progress, kind)
             return True
         self._check_gradients()
         dead = self._weakest_of_all(progress) if self.scope == "global" else self._weakest_of_each(progress)
@@ -118,8 +119,7 @@ class GMP(DeviceRule):
         self._send(torch.stack([layer.topology.layout.live().sum() for layer in self.layers.values()]))
         return True
 
-    def _event_on_device(self, progress: float) -> None:
-        kind = Growth.MARK_DEAD_OF_ALL if self.scope == "global" else Growth.MARK_DEAD
+    def _event_on_device(self, progress: float, kind: Growth) -> None:
         if self._watch is None or self._watch.lacks_bits:
             self._hold_bits()
         counts, target = np.zeros_like(self._live), 0

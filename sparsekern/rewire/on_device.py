@@ -7,7 +7,8 @@ tables, so a CUDA graph may hold `rewire_model`: write another event into the sa
 An event costs the host little: C++ writes its table and makes prepared launches (csrc/cuda/rewire_event.h, launch.h).
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -130,9 +131,8 @@ class ModelTables:
     it; live blocks after the event."""
 
     def __post_init__(self):
-        for layer in self.layers:
-            if problem := _problem(layer):
-                raise ValueError(f"rewire_model: layer {layer.name!r} {problem}")
+        if problem := next(filter(None, map(_full_store, self.layers)), None) or refusal(self.layers):
+            raise ValueError(f"rewire_model: {problem}")
         self._addresses = [layer.addresses() for layer in self.layers]
         device = self.layers[0].weight.device
         self.stats = torch.zeros(len(self.layers), 3, dtype=torch.int32, device=device)
@@ -226,11 +226,39 @@ def rewire_model(tables: ModelTables, event: Tensor) -> None:
         tell_shown(layout)
 
 
+def refusal(layers: Iterable[LayerTensors]) -> str | None:
+    """What the kernels do not take of a model, be it that of any rule, as a sentence; see also `takes_gradient`."""
+    smallest, elements = math.inf, 0
+    for layer in layers:
+        if problem := _problem(layer):
+            return f"layer {layer.name!r} {problem}"
+        if layer.growth is Growth.MARK_DEAD_OF_ALL:
+            smallest = min(smallest, layer.layouts[0].block_size ** 2)
+            elements += layer.layouts[0].num_slots * layer.layouts[0].block_size ** 2
+    if (total := int(elements / smallest)) >= 2**31:
+        return f"all layers have {total} elements of the smallest block; the kernels take 2**31 - 1"
+    return None
+
+
+def takes_gradient(gradient: Tensor | None, weight: Tensor) -> bool:
+    """Whether the kernels can reset slots of it; C++ looks at the same, see `ModelTables.event_table`."""
+    return gradient is None or gradient.dtype == weight.dtype and _is_whole(gradient)
+
+
+def _full_store(layer: LayerTensors) -> str | None:
+    """That no caller may ask for, as a sentence."""
+    bits = all(layout.index.numel() for layout in layer.layouts)
+    if not layer.layouts[0].full or (layer.growth.marks and bits):
+        return None
+    return (
+        f"layer {layer.name!r} has the blocks of a full store, which cannot move; "
+        "the kernels mark them dead in bits that it must hold"
+    )
+
+
 def _problem(layer: LayerTensors) -> str | None:
     """What the kernels cannot take of a layer, as the end of a sentence."""
     own, tensors = layer.layouts[0], [layer.weight, *(tensor for tensor, _ in layer.tensors)]
-    if own.full and not (layer.growth.marks and all(layout.index.numel() for layout in layer.layouts)):
-        return "has the blocks of a full store, which cannot move; the kernels mark them dead in bits that it must hold"
     if wrong := [t.dtype for t in tensors if t.dtype not in TYPES]:
         return f"has tensors of {wrong[0]}; the kernels take float32, float16 and bfloat16"
     if not all(map(_is_whole, tensors)):
@@ -252,7 +280,7 @@ def _problem(layer: LayerTensors) -> str | None:
 
 def _is_whole(tensor: Tensor) -> bool:
     """Whether the kernels may read and write vectors of it."""
-    return tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
+    return tensor.layout is torch.strided and tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
 
 
 def _describe(record: np.void, layer: LayerTensors) -> None:
@@ -300,10 +328,6 @@ def _describe_all(records: np.ndarray) -> None:
     """What MARK_DEAD_OF_ALL needs to know of each layer among all."""
     sizes = records["block"].astype(np.int64) ** 2
     sizes //= sizes.min()
-    if (total := int((sizes * records["slots"]).sum())) >= 2**31:
-        raise ValueError(
-            f"rewire_model: all layers have {total} elements of the smallest block; the kernels take 2**31 - 1"
-        )
     tiles = records["slot_tiles"]
     records["slot_size"], records["first_slot_tile"] = sizes, np.cumsum(tiles) - tiles
     records["all_slot_tiles"] = tiles.sum()

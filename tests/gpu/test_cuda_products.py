@@ -17,6 +17,7 @@ from oracle import random_topology
 from torch import Tensor
 
 import sparsekern as sk
+from sparsekern import choose, devices
 from sparsekern.backends import cuda
 from sparsekern.backends.cuda import products
 from sparsekern.layout import Layout
@@ -206,7 +207,7 @@ def test_a_kernel_may_have_the_most_shared_memory_that_a_launch_of_it_wanted(mon
     )
     monkeypatch.setattr(cuda, "_driver", lambda: driver)
     monkeypatch.setattr(cuda, "_module", lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(cuda, "_bind_context", lambda: None)
     for shared in (100_000, 60_000, 100_000, 120_000):
         cuda._function("dds", "a kernel of this test", 0, shared)
         assert allowed[-1] >= shared
@@ -309,3 +310,43 @@ def test_random_layers_match_float64_on_a_gpu(monkeypatch, first):
         check_dds(random_case(number), "cuda")
         with as_if_of(number, monkeypatch):
             check_dds(random_case(number), "cuda")
+
+
+def check_layer(out: int, into: int, tokens: int, block_size: int, density: float, dtype, device: str) -> dict:
+    """A layer forward and backward against float64 on the same device; returns who makes its products."""
+    torch.manual_seed(0)
+    layer = sk.SparseLinear(into, out, bias=False, density=density, block_size=block_size, dtype=dtype, device=device)
+    x = torch.randn(tokens, into, dtype=dtype, device=device, requires_grad=True)
+    dy = torch.randn(tokens, out, dtype=dtype, device=device)
+    y = layer(x)
+    dx, dw = torch.autograd.grad(y, [x, layer.weight], dy)
+    topology = layer.topology
+    places = topology.block_rows.long(), topology.block_cols.long()
+
+    def truth(x, dy, weight):
+        blocks = torch.zeros(*topology.grid, block_size, block_size, dtype=torch.float64, device=device)
+        blocks[places] = weight
+        dense = blocks.transpose(1, 2).reshape(out, into)
+        grad = (dy.T @ x).reshape(topology.grid[0], block_size, -1, block_size).transpose(1, 2)
+        return x @ dense.T, dy @ dense, grad[places]
+
+    operands = [t.detach().double() for t in (x, dy, layer.weight)]
+    for actual, right, size in zip((y, dx, dw), truth(*operands), truth(*(t.abs() for t in operands)), strict=True):
+        assert ((actual.double() - right).abs() <= BOUND[dtype] * size).all()
+    return {name: choose.backend_for(name, given, topology.layout) for name, given in (("dds", x), ("sdd", dy))}
+
+
+def test_a_layer_is_checked_against_float64_on_a_cpu_too():
+    assert cuda not in check_layer(64, 96, 32, 16, 0.3, torch.bfloat16, "cpu").values()
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_layer_makes_these_products_unforced_where_the_devices_table_says_so():
+    rows = [row for row in devices.known(torch.cuda.get_device_name())["cuda"] if row["from"] <= row["to"]]
+    if not rows:
+        pytest.skip(f"the table of {torch.cuda.get_device_name()} has no products of cuda")
+    for row in rows:
+        shape = row["out_features"], row["in_features"], row["tokens"], row["block_size"]
+        makers = check_layer(*shape, (row["from"] + row["to"]) / 2, torch.bfloat16, "cuda")
+        assert makers[row["product"]] is cuda

@@ -8,8 +8,9 @@ import pickle
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,10 +20,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsekern as sk
-from sparsekern import choose
 from sparsekern.backends import cuda
-from sparsekern.rewire import on_device
-from sparsekern.rewire.on_device import ModelTables
+from sparsekern.rewire import device_rule, on_device
+from sparsekern.rewire.on_device import Growth, ModelTables
 
 EVENTS = 4
 
@@ -205,11 +205,12 @@ def train(
 
 @pytest.fixture
 def forced(monkeypatch) -> Callable[[], Launches]:
-    """Called, it lets the kernels' emulation answer events of layers on the CPU."""
+    """Called, it lets the kernels' emulation answer events of layers on the CPU; by a table they are not forced."""
 
-    def force(run: bool = True) -> Launches:
+    def force(run: bool = True, by_table: bool = False) -> Launches:
         launches = Launches(monkeypatch, run)
-        monkeypatch.setattr(choose, "rewires_by_cuda", lambda device: True)
+        wanted = SimpleNamespace(rewires_by_cuda=lambda device: True, forced=lambda: None if by_table else cuda)
+        monkeypatch.setattr(device_rule, "choose", wanted)
         return launches
 
     return force
@@ -294,6 +295,40 @@ def test_what_is_replaced_between_two_events_is_rewired_as_by_torch(forced, kind
     assert_equal(train(CASES[kind], change=CHANGES[name]), theirs)
 
 
+def unaligned(tensor: Tensor) -> Tensor:
+    """A copy at an address that is no multiple of 16 bytes."""
+    return torch.empty(tensor.numel() + 1)[1:].view_as(tensor).copy_(tensor)
+
+
+def unalign_state(model, optimizer, copies):
+    state = optimizer.state[model.heads.weight]
+    for name, value in state.items():
+        if value.dim() == 3:
+            state[name] = unaligned(value)
+
+
+REFUSED = {
+    "a gradient, once": (
+        lambda model, *_: setattr(model.trunk.weight, "grad", unaligned(model.trunk.weight.grad)),
+        0,
+        EVENTS - 1,
+    ),
+    "the state, from then on": (unalign_state, 0, EVENTS // 2),
+    "more copies than the kernels hold": (None, on_device.MAX_COPIES, 0),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("kind", ["SET, followers", "RigL, both and followers", "GMP, global, followers and Adagrad"])
+def test_what_the_kernels_refuse_is_rewired_by_torch_where_nobody_forces_them(forced, kind, name):
+    change, followers, by_kernels = REFUSED[name]
+    case = replace(CASES[kind], followers=max(followers, CASES[kind].followers))
+    theirs = train(case, change=change)
+    launches = forced(by_table=True)
+    assert_equal(train(case, change=change), theirs)
+    assert launches.names.count("score") == by_kernels
+
+
 @pytest.mark.parametrize("by_kernels", [False, True])
 def test_blocks_that_were_put_into_other_slots_are_refused_with_the_state_of_the_old_ones(forced, by_kernels):
     if by_kernels:
@@ -358,14 +393,14 @@ def test_an_event_of_a_whole_model_takes_at_most_eight_launches(forced, monkeypa
 
     monkeypatch.setattr(on_device, "_upload", counted)
     downloads, is_pruned = [], kind.startswith("GMP")
+    of_all = kind == "GMP, global"
     if is_pruned:
         monkeypatch.setattr(rule, "_send", downloads.append)
-        work = 0.5
+        event = 0.5, Growth.MARK_DEAD_OF_ALL if of_all else Growth.MARK_DEAD
     else:
-        work = rule._counts(0.3)[0]
+        event = rule.layers, rule._counts(0.3)[0]
     with operations, torch.no_grad():
-        rule._event_on_device(work)
-    of_all = kind == "GMP, global"
+        rule._event_on_device(*event)
     assert launches.names == [kernel for kernel in cuda.KERNELS["rewire"] if kernel != "rank" or not of_all]
     assert operations.names == ["zero_"] and len(uploads) == 1 and len(downloads) == of_all
     assert len(launches.names) + len(operations.names) + len(uploads) + len(downloads) <= 8
@@ -533,5 +568,5 @@ needs_gpu = pytest.mark.skipif(bool(cuda.unavailable()), reason=f"backend 'cuda'
 @needs_gpu
 @pytest.mark.parametrize("name", [name for name in CASES if "RigL" not in name])  # whose scores may differ by rounding
 def test_events_on_a_gpu_are_those_by_torch_bit_for_bit(name):
-    theirs = train(CASES[name], device="cuda")
+    theirs = train(CASES[name], device="cuda", rewiring=lambda: sk.use("reference"))
     assert_equal(train(CASES[name], device="cuda", rewiring=lambda: sk.use("cuda")), theirs)
