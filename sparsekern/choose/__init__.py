@@ -71,7 +71,7 @@ def rewires_by_cuda(device: torch.device) -> bool:
         return False
     if (wanted := forced()) is not None:
         return wanted is cuda
-    return devices.known(torch.cuda.get_device_name(device))["rewire_by_cuda"] and cuda.unavailable() is None
+    return devices.known(torch.cuda.get_device_name(device))["rewire_by_cuda"] and cuda.unavailable(device) is None
 
 
 def backend_for(operation: str, x: Tensor, layout: Layout, token_offsets: Tensor | None = None) -> Backend:
@@ -178,7 +178,7 @@ def _fastest_on_gpu(
     product = cost.Product(operation, block_size, arithmetic, out, into, tokens, _device_name(device))
     # groups were not measured with cuda, and an H100 takes the tiles of the H200 but not this decision
     measured = operation in cost.PRODUCTS and groups == 1 and not ragged
-    if measured and cost.is_for_cuda(product, density) and cuda.unavailable() is None:
+    if measured and cost.is_for_cuda(product, density) and cuda.unavailable(device) is None:
         if _has_own_table(device) and not cuda.refuses(device, dtype, block_size, max(out, into)):
             return cuda
     has_kernel = operation in triton.OPERATIONS and dtype in triton.DTYPES and block_size in triton.BLOCK_SIZES

@@ -20,6 +20,7 @@ from sparsekern.rewire.on_device import (
     takes_gradient,
 )
 from sparsekern.rewire.optimizer_state import element_state
+from sparsekern.rewire.ranks import distributed
 from sparsekern.rewire.rule import Rule
 from sparsekern.rewire.watch import Watch
 
@@ -65,8 +66,11 @@ class DeviceRule(Rule):
     def _is_on_device(self, layers: dict[str, SparseLayer], growth: Growth) -> bool:
         """Whether kernels do the event of these layers: all must be on one device, and the chooser must want it.
 
-        Where nobody forces the kernels, they must also take all that they are to write. That is settled before anything
-        changes, and before other ranks are asked for scores.
+        Where nobody forces the kernels, they must also take all that they are to write, and there must be one rank:
+        ranks that decide differently would drop other blocks, as norms by kernels and by torch differ in the last bit.
+
+        Args:
+            growth: of all layers, as far as it is known; MARK_DEAD_OF_ALL has limits of its own.
         """
         if self._watch is not None:
             devices = self._watch.devices
@@ -74,16 +78,17 @@ class DeviceRule(Rule):
             devices = {layer.weight.device for layer in self.layers.values()}
         if len(devices) != 1 or not choose.rewires_by_cuda(next(iter(devices))):
             return False
-        return choose.forced() is not None or self._is_taken_by_kernels(layers, growth)
+        return choose.forced() is not None or (not distributed() and self._is_taken_by_kernels(layers, growth))
 
     def _is_taken_by_kernels(self, layers: dict[str, SparseLayer], growth: Growth) -> bool:
-        if (held := self._held()) is not None:  # so all was taken, and nothing but gradients has been replaced since
-            weights = held.weights
-        elif refusal(self._layer_tensors(path, growth) for path in layers):
+        held = self._held()  # so all was taken, and nothing but gradients has been replaced since
+        weights = [layer.weight for layer in layers.values()] if held is None else held.weights
+        if not all(takes_gradient(weight.grad, weight) for weight in weights):
             return False
-        else:
-            weights = [layer.weight for layer in layers.values()]
-        return all(takes_gradient(weight.grad, weight) for weight in weights)
+        if held is None and refusal(self._layer_tensors(path, growth) for path in layers):
+            self._prepared = None  # which would keep alive what was replaced
+            return False
+        return True
 
     def _has_full_stores(self) -> bool:
         return self._watch is None or self._watch.has_full_stores  # where nobody watches, there may be some

@@ -48,7 +48,8 @@ class DropAndGrow(DeviceRule):
     New blocks start at zero.
 
     On a GPU, `sk.use("cuda")` rewires all layers at once by a few kernels. They select as the torch operations do where
-    scores are equal; norms may differ in their last bit, as every device adds up in its own order.
+    scores are equal; norms may differ in their last bit, as every device adds up in its own order. Unforced, they do so
+    where the device's table says it, there is one rank, and they take all tensors.
 
     A new rule is two functions, `drop_scores` and `grow_scores`; the base class counts, selects, moves optimiser state
     and followers, and carries what a resume needs.
@@ -124,7 +125,8 @@ class DropAndGrow(DeviceRule):
         if self._has_full_stores():
             self._leave_full_stores(counts)
         layers = self._movable()
-        if self.balance is None and self._is_on_device(layers, Growth.BY_HASH):  # the kernels grow anywhere in a group
+        anywhere = self.balance is None  # in a group, as the kernels grow
+        if anywhere and self._is_on_device(layers, Growth.BY_HASH):
             self._event_on_device(layers, counts)
         else:
             self._check_gradients()

@@ -28,8 +28,8 @@ class GMP(DeviceRule):
     gets a smaller storage, and gradient and optimiser state follow. Start from `sparsify(model, density=1.0)`, which
     runs the vendor's dense GEMM as long as that is faster, and is not compacted before, but for the last event.
 
-    On a GPU, `sk.use("cuda")` marks the slots of all layers at once by a few kernels, as it rewires under SET.
-    Compaction changes shapes, and stays with torch.
+    On a GPU, `sk.use("cuda")` marks the slots of all layers at once by a few kernels, as it rewires under SET, and
+    unforced they do where they would there. Compaction changes shapes, and stays with torch.
 
     Args:
         model, optimizer, followers: as in SET; but layers that are frozen later are pruned on, as they were counted in.

@@ -131,7 +131,7 @@ class ModelTables:
     it; live blocks after the event."""
 
     def __post_init__(self):
-        if problem := next(filter(None, map(_full_store, self.layers)), None) or refusal(self.layers):
+        if problem := next(filter(None, map(_problem_of_full_store, self.layers)), None) or refusal(self.layers):
             raise ValueError(f"rewire_model: {problem}")
         self._addresses = [layer.addresses() for layer in self.layers]
         device = self.layers[0].weight.device
@@ -227,7 +227,7 @@ def rewire_model(tables: ModelTables, event: Tensor) -> None:
 
 
 def refusal(layers: Iterable[LayerTensors]) -> str | None:
-    """What the kernels do not take of a model, be it that of any rule, as a sentence; see also `takes_gradient`."""
+    """What the kernels do not take of layers but their gradients, as a sentence; for these see `takes_gradient`."""
     smallest, elements = math.inf, 0
     for layer in layers:
         if problem := _problem(layer):
@@ -245,8 +245,8 @@ def takes_gradient(gradient: Tensor | None, weight: Tensor) -> bool:
     return gradient is None or gradient.dtype == weight.dtype and _is_whole(gradient)
 
 
-def _full_store(layer: LayerTensors) -> str | None:
-    """That no caller may ask for, as a sentence."""
+def _problem_of_full_store(layer: LayerTensors) -> str | None:
+    """That the layer has one and the kernels cannot mark it, as a sentence; rules see to it beforehand."""
     bits = all(layout.index.numel() for layout in layer.layouts)
     if not layer.layouts[0].full or (layer.growth.marks and bits):
         return None

@@ -318,6 +318,11 @@ class Rule:
                     "optimiser does not hold it; build the optimiser and the rule anew"
                 )
             for copy in self._copies(path):
+                if copy.weight.device != layer.weight.device:
+                    raise RuntimeError(
+                        f"{where}: layer {path!r} is on {layer.weight.device}, but that of a follower is on "
+                        f"{copy.weight.device}; a rewire copies between them, so move the follower"
+                    )
                 if copy.weight.shape[0] != copy.topology.num_slots:
                     raise RuntimeError(
                         f"{where}: the weight of layer {path!r} has {copy.weight.shape[0]} slots, "

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sparsekern as sk
 from sparsekern.backends import cuda
 from sparsekern.rewire import device_rule, on_device
-from sparsekern.rewire.on_device import Growth, ModelTables
+from sparsekern.rewire.on_device import Growth, ModelTables, takes_gradient
 
 EVENTS = 4
 
@@ -226,7 +226,7 @@ def assert_equal(ours: list[dict], theirs: list[dict]) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_events_by_the_kernels_are_those_by_torch_bit_for_bit(forced, name):
     theirs = train(CASES[name])
-    launches = forced()
+    launches = forced(by_table=True)
     assert_equal(train(CASES[name]), theirs)
     kernels = [kernel for kernel in cuda.KERNELS["rewire"] if kernel != "rank" or "global" not in name]
     assert launches.names == EVENTS * kernels and any(event["changed"] for event in theirs)
@@ -327,6 +327,28 @@ def test_what_the_kernels_refuse_is_rewired_by_torch_where_nobody_forces_them(fo
     launches = forced(by_table=True)
     assert_equal(train(case, change=change), theirs)
     assert launches.names.count("score") == by_kernels
+
+
+def test_gradients_that_the_kernels_take_lie_as_the_weight_does():
+    weight = torch.zeros(4, 2, 2)
+    assert all(takes_gradient(gradient, weight) for gradient in (None, torch.zeros(4, 2, 2)))
+    refused = [weight.double(), weight.to_sparse(), unaligned(weight), torch.zeros(4, 2, 4)[..., ::2]]
+    assert not any(takes_gradient(gradient, weight) for gradient in refused)
+
+
+def test_what_was_prepared_is_let_go_when_torch_takes_over(forced):
+    forced(by_table=True)
+    model, optimizer, rule = trained_rule()
+    assert step(model, optimizer, rule) and rule._prepared is not None
+    unalign_state(model, optimizer, [])
+    assert step(model, optimizer, rule) and rule._prepared is None
+
+
+def test_several_ranks_rewire_alike_by_torch_where_nobody_forces_the_kernels(forced, monkeypatch):
+    launches = forced(by_table=True)
+    monkeypatch.setattr(device_rule, "distributed", lambda: True)
+    model, optimizer, rule = trained_rule()
+    assert step(model, optimizer, rule) and not launches.names
 
 
 @pytest.mark.parametrize("by_kernels", [False, True])

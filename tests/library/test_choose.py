@@ -1,6 +1,9 @@
+import functools
 import os
+import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -114,7 +117,7 @@ def capturing(monkeypatch) -> list[bool]:
 
 
 def test_forcing_cuda_rewires_by_its_kernels_and_forces_its_products(monkeypatch, capturing):
-    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda, "unavailable", lambda device=None: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU that nobody measured")
     layer = sk.SparseLinear(64, 64, density=0.1, block_size=4)
     free = choose.backend_for("densify", torch.empty(1, 64), layer.topology.layout)
@@ -143,7 +146,7 @@ def test_kernels_rewire_unforced_only_on_the_very_device_whose_table_says_so(mon
     devices.known.cache_clear()
     answers = {}
     for missing in (None, "sparsekern was built without rewire.fatbin"):
-        monkeypatch.setattr(cuda, "unavailable", lambda missing=missing: missing)
+        monkeypatch.setattr(cuda, "unavailable", lambda device, missing=missing: missing)
         for name in ("Fast GPU", "Slow GPU", "New GPU"):
             monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
             answers[name, missing is None] = choose.rewires_by_cuda(GPU)
@@ -156,11 +159,15 @@ class Driver:
 
     status = 0
 
+    def __init__(self):
+        self.loads, self.waits = 0, []
+
     def cuModuleLoadData(self, module, image):
+        self.loads += 1
         return self.status
 
     def cuModuleGetFunction(self, function, module, name):
-        return self.status
+        return 0
 
     def cuGetErrorString(self, status, text):
         text._obj.value = b"unsupported toolchain"
@@ -173,58 +180,64 @@ class Driver:
 def driver(monkeypatch, capturing, tmp_path):
     """All that the kernels of csrc/cuda ask for, but a GPU; what they wait for is in `waits`."""
     driver = Driver()
-    driver.waits = []
     for name in cuda.KERNELS:
         (tmp_path / f"{name}.fatbin").touch()
     monkeypatch.setattr(cuda, "FATBIN", tmp_path)
     monkeypatch.setattr(cuda, "_cuda", object())
     monkeypatch.setattr(cuda, "_driver", lambda: driver)
-    stream = SimpleNamespace(synchronize=lambda: driver.waits.append("stream"))
-    for name, value in {
-        "is_available": True,
-        "get_device_capability": (9, 0),
-        "current_device": 0,
-        "current_stream": stream,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Fast GPU")
-    held = (cuda._refused_by_driver, cuda._module, cuda._function)
-    for cached in held:
-        cached.cache_clear()
-    yield driver
-    for cached in held:
-        cached.cache_clear()
+    for cached in ("_unloadable", "_module", "_function"):  # what real kernels have there stays
+        monkeypatch.setattr(cuda, cached, functools.cache(getattr(cuda, cached).__wrapped__))
+    answers = {"is_available": True, "get_device_capability": (9, 0), "get_device_name": "Fast GPU"}
+    answers |= {"current_device": 0, "device": nullcontext()}
+    answers["current_stream"] = SimpleNamespace(synchronize=lambda: driver.waits.append("stream"))
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device=None, answer=answer: answer)
+    monkeypatch.setattr(devices, "known", lambda name: {"rewire_by_cuda": True})
+    return driver
 
 
 def test_events_of_rewiring_look_for_the_kernels_files_once(monkeypatch, driver):
     looked, exists = [], Path.exists
     monkeypatch.setattr(Path, "exists", lambda path: looked.append(path.name) or exists(path))
-    monkeypatch.setattr(devices, "known", lambda name: {"rewire_by_cuda": True})
     assert [choose.rewires_by_cuda(GPU) for _ in range(3)] == 3 * [True]
     with sk.use("reference"):
         assert not choose.rewires_by_cuda(GPU)
-    assert looked == [f"{name}.fatbin" for name in cuda.KERNELS]
+    assert looked == [f"{name}.fatbin" for name in cuda.KERNELS] and driver.loads == len(cuda.KERNELS)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # what may change is asked again
     assert not choose.rewires_by_cuda(GPU)
 
 
-def test_kernels_that_the_driver_does_not_load_are_not_chosen(monkeypatch, driver):
-    monkeypatch.setattr(devices, "known", lambda name: {"rewire_by_cuda": True})
+def test_kernels_that_the_driver_cannot_load_are_not_chosen_and_say_why_where_they_are_forced(driver):
     driver.status = 222
-    assert not choose.rewires_by_cuda(GPU)
-    problem = r"dds.fatbin: error 222 \(unsupported toolchain\); install .* CUDA 12.4, which the driver is for"
-    with pytest.raises(RuntimeError, match=f"backend 'cuda' was asked for, but the driver .*{problem}"):
-        with sk.use("cuda"):
-            pass
+    assert [choose.rewires_by_cuda(GPU) for _ in range(3)] == 3 * [False]
+    assert driver.loads == 1
+    problem = (
+        r"the driver, which is for CUDA 12.4, does not load dds.fatbin, error 222 \(unsupported toolchain\); install"
+    )
+    assert re.search(problem, cuda.unavailable(GPU))
+    with pytest.raises(RuntimeError, match=f"backend 'cuda': {problem} .* nvcc of that version"):
+        cuda._function("dds", "dds_pack_8", 0, 0)
 
 
-def test_a_kernel_that_is_first_used_in_a_capture_is_loaded_without_waiting(driver, capturing):
+def test_a_file_that_cannot_be_loaded_now_may_be_later(driver, capturing):
+    driver.status, capturing[0] = 900, True  # some drivers load nothing in a capture
+    with pytest.raises(RuntimeError, match="backend 'cuda', dds.fatbin: error 900"):
+        cuda.unavailable(GPU)
+    driver.status, capturing[0] = 0, False
+    assert cuda.unavailable(GPU) is None
+
+
+def test_a_kernel_that_is_first_used_in_a_capture_does_not_wait_for_the_stream(driver, capturing):
     capturing[0] = True
     cuda._function("dds", "dds_pack_8", 0, 0)
     assert not driver.waits
     capturing[0] = False
     cuda._function("dds", "dds_pack_16", 0, 0)
     assert driver.waits == ["stream"]
+
+
+def test_without_a_device_the_driver_is_not_asked_as_that_would_make_a_context(driver):
+    assert cuda.unavailable() is None and not driver.loads and not driver.waits
 
 
 @pytest.mark.skipif(cuda.unavailable() is None, reason="the kernels of backend 'cuda' can run here")

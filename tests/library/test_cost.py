@@ -169,7 +169,7 @@ def test_cuda_is_chosen_where_it_was_measured_to_be_the_fastest_and_nowhere_else
     rows = [row | {"tokens": 16384, "from": 0.03, "to": 0.15}, row | {"tokens": 256, "from": 1.0, "to": 0.0}]
     default = devices.known(GPU)
     monkeypatch.setattr(devices, "known", lambda name: default | {"cuda": rows})
-    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda, "unavailable", lambda device: None)
     monkeypatch.setattr(cuda, "shared_bytes", lambda device: 232448)
     own = [True]
     monkeypatch.setattr(choose, "_has_own_table", lambda device: own[0])
@@ -194,7 +194,7 @@ def test_cuda_is_chosen_where_it_was_measured_to_be_the_fastest_and_nowhere_else
     assert chosen(0.1) is not cuda
     own[0] = True
     choose._fastest_on_gpu.cache_clear()
-    monkeypatch.setattr(cuda, "unavailable", lambda: "it was not built.")
+    monkeypatch.setattr(cuda, "unavailable", lambda device: "it was not built.")
     assert chosen(0.1) is not cuda
     choose._fastest_on_gpu.cache_clear()
 

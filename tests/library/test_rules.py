@@ -445,6 +445,21 @@ def test_followers_are_not_changed_unseen():
         rule.followers.append(copy.deepcopy(model))
 
 
+@pytest.mark.parametrize("kind", ["SET", "GMP"])
+def test_a_follower_that_was_moved_to_another_device_is_refused_before_anything_changes(kind):
+    model = Heads()
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    follower = copy.deepcopy(model)
+    options = {"update_every": 1, "followers": [follower]} | ({"end_step": 9} if kind == "GMP" else {})
+    rule = getattr(sk, kind)(model, optimizer, **options)
+    train(model, optimizer, rule, 1)
+    follower.to("meta")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=f"{kind}.step: layer 'trunk' is on cpu, but that of a follower is on meta"):
+        rule.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -48,8 +48,11 @@ def built() -> str | None:
     return f"{', '.join(files)} for {', '.join(ARCHITECTURES)}" if files else None
 
 
-def unavailable() -> str | None:
-    """Why these kernels cannot run here, in a sentence; None when they can."""
+def unavailable(device: torch.device | None = None) -> str | None:
+    """Why these kernels cannot run here, in a sentence; None when they can.
+
+    Of a device that is given, the driver is asked too: it loads them there, in a context that they need anyway.
+    """
     if missing := [f"{name}.fatbin" for name in KERNELS if name not in _files(FATBIN)]:
         return (
             f"sparsekern was built without {', '.join(missing)}; install it again with nvcc on the PATH "
@@ -57,29 +60,14 @@ def unavailable() -> str | None:
         )
     if not torch.cuda.is_available():
         return "torch sees no NVIDIA GPU."
-    if torch.cuda.get_device_capability() < (8, 0):
-        name, capability = torch.cuda.get_device_name(), ".".join(map(str, torch.cuda.get_device_capability()))
-        return f"the kernels need compute capability 8.0, and {name} has {capability}."
+    if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        name = torch.cuda.get_device_name(device)
+        return f"the kernels need compute capability 8.0, and {name} has {'.'.join(map(str, capability))}."
     if _cuda is None:
         return "sparsekern was built without sparsekern._cuda; install it again where a C++ compiler works."
-    return _refused_by_driver(torch.cuda.current_device())
-
-
-@functools.cache
-def _refused_by_driver(device: int) -> str | None:
-    """Why the driver does not load the files: a newer nvcc than its own CUDA may have compiled them."""
-    _bind_context()
-    try:
-        for name in KERNELS:
-            _module(name, device)
-    except RuntimeError as error:
-        version = ctypes.c_int()
-        _driver().cuDriverGetVersion(ctypes.byref(version))
-        major, minor = version.value // 1000, version.value % 1000 // 10
-        return (
-            f"the driver does not load its kernels: {error}; install sparsekern again with the nvcc of CUDA "
-            f"{major}.{minor}, which the driver is for, or an older one."
-        )
+    if device is not None:
+        with torch.cuda.device(device):
+            return _unloadable(torch.cuda.current_device())
     return None
 
 
@@ -189,8 +177,8 @@ _most_shared: dict[tuple[str, int], int] = {}
 
 
 def _bind_context() -> None:
-    """Make the current device's context that of this thread, as calls of CUDA's runtime do and those below need."""
-    if not torch.cuda.is_current_stream_capturing():  # such a call itself, after which a capture may not wait
+    """Make the current device's context that of this thread, which the driver's functions need."""
+    if not torch.cuda.is_current_stream_capturing():  # asking this binds it too, and a capture must not wait
         torch.cuda.current_stream().synchronize()
 
 
@@ -209,12 +197,45 @@ def _function(file: str, kernel: str, device: int, shared: int) -> ctypes.c_void
 def _module(file: str, device: int) -> ctypes.c_void_p:
     module = ctypes.c_void_p()
     image = (FATBIN / f"{file}.fatbin").read_bytes()
-    _check(_driver().cuModuleLoadData(ctypes.byref(module), image), f"{file}.fatbin")
+    status = _driver().cuModuleLoadData(ctypes.byref(module), image)
+    if status in UNLOADABLE:
+        version = ctypes.c_int()
+        _driver().cuDriverGetVersion(ctypes.byref(version))
+        major, minor = version.value // 1000, version.value % 1000 // 10
+        raise UnloadableError(
+            f"backend 'cuda': the driver, which is for CUDA {major}.{minor}, does not load {file}.fatbin, "
+            f"error {status} ({_error_string(status)}); install sparsekern again with nvcc of that version or older."
+        )
+    _check(status, f"{file}.fatbin")
     return module
+
+
+@functools.cache
+def _unloadable(device: int) -> str | None:
+    """Which file the driver will never load on the current device; other errors pass."""
+    _bind_context()
+    try:
+        for name in KERNELS:
+            _module(name, device)
+    except UnloadableError as error:
+        return str(error)
+    return None
+
+
+class UnloadableError(RuntimeError):
+    """A file of kernels is not for the device, or was compiled by a newer CUDA than the driver's."""
+
+
+UNLOADABLE = (200, 209, 218, 221, 222, 223)
+"""What cuModuleLoadData returns then."""
 
 
 def _check(status: int, what: str) -> None:
     if status:
-        text = ctypes.c_char_p()
-        _driver().cuGetErrorString(status, ctypes.byref(text))
-        raise RuntimeError(f"backend 'cuda', {what}: error {status} ({(text.value or b'unknown').decode()})")
+        raise RuntimeError(f"backend 'cuda', {what}: error {status} ({_error_string(status)})")
+
+
+def _error_string(status: int) -> str:
+    text = ctypes.c_char_p()
+    _driver().cuGetErrorString(status, ctypes.byref(text))
+    return (text.value or b"unknown").decode()
