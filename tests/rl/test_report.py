@@ -335,7 +335,7 @@ def test_runs_of_gmp_on_mt10_prune_as_the_paper_does_and_committed_ones_as_they_
     assert committed and {run.config.gmp.update_every for run in committed} == {500}
     for run in committed:
         assert run.folder.parent.name == run.config.experiment  # a run of today has another folder
-    dense = RESULTS / "mt10-mtsac-dense-warmup500-evaluate-every10000-episodes25"
+    dense = RESULTS / "mt10-mtsac-dense-warmup500-evaluate-every10000-episodes25" / "0-20000"  # as long as those
     ((cells),) = by_protocol(find([dense, *(run.folder for run in committed)])).values()
     assert [cell.name for cell in cells] == ["dense", "gmp, actor only, every 500", "gmp, every 500"]
     assert [reference(cell) for cell in cells] == [None] * 3
