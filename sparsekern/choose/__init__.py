@@ -178,8 +178,8 @@ def _fastest_on_gpu(
     product = cost.Product(operation, block_size, arithmetic, out, into, tokens, _device_name(device))
     # groups were not measured with cuda, and an H100 takes the tiles of the H200 but not this decision
     measured = operation in cost.PRODUCTS and groups == 1 and not ragged
-    if measured and cost.is_for_cuda(product, density) and cuda.unavailable(device) is None:
-        if _has_own_table(device) and not cuda.refuses(device, dtype, block_size, max(out, into)):
+    if measured and cost.is_for_cuda(product, density) and _has_own_table(device):
+        if not cuda.unavailable(device) and not cuda.refuses(device, dtype, block_size, max(out, into)):
             return cuda
     has_kernel = operation in triton.OPERATIONS and dtype in triton.DTYPES and block_size in triton.BLOCK_SIZES
     if not has_kernel or triton.unavailable():

@@ -151,9 +151,8 @@ def is_for_cuda(product: Product, density: float) -> bool:
     kind = {"product": product.name, "block_size": product.block_size, "arithmetic": product.arithmetic}
     measured = [row for row in devices.known(product.device)["cuda"] if kind.items() <= row.items()]
     distances = [_distance(row, product) for row in measured]
-    reach = (
-        min(distances, default=math.inf) + 1e-6
-    )  # tokens and widths are often powers of two, so many are equally near
+    # tokens and widths are often powers of two, so many are equally near
+    reach = min(distances, default=math.inf) + 1e-6
     if reach > math.log(4) + 1e-5:
         return False
     near = [row for row, distance in zip(measured, distances, strict=True) if distance <= reach]

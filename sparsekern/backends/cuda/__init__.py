@@ -41,6 +41,13 @@ DEFAULT_SHARED, MAX_DYNAMIC_SHARED = 48 * 1024, 8  # bytes that every kernel may
 ARCHITECTURES = ("sm_80", "sm_90a", "compute_80")
 """What setup.py compiles them for; the last is PTX, which the driver compiles for other devices."""
 
+UNLOADABLE = (200, 209, 218, 221, 222, 223)
+"""What cuModuleLoadData returns where a file is not for the device, or of a newer CUDA than the driver's."""
+
+
+class UnloadableError(RuntimeError):
+    """The driver returned one of UNLOADABLE; it would again."""
+
 
 def built() -> str | None:
     """Which of the files were compiled when sparsekern was built, and for what; None where none was."""
@@ -220,14 +227,6 @@ def _unloadable(device: int) -> str | None:
     except UnloadableError as error:
         return str(error)
     return None
-
-
-class UnloadableError(RuntimeError):
-    """A file of kernels is not for the device, or was compiled by a newer CUDA than the driver's."""
-
-
-UNLOADABLE = (200, 209, 218, 221, 222, 223)
-"""What cuModuleLoadData returns then."""
 
 
 def _check(status: int, what: str) -> None:
