@@ -49,7 +49,7 @@ class SparseLayer(nn.Module):
             raise ValueError(f"{type(self).__name__}: topology has {topology.groups} groups, got groups={groups!r}")
         if not isinstance(bias, int):  # True and False are
             raise ValueError(f"{type(self).__name__}: bias must be True or False, got {bias!r}")
-        device = device or torch.get_default_device()
+        device = torch.get_default_device() if device is None else device  # which may be 0
         self.topology = copy.deepcopy(topology).to(device)
         blocks = (topology.num_slots, topology.block_size, topology.block_size)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):

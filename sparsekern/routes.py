@@ -28,8 +28,9 @@ _LEGACY_VMAP = torch._C._dispatch_key_parse("VmapMode")
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether these are ordinary tensors, and nothing watches or transforms what happens to them."""
     for tensor in tensors:
-        # a tensor that outlives its torch.func.grad is watched by nothing, but has no memory of its own
-        if tensor is not None and (type(tensor) not in quick.PLAIN or is_gradtrackingtensor(tensor)):
+        # a tensor that outlives its torch.func.grad is watched by nothing, but has no memory of its own; that of one
+        # with the negative bit (the imaginary part of a conjugate) has its values with the other sign
+        if tensor is not None and (type(tensor) not in quick.PLAIN or is_gradtrackingtensor(tensor) or tensor.is_neg()):
             return False
     return not is_watched()
 
@@ -71,7 +72,7 @@ def quick_dds(
 
     The layout is a topology's of this moment, whose index agrees with the coordinates.
     """
-    if is_watched() or not (made := _short_way(x, weight, bias, token_offsets, layout, transpose)):
+    if is_watched() or x.is_neg() or not (made := _short_way(x, weight, bias, token_offsets, layout, transpose)):
         return None
     return _recorded(made, x, weight, bias, token_offsets, (layout, layout.index.built_from[2], transpose))
 

@@ -1,9 +1,12 @@
+from functools import partial
+
 import oracle
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import random_topology, topologies
+from torch import nn
 from torch.nn import functional as F
 
 import sparsekern as sk
@@ -90,6 +93,34 @@ def test_impossible_arguments_are_refused(arguments):
     name = next(iter(arguments))
     with pytest.raises(ValueError, match=f"{name}.*{arguments[name]}"):
         sk.SparseLinear(64, 64, **arguments)
+
+
+def test_device_0_is_a_gpu_and_not_no_device():
+    makers = (nn.Linear, partial(sk.SparseLinear, density=0.5), partial(sk.SparseConv2d, kernel_size=3, density=0.5))
+    for make in makers:
+        if torch.cuda.is_available():
+            assert make(64, 64, device=0).weight.device == torch.device("cuda", 0)
+        else:
+            with pytest.raises((RuntimeError, AssertionError)):
+                make(64, 64, device=0)
+
+
+@pytest.mark.parametrize("block_size", [1, 4])
+@pytest.mark.parametrize("density", [0.5, 1.0])
+def test_a_tensor_with_the_negative_bit_has_its_own_sign(block_size, density):
+    layer = sk.SparseLinear(16, 24, density=density, block_size=block_size)
+    x = torch._neg_view(torch.randn(8, 16)).requires_grad_()
+    dy = torch._neg_view(torch.randn(8, 24))
+    assert x.is_neg() and dy.is_neg()
+    plain = x.detach().resolve_neg().requires_grad_()
+    (y,) = results = [layer(x)]
+    results += torch.autograd.grad(y, (x, layer.weight, layer.bias), dy)
+    expected = torch.nn.functional.linear(plain, layer.to_dense(), layer.bias)
+    torch.testing.assert_close(y, expected)
+    expected = layer(plain)
+    expected = [expected, *torch.autograd.grad(expected, (plain, layer.weight, layer.bias), dy.resolve_neg())]
+    for ours, theirs in zip(results, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_arguments_mean_what_they_mean_to_linear():
