@@ -18,7 +18,10 @@ def live_count(density: float, num_blocks: int) -> int:
 
 
 def live_counts(density: float | Sequence[float | int], num_blocks: int, groups: int) -> list[int]:
-    """Live blocks of each group: of one density for all, or of a list of densities (float) or counts (int)."""
+    """Live blocks of each group: of one density for all, or of a list of densities (float) or counts (int).
+
+    A count may be 0, as GMP may leave a group; a density stands for one block or more.
+    """
     if not isinstance(density, list | tuple):
         return [live_count(density, num_blocks)] * groups
     if len(density) != groups:
@@ -26,8 +29,8 @@ def live_counts(density: float | Sequence[float | int], num_blocks: int, groups:
             f"density: {groups} groups want as many densities or live counts, got {len(density)}: {density}"
         )
     counts = [value if is_count(value) else live_count(value, num_blocks) for value in density]
-    if not all(0 < count <= num_blocks for count in counts):
-        raise ValueError(f"density: live counts must be from 1 to {num_blocks} blocks in each group, got {density}")
+    if not all(0 <= count <= num_blocks for count in counts):
+        raise ValueError(f"density: live counts must be from 0 to {num_blocks} blocks in each group, got {density}")
     return counts
 
 

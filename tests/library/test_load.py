@@ -124,3 +124,27 @@ def test_no_warning_is_heard():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sk.load(build(), state)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_layer_or_a_group_that_gmp_pruned_away_is_loaded(groups):
+    def dense():
+        return nn.Sequential(nn.Linear(32, 32), sk.SparseLinear(32, 32, density=1.0, block_size=8, groups=groups))
+
+    model = sk.sparsify(dense(), 1.0, block_size=8)
+    with torch.no_grad():
+        rows, _ = model[1].topology.layout.coordinates()
+        model[1].weight[rows < 4 // groups] = 1e-6  # the first group, which may be all
+    rule = sk.GMP(model, torch.optim.SGD(model.parameters(), 0.1), final_density=0.2, end_step=1, update_every=1)
+    rule.step()
+    alive = model[1].topology.mask().flatten(1).sum(1).tolist()
+    assert alive[0] == 0 and model[0].topology.num_live > 0
+    loaded = sk.load(dense(), model.state_dict())
+    x = torch.randn(5, 32)
+    assert torch.equal(loaded(x), model(x))
+    for keep in ("fresh", "magnitude"):
+        planned = sk.sparsify(dense(), sk.plan_from(model.state_dict()), keep=keep)
+        assert planned[1].topology.mask().flatten(1).sum(1).tolist() == alive
+        planned(x).sum().backward()
+        planned.load_state_dict(model.state_dict())
+        assert torch.equal(planned(x), model(x))
