@@ -123,15 +123,14 @@ def summary(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None 
                 layer.weight,
                 state,
                 dense_elements=layer.topology.shape[0] * layer.topology.shape[1] // layer.groups,
-                index=layer.topology.nbytes + _sum(layer.buffers()),
+                index=layer.topology.nbytes + (0 if layer.growth is None else layer.growth.scores.nbytes),
             ),
         )
         for name, layer in layers.items()
     )
     covered = {id(layer.weight) for layer in layers.values()}
-    covered |= {id(buffer) for layer in layers.values() for buffer in layer.buffers()}
     rest = [_parameter_bytes(p, state, p.numel()) for p in model.parameters() if id(p) not in covered]
-    buffers = _sum(buffer for buffer in model.buffers() if id(buffer) not in covered)
+    buffers = _sum(model.buffers())
     trained = [p for p in model.parameters() if p.requires_grad]
     notes = []
     if any(p.grad is None for p in trained):

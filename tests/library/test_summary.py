@@ -48,7 +48,9 @@ def test_the_total_is_the_sum_of_all_tensors_of_model_and_optimiser():
     parameters = list(model.parameters())
     tensors = parameters + [p.grad for p in parameters] + list(model.buffers())
     tensors += [value for state in optimizer.state.values() for value in state.values()]
-    index = sum(model[i].topology.nbytes for i in (0, 3))
+    scores = [model[i].growth.scores for i in (0, 3)]
+    assert [s.nbytes > 0 for s in scores] == [True, True]
+    index = sum(model[i].topology.nbytes for i in (0, 3)) + sum(s.nbytes for s in scores)
     total = sk.summary(model, optimizer).total
     assert total.total == sum(t.numel() * t.element_size() for t in tensors) + index
 
