@@ -12,7 +12,7 @@ from sparsekern.handover import check_handover, hand_over, watch_stale
 from sparsekern.layer import SparseLayer, choose_topology
 from sparsekern.linear import SparseLinear
 from sparsekern.planning import SPARSE, LayerPlan, Plan, by_pattern, conv1d_types, first_fitting, geometry_of, plan
-from sparsekern.rewire.optimizer_state import unwrap
+from sparsekern.rewire.optimizer_state import check_elementwise, unwrap
 from sparsekern.topology import Topology
 
 
@@ -69,6 +69,7 @@ def sparsify(
     optimizers = [] if optimizer is None else unwrap("sparsify", optimizer)
     converted = {target.name: layers[target.name] for target in targets}
     if optimizers:
+        check_elementwise("sparsify", optimizers, (layer.weight for layer in converted.values()))
         check_handover(optimizers, converted)
     copies = _copies(targets, layers, keeps)
     if not targets:

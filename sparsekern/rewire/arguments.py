@@ -13,20 +13,26 @@ LARGEST = 2**63 - 1
 """Of the integers that NumPy and the kernels count with."""
 
 
-def check_finite(where: str, argument: str, value: float) -> None:
-    """Refuse what is not a plain, finite number; a tensor too, since comparing it would wait for its device."""
+def check_finite(where: str, argument: str, value: float) -> int | float:
+    """Refuse what is not a plain, finite number; a tensor too, since comparing it would wait for its device.
+
+    Returns:
+        The number as one of Python: torch.load with weights_only refuses a checkpoint with another, such as NumPy's.
+    """
     try:
         finite = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an integer beyond all floats
         finite = False
     if not finite:
         raise ValueError(f"{where}: {argument} must be a finite number, got {value!r}")
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
-def check_between(where: str, argument: str, value: float, least: float, most: float) -> None:
-    check_finite(where, argument, value)
-    if not least <= value <= most:
+def check_between(where: str, argument: str, value: float, least: float, most: float) -> int | float:
+    number = check_finite(where, argument, value)
+    if not least <= number <= most:
         raise ValueError(f"{where}: {argument} must be a number from {least} to {most}, got {value!r}")
+    return number
 
 
 def check_flag(where: str, argument: str, value: bool) -> None:
@@ -34,17 +40,21 @@ def check_flag(where: str, argument: str, value: bool) -> None:
         raise ValueError(f"{where}: {argument} must be True or False, got {value!r}")
 
 
-def check_times(where: str, update_every: float, start_step: float, end_step: float | None) -> None:
-    for argument, value in (("update_every", update_every), ("start_step", start_step)):
-        check_finite(where, argument, value)
+def check_times(
+    where: str, update_every: float, start_step: float, end_step: float | None
+) -> tuple[float, float, float | None]:
+    """The three as numbers of Python."""
+    update_every = check_finite(where, "update_every", update_every)
+    start_step = check_finite(where, "start_step", start_step)
     if update_every <= 0:
         raise ValueError(f"{where}: update_every must be positive, got {update_every}")
     if start_step < 0:
         raise ValueError(f"{where}: start_step must not be negative, got {start_step}")
     if end_step is not None:
-        check_finite(where, "end_step", end_step)
+        end_step = check_finite(where, "end_step", end_step)
         if end_step < start_step:
             raise ValueError(f"{where}: end_step must not be before start_step, got {end_step} and {start_step}")
+    return update_every, start_step, end_step
 
 
 def check_seed(where: str, seed: int) -> int:

@@ -110,6 +110,7 @@ class DropAndGrow(DeviceRule):
         return super().state_dict() | {"carry": self._by_layer(self._carry)}
 
     def load_state_dict(self, state: dict) -> None:
+        state = self._by_own_names(state)
         if isinstance(state, dict) and "carry" in state:  # before anything changes; what is missing is said above
             where = f"{type(self).__name__}.load_state_dict"
             for name, remainder, _ in listed_by_group(where, "carry", state["carry"], self.layers):
@@ -314,11 +315,12 @@ class SET(DropAndGrow):
 class RigL(DropAndGrow):
     """The Rigged Lottery (Evci et al., arXiv 1911.11134): drop the smallest norms, grow where the gradient is largest.
 
-    A block's growth score is the squared norm of its gradient in the training step of the event, summed over
-    micro-batches and data-parallel ranks; it is computed strip by strip in the backward pass, and a dense gradient is
-    never held. Passes that make no gradient for the weight are not scored, nor is what reaches the weight through a
-    gradient of the input (gradient penalties, forces). Scores that are not finite never win. With a clock of your own,
-    the step before an event is foreseen from the pace so far; an event that came unforeseen is put off by one step.
+    A block's growth score is the squared norm of its gradient in the training step of the event, summed over the uses
+    of the layer, micro-batches and data-parallel ranks; it is computed strip by strip in the backward pass, and a dense
+    gradient is never held. Passes that make no gradient for the weight are not scored, nor is what reaches the weight
+    through a gradient of the input (gradient penalties, forces). Scores that are not finite never win. With a clock of
+    your own, the step before an event is foreseen from the pace so far; an event that came unforeseen is put off by one
+    step.
     """
 
     _armed = False

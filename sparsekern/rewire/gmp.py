@@ -29,7 +29,8 @@ class GMP(DeviceRule):
     runs the vendor's dense GEMM as long as that is faster, and is not compacted before, but for the last event.
 
     On a GPU, `sk.use("cuda")` marks the slots of all layers at once by a few kernels, as it rewires under SET, and
-    unforced they do where they would there. Compaction changes shapes, and stays with torch.
+    unforced they do where they would there. Compaction changes shapes, and stays with torch. `step` returns True at
+    every event, also if it marks nothing, which only the device knows.
 
     Args:
         model, optimizer, followers: as in SET; but layers that are frozen later are pruned on, as they were counted in.
@@ -81,6 +82,7 @@ class GMP(DeviceRule):
         return super().state_dict() | {"done": self._done, "initial": initial, "compactions": self.compactions}
 
     def load_state_dict(self, state: dict) -> None:
+        state = self._by_own_names(state)
         if isinstance(state, dict) and {"done", "initial", "compactions"} <= state.keys():
             where = "GMP.load_state_dict"
             check_flag(where, "done", state["done"])

@@ -5,7 +5,7 @@ parameter's shape belongs to the elements, a tensor of one element (a step count
 else cannot be followed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ def unwrap(where: str, optimizer: Optimizer | Sequence[Optimizer]) -> list[Optim
     """The optimisers in what a caller gave: one, a wrapper of one, or a list; wrappers that hold state count too.
 
     Raises:
-        ValueError: it is no optimiser, or one whose state does not belong to single elements.
+        ValueError: it is no optimiser.
     """
     found: list[Optimizer] = []
     for outer in optimizer if isinstance(optimizer, list | tuple) else [optimizer]:
@@ -40,12 +40,6 @@ def unwrap(where: str, optimizer: Optimizer | Sequence[Optimizer]) -> list[Optim
                 f"{where}: optimizer must be a torch optimiser, a wrapper with an attribute `optimizer`, "
                 f"or a list of them, got {type(outer).__name__}"
             )
-        for kind in (cls.__name__ for cls in type(chain[-1]).__mro__):
-            if kind in _NOT_ELEMENTWISE:
-                raise ValueError(
-                    f"{where}: the state of {kind} is not element-wise, so it cannot follow a rewire; "
-                    "use an element-wise optimiser such as torch.optim.AdamW for the sparse layers"
-                )
         states = {id(getattr(o, "state", None)) for o in found} | {id(None)}
         for one in reversed(chain):
             # a wrapper may show the state of the optimiser inside as its own
@@ -55,6 +49,18 @@ def unwrap(where: str, optimizer: Optimizer | Sequence[Optimizer]) -> list[Optim
     if not found:
         raise ValueError(f"{where}: optimizer is an empty list; give the optimisers that train the sparse layers")
     return found
+
+
+def check_elementwise(where: str, optimizers: Iterable[Optimizer], weights: Iterable[Tensor]) -> None:
+    """Refuse an optimiser that holds one of these weights and whose state does not belong to single elements."""
+    weights = {id(weight) for weight in weights}
+    for optimizer in optimizers:
+        for kind in (cls.__name__ for cls in type(optimizer).__mro__):
+            if kind in _NOT_ELEMENTWISE and weights & held_by([optimizer]):
+                raise ValueError(
+                    f"{where}: the state of {kind} is not element-wise, so it cannot follow a rewire; "
+                    "use an element-wise optimiser such as torch.optim.AdamW for the sparse layers"
+                )
 
 
 def _wrapped(chain: list) -> Optimizer | None:
@@ -166,6 +172,7 @@ def reset_state(optimizer: Optimizer | Sequence[Optimizer], layer: nn.Module | n
     if mask.layout != torch.strided or mask.device != param.device:
         got = f"{mask.layout} on {mask.device}"
         raise ValueError(f"reset_state: the mask must be dense, on the parameter's device {param.device}, got {got}")
+    check_elementwise("reset_state", optimizers, [param])
     if id(param) not in held_by(optimizers):
         kinds = ", ".join(type(o).__name__ for o in optimizers)
         raise ValueError(f"reset_state: {kinds} does not hold this parameter of shape {tuple(param.shape)}")

@@ -25,7 +25,7 @@ from sparsekern.rewire.arguments import (
     list_of_modules,
     sparse_layers,
 )
-from sparsekern.rewire.optimizer_state import element_state, held_by, shares_memory, unwrap
+from sparsekern.rewire.optimizer_state import check_elementwise, element_state, held_by, shares_memory, unwrap
 from sparsekern.rewire.ranks import checksum, distributed, gathered
 from sparsekern.rewire.watch import Watch, watch
 
@@ -56,9 +56,8 @@ class Rule:
     ):
         name = type(self).__name__
         # all checks come before anything is attached: a rule that fails leaves model and optimiser as they were
-        check_times(name, update_every, start_step, end_step)
+        self.update_every, self.start_step, self.end_step = check_times(name, update_every, start_step, end_step)
         check_flag(name, "coverage", coverage)
-        self.update_every, self.start_step, self.end_step = update_every, start_step, end_step
         self.seed = check_seed(name, seed)
         layers = sparse_layers(name, model)
         if self._moves:
@@ -138,9 +137,7 @@ class Rule:
         Returns:
             True when blocks were rewired.
         """
-        if clock is not None:
-            check_finite(f"{type(self).__name__}.step", "clock", clock)
-        now = self.clock + 1 if clock is None else clock
+        now = self.clock + 1 if clock is None else check_finite(f"{type(self).__name__}.step", "clock", clock)
         if now < self.clock:
             raise ValueError(
                 f"{type(self).__name__}.step: the clock must not run backwards, got {clock} after {self.clock}"
@@ -196,13 +193,18 @@ class Rule:
         return state
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue where `state_dict` was taken. Load the model's and the optimiser's state first."""
+        """Continue where `state_dict` was taken. Load the model's and the optimiser's state first.
+
+        The model may be wrapped otherwise than then (DistributedDataParallel, torch.compile), and update_every may be
+        another: the next event is the next multiple of it.
+        """
+        state = self._by_own_names(state)
         where = f"{type(self).__name__}.load_state_dict"
         missing = self.state_dict().keys() - {"covered"} - (state.keys() if isinstance(state, dict) else set())
         if missing:
             lacks = ", ".join(sorted(missing))
             raise ValueError(f"{where}: this is no state of a {type(self).__name__}; it lacks {lacks}")
-        check_between(where, "clock", state["clock"], 0, LARGEST)
+        clock = check_between(where, "clock", state["clock"], 0, LARGEST)
         check_count(where, "events", state["events"])
         check_count(where, "next", state["next"], least=1)
         if not isinstance(state["moved"], dict):
@@ -218,7 +220,9 @@ class Rule:
         if self._covered is not None and "covered" in state:
             self._check_covered(where, state["covered"])
         self._check_adoptions()
-        self.clock, self.events, self._next = state["clock"], state["events"], state["next"]
+        self.clock, self.events = clock, state["events"]
+        # an event may be due and have waited, but none lies farther off; it does where update_every was smaller
+        self._next = min(state["next"], self._next_after(clock))
         self._moved = {path: tuple(moved) for path, moved in state["moved"].items()}
         if self._covered is not None and "covered" in state:
             self._covered = {p: state["covered"][p].to(mask.device, copy=True) for p, mask in self._covered.items()}
@@ -247,7 +251,11 @@ class Rule:
         return now >= due - 1e-9 * self.update_every  # 3 * 0.1 > 0.3 in floating point
 
     def _advance(self, now: float) -> None:
-        self._next = math.floor((now - self.start_step) / self.update_every + 1e-9) + 1
+        self._next = self._next_after(now)
+
+    def _next_after(self, now: float) -> int:
+        """Number of the first event that is due after this time."""
+        return max(0, math.floor((now - self.start_step) / self.update_every + 1e-9)) + 1
 
     def _progress(self, now: float) -> float:
         if self.end_step is None:
@@ -263,6 +271,7 @@ class Rule:
             return []
         name = type(self).__name__
         optimizers = unwrap(name, optimizer)
+        check_elementwise(name, optimizers, (layer.weight for layer in self.layers.values()))
         held = held_by(optimizers)
         owners: dict[int, str] = {}
         for path, layer in self.layers.items():
@@ -275,7 +284,7 @@ class Rule:
             other = owners.setdefault(id(layer.weight), path)
             if other != path:
                 raise ValueError(
-                    f"{name}: layers {other!r} and {path!r} share one weight but not one topology; use one layer"
+                    f"{name}: layers {other!r} and {path!r} share one weight, and each would rewire it; use one layer"
                 )
         return optimizers
 
@@ -359,6 +368,19 @@ class Rule:
             return self._watch.versions()
         copies = chain.from_iterable(map(self._copies, self.layers))
         return tuple(chain.from_iterable(copy.topology.layout.versions() for copy in copies))
+
+    def _by_own_names(self, state: object) -> object:
+        """A state with its layers named as in this model, where only a wrapper makes their names differ."""
+        own = {_bare(path): path for path in self.layers}
+        if not isinstance(state, dict) or len(own) < len(self.layers):
+            return state
+        renamed = {}
+        for key, value in state.items():
+            if isinstance(value, dict) and all(isinstance(path, str) for path in value):
+                by_name = {own.get(_bare(path), path): of_layer for path, of_layer in value.items()}
+                value = by_name if len(by_name) == len(value) else value
+            renamed[key] = value
+        return renamed
 
     def _check_covered(self, where: str, covered: object) -> None:
         if not isinstance(covered, dict) or covered.keys() != self._covered.keys():

@@ -219,6 +219,41 @@ def test_a_tampered_state_is_refused_and_the_rule_goes_on_as_if_nobody_had_tried
     assert_equal(result(objects), result(untouched))
 
 
+@pytest.mark.parametrize("kind", RULES)
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["module", "compiled"])
+def test_a_state_goes_between_a_model_and_its_wrapper(kind, wrap):
+    model, target, optimizer, rule = objects = build(kind, 0)
+    train(objects, 0, STEPS // 2)
+    wrapped = RULES[kind](wrap(model), optimizer, followers=[target])
+    assert next(iter(wrapped.layers)) != next(iter(rule.layers))
+    wrapped.load_state_dict(rule.state_dict())
+    bare = RULES[kind](model, optimizer, followers=[target])
+    bare.load_state_dict(wrapped.state_dict())
+    found, expected = bare.state_dict(), rule.state_dict()
+    assert found.keys() == expected.keys() and found["events"] > 0
+    for name in found.keys() - {"covered"}:
+        assert found[name] == expected[name], name
+    for name, mask in expected.get("covered", {}).items():
+        assert torch.equal(found["covered"][name], mask)
+
+
+@pytest.mark.parametrize(("every", "expected"), [(50, [250, 300, 350]), (5, [205, 210, 215])])
+def test_a_resumed_rule_keeps_the_times_that_it_is_given_now(every, expected):
+    def rule(update_every):
+        return sk.SET(model, torch.optim.SGD(model.parameters(), 0.1), update_every=update_every)
+
+    model = nn.Sequential(sk.SparseLinear(32, 32, density=0.4, block_size=4))
+    first = rule(10)
+    for _ in range(200):
+        first.step()
+    resumed = rule(every)
+    resumed.load_state_dict(first.state_dict())
+    fired = [step for step in range(201, 400) if resumed.step()]
+    assert fired[-3:] == [f for f in range(201, 400) if f % every == 0][-3:]
+    assert [f for f in fired if f % every == 0][:3] == expected
+    assert len([f for f in fired if f % every]) <= 1  # what counts as due may have waited
+
+
 def test_a_state_that_was_loaded_is_the_rules_own():
     first, second = (build("SET", seed=1) for _ in range(2))
     train(first, 0, EVERY - 1)

@@ -136,6 +136,20 @@ def test_several_optimisers_share_the_layers_of_one_rule(rule):
         assert fresh.any() and not state[fresh].any()
 
 
+@pytest.mark.skipif(not hasattr(optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
+@pytest.mark.parametrize("rule", RULES)
+def test_muon_may_train_what_is_dense(rule):
+    model = nn.Sequential(*build(), nn.Linear(32, 8, bias=False))
+    muon, adam = optim.Muon([model[2].weight]), optim.AdamW(model[:2].parameters())
+    assert RULES[rule](model, [muon, adam]).optimizer == [muon, adam]
+    dense = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 8, bias=False))
+    optimizers = [optim.Muon([dense[1].weight]), optim.AdamW([dense[0].weight])]
+    assert isinstance(sk.sparsify(dense, 0.5, exclude=["1"], optimizer=optimizers)[0], sk.SparseLinear)
+    held = optim.Muon([nn.Parameter(torch.randn(4, 4))])
+    with pytest.raises(ValueError, match="reset_state: the state of Muon is not element-wise"):
+        sk.reset_state(held, held.param_groups[0]["params"][0], torch.ones(4, 4, dtype=torch.bool))
+
+
 def test_reset_state_takes_wrapped_optimisers_and_lists():
     model = build()
     optimizers = [Shown(optim.Adam(model[0].parameters())), optim.Adam(model[1].parameters())]
@@ -343,6 +357,23 @@ def test_numbers_of_numpy_are_numbers():
     model = build()
     rule = sk.SET(model, optim.SGD(model.parameters(), 0.1), np.float32(0.5), np.int64(2), seed=np.int64(2**62))
     assert [rule.step(), rule.step(clock=np.float64(2))] == [False, True]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_numbers_of_numpy_leave_a_state_that_can_be_loaded(rule, tmp_path):
+    import numpy as np
+
+    model = build()
+    optimizer = optim.SGD(model.parameters(), 0.1)
+    times = {"update_every": np.int64(2), "start_step": np.float32(0), "end_step": np.int64(9)}
+    rules = [RULES[rule](model, optimizer, **times) for _ in range(2)]
+    for clock in (np.float64(1), np.int64(2), np.int32(3)):
+        model(torch.randn(8, 32)).square().mean().backward()
+        rules[0].step(clock=clock)
+    assert rules[0].events == 1
+    torch.save(rules[0].state_dict(), tmp_path / "rule.pt")
+    rules[1].load_state_dict(torch.load(tmp_path / "rule.pt", weights_only=True))
+    assert rules[1].clock == 3 and rules[1].events == 1
 
 
 def test_a_rule_that_finds_its_ranks_apart_has_attached_nothing(monkeypatch):

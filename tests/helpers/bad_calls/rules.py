@@ -186,7 +186,7 @@ for k, kind in KINDS.items():
             refused(
                 f"{k} {name}",
                 lambda kind=kind, n=name: (lambda m: rule(kind, m, by_name(n, m)))(sparse_model()),
-                "not element-wise",
+                "not element-wise|does not hold",  # Muon takes no blocks
             )
     refused(
         f"{k} of a normed weight",
