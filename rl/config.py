@@ -8,6 +8,7 @@ environment steps.
 import dataclasses
 import json
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
@@ -169,6 +170,21 @@ PARTS = {
 }
 
 
+COUNTS = (
+    "timesteps", "evaluate_every", "episodes", "threads", "workers",
+    "ppo.rollout_steps", "ppo.epochs", "ppo.minibatch",
+    "ppo_mt10.rollout_steps", "ppo_mt10.epochs", "ppo_mt10.minibatches",
+    "sac.batch", "sac.warmup", "sac.capacity",
+    "set.update_every", "gmp.update_every", "redo.every", "reset.every",
+)  # fmt: skip
+"""Settings of which there is at least one."""
+SHARES = (
+    "ppo.gamma", "ppo.gae_lambda", "ppo_mt10.gamma", "ppo_mt10.gae_lambda", "sac.gamma", "sac.tau",
+    "set.drop_fraction", "gmp.start", "gmp.end",
+)  # fmt: skip
+"""Settings from 0 to 1."""
+
+
 @dataclass(frozen=True)
 class Config:
     """Train one agent on one suite of tasks, and print what it earned and what it cost.
@@ -239,12 +255,14 @@ class Config:
             object.__setattr__(self, "gmp", gmp)
         if not 0 < self.density <= 1:
             raise ValueError(f"density must be in (0, 1], got {self.density}")
-        for name in ("timesteps", "evaluate_every", "episodes", "threads", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("batch", "warmup", "capacity"):
-            if getattr(self.sac, name) < 1:
-                raise ValueError(f"sac.{name} must be at least 1, got {getattr(self.sac, name)}")
+        for name in COUNTS:
+            if (value := attrgetter(name)(self)) < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in SHARES:
+            if not 0 <= (value := attrgetter(name)(self)) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {value}")
+        if self.gmp.start > self.gmp.end:
+            raise ValueError(f"gmp.start must be at most gmp.end, got {self.gmp.start} and {self.gmp.end}")
         if mt10 and self.workers > 10:
             raise ValueError(f"workers must be in 1..10 on mt10, which has ten environments, got {self.workers}")
         if self.evaluators < 0:
@@ -264,6 +282,11 @@ class Config:
     def sparse(self) -> bool:
         """Whether density and block size mean anything."""
         return self.treatment.split("+")[0] in ("gmp", "set", "lottery")
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the settings of gmp mean anything: of a lottery they are its ticket's."""
+        return self.treatment.split("+")[0] in ("gmp", "lottery")
 
     @property
     def algorithm(self) -> Literal["ppo", "ppo_mt10", "sac"]:
@@ -302,7 +325,7 @@ class Config:
             parts += [f"density{self.density:g}", f"block{self.block_size}"]
         if self.treatment == "set" and self.set.initial != SETConfig.initial:
             parts.append(self.set.initial)
-        if self.treatment.startswith("gmp") and self.gmp.update_every != self.papers_gmp_update_every:
+        if self.prunes and self.gmp.update_every != self.papers_gmp_update_every:
             parts.append(f"every{self.gmp.update_every}")
         if self.treatment != "dense" and self.networks != "both":
             parts.append(self.networks)
@@ -318,14 +341,21 @@ class Config:
 
     @classmethod
     def load(cls, folder: Path) -> "Config":
-        """Read the settings of the run in this folder."""
+        """Read the settings of the run in this folder.
+
+        Raises:
+            ValueError: it is no run folder, or its settings are not those of a run of this version.
+        """
         if not (folder / CONFIG).exists():
             raise ValueError(f"{folder} is no run folder, it has no {CONFIG}")
-        values = json.loads((folder / CONFIG).read_text())
-        values["set"] = {"initial": "fan-in"} | values.get("set", {})  # what runs did before they had the choice
-        values |= {name: part(**values.get(name, {})) for name, part in PARTS.items()}
-        values |= {name: Path(values[name]) for name in ("runs", "ticket") if values[name]}
-        return cls(**values)
+        try:
+            values = json.loads((folder / CONFIG).read_text())
+            values["set"] = {"initial": "fan-in"} | values.get("set", {})  # what runs did before they had the choice
+            values |= {name: part(**values.get(name, {})) for name, part in PARTS.items()}
+            values |= {name: Path(values[name]) for name in ("runs", "ticket") if values.get(name)}
+            return cls(**values)
+        except (ValueError, TypeError, AttributeError) as error:  # cut off, of another version, or no settings at all
+            raise ValueError(f"{folder / CONFIG} does not hold a run's settings: {error}") from error
 
 
 NAMED = ("density", "block_size", "networks", "set.initial", "gmp.update_every")
@@ -337,7 +367,7 @@ def identity(config: Config) -> Config:
     machinery = {"threads": 1, "workers": 1, "evaluators": 0, "wandb": False}
     same = replace(config, runs=Path(), **machinery, ticket=config.ticket and Path())
     same = replace(same, sac=replace(same.sac, device="auto"))
-    parts = config.treatment.split("+")
+    parts = [*config.treatment.split("+"), *["gmp"] * config.prunes]
     unused = [name for name in ("set", "gmp", "redo", "reset") if name not in parts]
     unused += [name for name in ("ppo", "ppo_mt10", "sac") if name != config.algorithm]
     unused += ["weight_decay"] * ("weight-decay" not in parts)

@@ -1,7 +1,8 @@
 """Evaluate a trained agent: python rl/evaluate.py RUN --episodes 100.
 
 The agent is that of the run's last checkpoint. With the number of episodes and the seed of the run, which are the
-defaults, it plays the episodes of the run's own evaluation again.
+defaults, it plays the episodes of the run's own evaluation again. A checkpoint is taken after the rewire that follows
+an evaluation, so the agent of a run that is not finished may earn something else than that evaluation says.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Compare finished runs with the paper: python rl/report.py bench/results/rl runs --html report.html.
 
-Runs that differ in anything but suite, agent, treatment and seed are never put into one table. An unfinished run is
-named and left out.
+A table holds runs of one length and with the same settings, but for suite, agent, seed, treatment, and what the name of
+its row says: density, block size, networks, first weights, pruning interval. An unfinished run is named and left out.
 """
 
 import sys

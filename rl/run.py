@@ -42,7 +42,7 @@ class Arguments:
 def main() -> None:
     try:
         folder, config = chosen_run()
-    except (ValueError, RuntimeError) as error:  # about what was typed, or is missing: the sentence is enough
+    except (ValueError, RuntimeError, OSError) as error:  # about what was typed, or is missing: the sentence is enough
         sys.exit(f"rl/run.py: {error}")
     print(folder, flush=True)
 
@@ -75,13 +75,17 @@ def trainer_of(config: Config) -> "type[Trainer]":
 @contextlib.contextmanager
 def trained(folder: Path, **changes: object) -> "Iterator[Trainer]":
     """The training of this folder's run as its last checkpoint has it, to be looked at, with these settings changed."""
-    config = dataclasses.replace(Config.load(folder), evaluators=0, **changes)
-    config = dataclasses.replace(config, sac=dataclasses.replace(config.sac, device="auto"))  # another machine, perhaps
+    from rl import checkpoint
+
+    config = Config.load(folder)
+    if not checkpoint.path(folder).exists():
+        raise ValueError(f"{folder} has no checkpoint; a run has one from its first evaluation on")
+    sac = dataclasses.replace(config.sac, device="auto")  # another machine, perhaps
+    ticket = config.ticket and folder  # which keeps its weights' places too
+    config = dataclasses.replace(config, evaluators=0, sac=sac, ticket=ticket, **changes)
     require(config)
     with contextlib.closing(trainer_of(config)(config, folder, quiet=True)) as trainer:
         trainer.resume()
-        if trainer.clock == 0:
-            raise ValueError(f"{folder} has no checkpoint; a run has one from its first evaluation on")
         yield trainer
 
 
@@ -93,8 +97,22 @@ def chosen_run() -> tuple[Path, Config]:
         if config != Config():
             raise ValueError("--resume takes the run's own settings from its folder; give no other option with it")
         config = Config.load(arguments.resume)
+        require_checkpoint(arguments.resume, config)
+    if config.ticket is not None:
+        from rl.treatments.lottery import require_ticket
+
+        require_ticket(config)
     require(config)  # before there is a folder
     return arguments.resume or new_folder(config), config
+
+
+def require_checkpoint(folder: Path, config: Config) -> None:
+    """Raise ValueError if this run has evaluations and no checkpoint: to go on would begin anew and drop them."""
+    from rl import checkpoint
+    from rl.reporting.runs import Run
+
+    if not checkpoint.path(folder).exists() and len(Run(folder, config).evaluated):
+        raise ValueError(f"--resume {folder}: the run was evaluated, but has no checkpoint from which it could go on")
 
 
 def require(config: Config) -> None:

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -48,7 +48,7 @@ class Sweep:
     suites: tuple[Suite, ...] = ("mt5",)
     agents: tuple[Agent, ...] = ("mtppo",)
     treatments: tuple[Treatment, ...] = ("dense", "gmp", "set")
-    """A lottery ticket comes from the gmp run of its seed in the run folders; sweep gmp before it, or with it."""
+    """A lottery ticket is the checkpoint of the gmp run of its seed, which runs first if the run folders lack it."""
     networks: tuple[Networks, ...] = ("both",)
     """Which networks are treated."""
     densities: tuple[float, ...] = (0.05,)
@@ -127,9 +127,12 @@ def main() -> None:
     if sweep.show:
         show(cells, sweep)
         return
+    lotteries = [cell for cell in cells if cell.treatment == "lottery"]
+    tickets = {identity(ticket): ticket for ticket in map(ticket_of, lotteries)}
+    others = {identity(cell): cell for cell in cells if cell.treatment != "lottery"}
     try:
-        failures = run_all([c for c in cells if c.treatment != "lottery"], sweep)
-        failures += run_all([c for c in cells if c.treatment == "lottery"], sweep)
+        failures = run_all([*(others | tickets).values()], sweep, tickets)
+        failures += run_all(lotteries, sweep)
     except KeyboardInterrupt:
         show(cells, sweep)
         sys.exit("stopped; the same command goes on from the runs' last evaluations")
@@ -137,25 +140,37 @@ def main() -> None:
     sys.exit(f"{failures} runs failed; the same command tries them again" if failures else 0)
 
 
-def run_all(cells: list[Config], sweep: Sweep) -> int:
-    """Bring these runs to their end, as many at a time as there are workers; returns how many failed."""
+def run_all(cells: list[Config], sweep: Sweep, tickets: Collection[Config] = ()) -> int:
+    """Bring these runs to their end, as many at a time as there are workers; returns how many failed.
+
+    Args:
+        cells: the runs.
+        sweep: where they are found and made.
+        tickets: identities of those that count as finished only where their checkpoint is kept.
+    """
     from tqdm import tqdm
 
     if not cells:
         return 0
-    found = furthest(sweep)
+    found = furthest(sweep, tickets)
+    published = {identity(run.config) for run in find([sweep.results]) if run.finished}
     todo = {}
     for cell in cells:
         run = found.get(identity(cell))
         if run is None or not run.finished:
             todo[identity(cell)] = cell
-        elif sweep.results not in run.folder.parents:
+        elif identity(cell) not in published:
             run.publish(sweep.results)
     print(f"{len(cells)} runs: {len(cells) - len(todo)} finished, {len(todo)} to do", flush=True)
     if not todo:
         return 0
-    jobs = [((with_ticket(cell), found[key].folder if key in found else None), cell) for key, cell in todo.items()]
-    failures = 0
+    jobs, failures = [], 0
+    for key, cell in todo.items():
+        try:
+            jobs.append(((with_ticket(cell, sweep), found[key].folder if key in found else None), cell))
+        except ValueError as error:  # its gmp run failed
+            failures += 1
+            print(f"{cell.experiment}, seed {cell.seed} failed:\n{error}", file=sys.stderr)
     total = sum(cell.timesteps for cell in todo.values())
     with launching(sweep.address, sweep.parallel) as launch, tqdm(total=total, unit="timestep") as progress:
         running = {launch(job): cell for job, cell in jobs}
@@ -173,17 +188,24 @@ def run_all(cells: list[Config], sweep: Sweep) -> int:
                     progress.write(f"{folder} failed:\n{error}", file=sys.stderr)
                 else:
                     run = Run(folder, Config.load(folder))
-                    run.publish(sweep.results)
+                    if identity(cell) not in published:  # a ticket's may be
+                        run.publish(sweep.results)
                     progress.write(f"{folder}: score {run.evaluated['score/mean'].iloc[-1]:.3f}")
             progress.n = sum(run.clock for run in find([sweep.runs]) if identity(run.config) in todo)
             progress.refresh()
     return failures
 
 
-def furthest(sweep: Sweep) -> dict[Config, Run]:
-    """By identity, the run that came furthest; a finished one among the results before one in the run folders."""
+def furthest(sweep: Sweep, tickets: Collection[Config] = ()) -> dict[Config, Run]:
+    """By identity, the run that came furthest; a finished one among the results before one in the run folders. Of
+    those that are tickets a finished run without its checkpoint is none."""
+    found = {}
     runs = find([sweep.runs]) + [run for run in find([sweep.results]) if run.finished]
-    return {identity(run.config): run for run in sorted(runs, key=lambda run: (run.finished, run.clock))}
+    for run in sorted(runs, key=lambda run: (run.finished, run.clock)):
+        key = identity(run.config)
+        if key not in tickets or not run.finished or checkpoint.path(run.folder).exists():
+            found[key] = run
+    return found
 
 
 def show(cells: list[Config], sweep: Sweep) -> None:
@@ -206,8 +228,8 @@ def state(run: Run | None) -> tuple[str, ...]:
     """A run's state, how far it came, its last score, and when it last wrote or why it failed."""
     if run is None:
         return "to do", "", "", ""
-    scores = run.evaluated["score/mean"] if run.clock else ()
-    reached = f"{run.clock:,}", f"{scores.iloc[-1]:.3f}" if len(scores) else ""
+    evaluated = run.evaluated
+    reached = f"{run.clock:,}", f"{evaluated['score/mean'].iloc[-1]:.3f}" if len(evaluated) else ""
     if run.finished:
         return "done", *reached, ""
     if (run.folder / FAILURE).exists():
@@ -257,15 +279,20 @@ def in_own_process(function: Callable, *args):
         return process.submit(function, *args).result()
 
 
-def with_ticket(cell: Config) -> Config:
+def ticket_of(lottery: Config) -> Config:
+    """The gmp run that draws this lottery's ticket."""
+    return replace(lottery, treatment="gmp", ticket=None)
+
+
+def with_ticket(cell: Config, sweep: Sweep) -> Config:
     """The same run; a lottery's with the ticket that the gmp run of its seed has drawn."""
     if cell.treatment != "lottery":
         return cell
-    gmp = replace(cell, treatment="gmp", ticket=None)
-    for run in find([cell.runs]):
-        if identity(run.config) == identity(gmp) and run.finished and checkpoint.path(run.folder).exists():
-            return replace(cell, ticket=run.folder)
-    sys.exit(f"sweep.py: treatment lottery needs the finished run {gmp.experiment} of seed {cell.seed} in {cell.runs}")
+    gmp = ticket_of(cell)
+    run = furthest(sweep, {identity(gmp)}).get(identity(gmp))
+    if run is None or not run.finished:
+        raise ValueError(f"lottery needs the finished run {gmp.experiment} of seed {cell.seed} in {cell.runs}")
+    return replace(cell, ticket=run.folder)
 
 
 if __name__ == "__main__":

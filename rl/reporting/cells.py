@@ -54,7 +54,7 @@ class Cell:
         options += [f"{self.config.networks} only"] * (self.config.networks != Config.networks)
         if self.config.treatment == "set":
             options += [f"initial {self.config.set.initial}"] * (self.config.set.initial != SETConfig.initial)
-        if self.config.treatment.startswith("gmp"):
+        if self.config.prunes:
             every = self.config.gmp.update_every
             options += [f"every {every}"] * (every != self.config.papers_gmp_update_every)
         return ", ".join([self.config.treatment, *options])
@@ -75,14 +75,15 @@ class Cell:
 
     @property
     def core_minutes(self) -> float:
-        """Time of one run, from what its parts typically took."""
+        """Time of one run, from what its parts typically took, times its threads; processes that step environments or
+        play evaluations come on top."""
         config, steps = self.config, self.config.timesteps * len(self.tasks)
         evaluation = (self.typical("time/evaluate_ms") + self.typical("time/metrics_ms")) / 1e3
         seconds = steps / self.typical("time/steps_per_second") + len(self.runs[0].evaluated) * evaluation
         if config.algorithm != "sac":  # whose steps per second count the updates in
             fit = (self.typical("time/update_ms") + self.typical("time/rewire_ms")) / 1e3
             seconds += config.timesteps / getattr(config, config.algorithm).rollout_steps * fit
-        return seconds / 60
+        return seconds / 60 * np.mean([run.config.threads for run in self.runs])
 
 
 def by_protocol(runs: Iterable[Run]) -> dict[Config, list[Cell]]:

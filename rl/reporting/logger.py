@@ -31,10 +31,17 @@ class Logger:
         folder: the run folder.
         step: where a resumed run goes on, in timesteps; 0 for a new one.
         csv_bytes: length of metrics.csv at that step: what an interrupted run wrote later is dropped.
+
+    Raises:
+        ValueError: metrics.csv is shorter than that.
     """
 
     def __init__(self, folder: Path, step: int = 0, csv_bytes: int = 0):
         self._csv = (folder / CSV).open("a", newline="")
+        if self._csv.tell() < csv_bytes:
+            has = self._csv.tell()
+            self._csv.close()
+            raise ValueError(f"{folder / CSV} must have the {csv_bytes} bytes of the run's checkpoint, got {has}")
         self._csv.truncate(csv_bytes)
         if csv_bytes == 0:
             self._csv.write("step,name,value\n")

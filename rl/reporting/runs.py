@@ -1,6 +1,7 @@
 """Runs on disk: sweep.py and report.py find them again by what they did."""
 
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,13 +23,15 @@ class Run:
     @cached_property
     def metrics(self) -> pandas.DataFrame:
         """One row per logged timestep, one column per metric; NaN where it was not taken."""
-        table = pandas.read_csv(self.folder / CSV)
+        file = self.folder / CSV
+        table = pandas.read_csv(file) if file.exists() else pandas.DataFrame(columns=["step", "name", "value"])
         return table.pivot_table(index="step", columns="name", values="value", aggfunc="last")
 
     @property
     def commit(self) -> str:
         """Of the code that ran."""
-        found = re.search(r"^commit: (.*)$", (self.folder / ENVIRONMENT).read_text(), flags=re.MULTILINE)
+        file = self.folder / ENVIRONMENT
+        found = file.exists() and re.search(r"^commit: (.*)$", file.read_text(), flags=re.MULTILINE)
         return found[1] if found else "unknown"
 
     @property
@@ -73,11 +76,17 @@ class Run:
 
     @property
     def evaluated(self) -> pandas.DataFrame:
-        """The rows of `metrics` at which the policy was evaluated."""
-        return self.metrics[self.metrics["score/mean"].notna()]
+        """The rows of `metrics` at which the policy was evaluated; none before the first evaluation."""
+        metrics = self.metrics
+        return metrics[metrics["score/mean"].notna()] if "score/mean" in metrics else metrics.iloc[:0]
 
 
 def find(folders: Iterable[Path]) -> list[Run]:
-    """All runs in these folders, at any depth."""
-    configs = sorted(path for folder in folders for path in folder.rglob(CONFIG))
-    return [Run(path.parent, Config.load(path.parent)) for path in configs]
+    """All runs in these folders, at any depth. Warns of settings that cannot be read, and leaves their runs out."""
+    runs = []
+    for path in sorted(path for folder in folders for path in folder.rglob(CONFIG)):
+        try:
+            runs.append(Run(path.parent, Config.load(path.parent)))
+        except ValueError as error:
+            warnings.warn(f"left out: {error}", stacklevel=2)
+    return runs

@@ -11,7 +11,7 @@ from rl.treatments.context import Context
 
 
 def prepare(context: Context) -> None:
-    saved = checkpoint.load(checked(context.config))
+    saved = checkpoint.load(context.config.ticket)
     kept = saved.get("agent", saved)[context.role]["network"]  # SAC saves its networks as one agent
     plan = sk.plan_from(kept)
     masks = {}
@@ -21,12 +21,10 @@ def prepare(context: Context) -> None:
     sk.sparsify(context.network, plan, keep=masks)
 
 
-def checked(config: Config):
-    """The ticket's run folder, if its run is finished and began as this one does."""
-    if config.ticket is None:
-        raise ValueError("treatment lottery needs --ticket, the run folder of a finished run of treatment gmp")
+def require_ticket(config: Config) -> None:
+    """Raise ValueError unless the ticket is a finished run of gmp that began as this run does."""
     ticket, saved = Config.load(config.ticket), checkpoint.load(config.ticket)
-    for name in ("suite", "agent", "seed", "networks", "density", "block_size"):
+    for name in ("suite", "agent", "seed", "networks", "density", "block_size", "gmp"):
         if getattr(ticket, name) != getattr(config, name):
             raise ValueError(
                 f"lottery: ticket and run must have the same {name}, got {getattr(ticket, name)!r} and "
@@ -34,4 +32,3 @@ def checked(config: Config):
             )
     if "gmp" not in ticket.treatment or saved is None or saved["clock"] < ticket.timesteps:
         raise ValueError(f"lottery: {config.ticket} must be a finished run of treatment gmp with its checkpoint")
-    return config.ticket

@@ -2,10 +2,12 @@
 
 import os
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas
 import pytest
+import torch
 from PIL import Image
 
 from rl import evaluate, play, run
@@ -50,6 +52,24 @@ def test_evaluate_prints_every_task_and_plays_as_many_episodes_as_asked(folder, 
     call(monkeypatch, evaluate, folder, "--episodes", "3", "--seed", "5")
     said = capsys.readouterr().out
     assert all(words in said for words in ("after 200 timesteps", "3 episodes", "LavaGapS7", "normalised", "mean"))
+
+
+def test_the_agent_of_a_lottery_needs_its_ticket_no_more(tmp_path, monkeypatch, capsys):
+    gmp = Config(treatment="gmp", density=0.2, timesteps=200, evaluate_every=100, episodes=1, ppo=PPOConfig(100, 1))
+    lottery = replace(gmp, treatment="lottery", ticket=tmp_path / "gmp")
+    for config in (gmp, lottery):
+        folder = tmp_path / config.treatment
+        folder.mkdir()
+        config.save(folder)
+        run.train(config, folder, quiet=True)
+    with trained(tmp_path / "lottery") as trainer:
+        learned = trainer.policy().state_dict()
+    (tmp_path / "gmp").rename(tmp_path / "elsewhere")
+    call(monkeypatch, evaluate, tmp_path / "lottery", "--seed", "5")
+    assert "after 200 timesteps" in capsys.readouterr().out
+    with trained(tmp_path / "lottery", seed=5) as trainer:
+        found = trainer.policy().state_dict()
+    assert all(torch.equal(found[name], learned[name]) for name in learned)
 
 
 def test_intervals_of_known_draws():

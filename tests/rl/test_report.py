@@ -352,6 +352,10 @@ def test_run_costs_rollouts_updates_rewires_and_evaluations(tmp_path):
 def test_options_of_other_treatments_do_not_tell_runs_apart(tmp_path):
     plain = Config(treatment="dense")
     odd = {"set": SETConfig(0.1), "gmp": GMPConfig(0.2), "redo": ReDoConfig(7), "reset": ResetConfig(7)}
+    ticket = replace(plain, treatment="lottery", ticket=tmp_path)
+    assert identity(replace(ticket, gmp=odd["gmp"])) != identity(ticket)  # it is the ticket's
+    every = replace(ticket, gmp=GMPConfig(update_every=7))
+    assert every.experiment == "mt3-mtppo-lottery-density0.05-block1-every7"
     assert identity(replace(plain, weight_decay=0.1, density=0.5, networks="actor", **odd)) == identity(plain)
     for treatment in ("set", "gmp+weight-decay", "redo", "reset"):
         own = {treatment.split("+")[0]: odd[treatment.split("+")[0]]}
@@ -382,6 +386,25 @@ def test_published_run_is_small_says_the_same_and_names_no_path(tmp_path):
     text = "".join(file.read_text() for file in published.folder.iterdir())
     assert str(tmp_path) not in text and "secret" not in text and "somewhere" not in text and "commit: abc" in text
     assert "loss/value" not in text  # of a timestep without evaluation
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", '{"suite": "mt3", "speed": 9}', '{"suite": "mt4"', '{"density": 7}'])
+def test_settings_that_cannot_be_read_cost_their_own_run_only(tmp_path, text):
+    write(tmp_path / "good", Config(timesteps=400_000), 0.5)
+    (tmp_path / "good" / "environment.txt").unlink()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "config.json").write_text(text)
+    with pytest.warns(UserWarning, match="left out: .*bad/config.json does not hold a run's settings"):
+        (run,) = find([tmp_path])
+    assert run.folder.name == "good" and run.commit == "unknown"
+
+
+def test_core_minutes_count_threads(tmp_path):
+    for threads in (1, 2):
+        write(tmp_path / str(threads) / "run", Config(timesteps=400_000, threads=threads), 0.5)
+    one, two = (by_protocol(find([tmp_path / str(threads)])).values() for threads in (1, 2))
+    ((one,),), ((two,),) = one, two
+    assert two.core_minutes == 2 * one.core_minutes
 
 
 @pytest.mark.parametrize(("suite", "agent"), [("mt3", "mtppo"), ("mt10", "mtppo"), ("mt10", "mtsac")])

@@ -221,6 +221,29 @@ def test_command_line_evaluates_as_the_paper_does_on_each_suite(
     assert config.gmp.update_every == prune_every
 
 
+def test_a_run_that_lost_its_checkpoint_keeps_its_metrics(tmp_path, monkeypatch):
+    folder = new_folder(short(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ppo, "fit", lambda *args: sys.exit("before any evaluation"))
+        with pytest.raises(SystemExit):
+            run.train(Config.load(folder), folder, quiet=True)
+    run.require_checkpoint(folder, Config.load(folder))  # which begins anew, and loses nothing
+    run.train(Config.load(folder), folder, quiet=True)
+    written = (folder / "metrics.csv").read_bytes()
+
+    checkpoint.path(folder).rename(tmp_path / "elsewhere")
+    monkeypatch.setattr(sys, "argv", ["run.py", "--resume", str(folder)])
+    with pytest.raises(SystemExit, match="the run was evaluated, but has no checkpoint"):
+        run.main()
+    assert (folder / "metrics.csv").read_bytes() == written
+
+    (tmp_path / "elsewhere").rename(checkpoint.path(folder))
+    (folder / "metrics.csv").write_bytes(written[:100])
+    with pytest.raises(ValueError, match=f"must have the {len(written)} bytes of the run's checkpoint, got 100"):
+        run.train(Config.load(folder), folder, quiet=True)
+    assert (folder / "metrics.csv").read_bytes() == written[:100]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -232,6 +255,12 @@ def test_command_line_evaluates_as_the_paper_does_on_each_suite(
         (["--timesteps", "0"], ["timesteps", "at least 1", "0"]),
         (["--suite", "mt10", "--workers", "11"], ["workers", "1..10", "11"]),
         (["--suite", "mt10", "--agent", "mtsac", "--sac.warmup", "0"], ["sac.warmup", "at least 1", "0"]),
+        (["--ppo.rollout-steps", "0"], ["ppo.rollout_steps", "at least 1", "0"]),
+        (["--treatment", "redo", "--redo.every", "0"], ["redo.every", "at least 1", "0"]),
+        (["--set.drop-fraction", "1.5"], ["set.drop_fraction", "[0, 1]", "1.5"]),
+        (["--treatment", "gmp", "--gmp.start", "0.9"], ["gmp.start", "at most gmp.end", "0.9 and 0.8"]),
+        (["--runs", __file__], ["Not a directory", "test_run.py"]),
+        (["--treatment", "lottery", "--ticket", "runs/none"], ["runs/none", "no run folder"]),
         (["--resume", "runs/none", "--seed", "3"], ["--resume", "no other option"]),
         (["--resume", "runs/none"], ["runs/none", "no run folder"]),
     ],

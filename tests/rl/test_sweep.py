@@ -193,10 +193,51 @@ def test_a_ray_that_lacks_a_module_is_not_said_to_be_missing(monkeypatch, tmp_pa
         sweep.launching("auto", parallel=2).__enter__()
 
 
-def test_lottery_without_its_gmp_run_says_so(tmp_path):
-    (cell,) = Sweep(treatments=("lottery",), seeds=(5,), runs=tmp_path).cells()
-    with pytest.raises(SystemExit, match="needs the finished run mt5-mtppo-gmp-density0.05-block1 of seed 5"):
-        sweep.with_ticket(cell)
+def test_a_lottery_draws_its_tickets_first_and_lacks_only_those_that_failed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "launching", in_this_process)
+    monkeypatch.setattr(run, "environment", lambda: "")  # it takes seconds
+    ran = []
+
+    def train(config, folder, quiet):
+        ran.append((config.treatment, config.seed))
+        if ran[-1] == ("gmp", 1):
+            raise RuntimeError("out of memory, say")
+        run.train(config, folder, quiet)
+
+    monkeypatch.setattr(sweep, "train_one", train)
+    short = "--timesteps 200 --vary ppo.rollout-steps=100 ppo.epochs=1 evaluate-every=200 episodes=1 gmp.end=0.5"
+
+    def sweep_of(runs, treatments, seeds):
+        options = f"--treatments {treatments} --seeds {seeds} --suites MultiRoom-N2-S4 --runs {tmp_path / runs} "
+        options += f"--results {tmp_path / 'results'} {short}"
+        monkeypatch.setattr(sys, "argv", ["sweep.py", *options.split()])
+        with pytest.raises(SystemExit) as ended:
+            sweep.main()
+        return ended.value.code
+
+    assert sweep_of("published", "gmp", "0") == 0
+    (committed,) = tmp_path.glob("results/*gmp*/*/metrics.csv")
+    committed.write_text(committed.read_text().replace("0.", "0.0"))  # whose other commit gave other numbers
+    text = committed.read_text()
+
+    said = sweep_of("runs", "lottery", "0 1")  # the committed run has no checkpoint that one could draw from
+    assert said == "2 runs failed; the same command tries them again"
+    assert ran == [("gmp", 0), ("gmp", 0), ("gmp", 1), ("lottery", 0)]
+    assert "of seed 1 in" in capsys.readouterr().err
+    assert committed.read_text() == text
+    assert [made.config.gmp.end for made in find([tmp_path / "runs"])] == [0.5] * 3
+
+    del ran[:]
+    assert sweep_of("runs", "gmp lottery", "0") == 0 and ran == []  # all is there
+
+
+def test_a_run_before_its_first_evaluation_has_a_state(tmp_path):
+    folder = new_folder(Config(runs=tmp_path))
+    (made,) = find([tmp_path])
+    assert sweep.state(made)[:3] == ("begun", "0", "")
+    (folder / "metrics.csv").write_text("step,name,value\n2000,loss/value,0.5\n")
+    (made,) = find([tmp_path])
+    assert sweep.state(made)[:3] == ("begun", "2,000", "")
 
 
 def test_suites_that_do_not_fit_the_agents_are_a_sentence(monkeypatch):

@@ -17,6 +17,7 @@ from rl.algorithms.buffer import PlasticityBuffer
 from rl.config import Config, ReDoConfig, SETConfig
 from rl.envs import SUITES
 from rl.treatments import TREATMENTS
+from rl.treatments.lottery import require_ticket
 from rl.treatments.pcgrad import project
 from rl.treatments.redo import matrices, recycle
 
@@ -277,12 +278,15 @@ def test_lottery_ticket_is_the_pruned_networks_weights_at_their_first_values(tmp
     config = replace(gmp, treatment="lottery", ticket=tmp_path)
     checkpoint.save(tmp_path, {"clock": 500} | {role: w.state_dict() for role, w in winners.items()})
     with pytest.raises(ValueError, match="finished run"):
-        learner(config, "actor", 7)
+        require_ticket(config)
     checkpoint.save(tmp_path, {"clock": 1000} | {role: w.state_dict() for role, w in winners.items()})
     with pytest.raises(ValueError, match="same seed, got 3 and 4"):
-        learner(replace(config, seed=4), "actor", 7)
+        require_ticket(replace(config, seed=4))
     with pytest.raises(ValueError, match=r"same density, got 0\.05 and 0\.2"):
-        learner(replace(config, density=0.2), "actor", 7)
+        require_ticket(replace(config, density=0.2))
+    with pytest.raises(ValueError, match=r"same gmp, got GMPConfig\(.*end=0\.8.* and GMPConfig\(.*end=0\.5"):
+        require_ticket(replace(config, gmp=replace(config.gmp, end=0.5)))
+    require_ticket(config)
     ticket = learner(config, "actor", 7)
     assert ticket.live_parameters() == winners["actor"].live_parameters()
     for name, layer in ticket.network.named_modules():
