@@ -124,19 +124,20 @@ def main() -> None:
         cells = sweep.cells()
     except ValueError as error:  # about what was typed: the sentence is enough
         sys.exit(f"rl/sweep.py: {error}")
-    if sweep.show:
-        show(cells, sweep)
-        return
     lotteries = [cell for cell in cells if cell.treatment == "lottery"]
     tickets = {identity(ticket): ticket for ticket in map(ticket_of, lotteries)}
-    others = {identity(cell): cell for cell in cells if cell.treatment != "lottery"}
+    first = [*({identity(cell): cell for cell in cells if cell.treatment != "lottery"} | tickets).values()]
+    cells = first + lotteries
+    if sweep.show:
+        show(cells, sweep, tickets)
+        return
     try:
-        failures = run_all([*(others | tickets).values()], sweep, tickets)
+        failures = run_all(first, sweep, tickets)
         failures += run_all(lotteries, sweep)
     except KeyboardInterrupt:
-        show(cells, sweep)
+        show(cells, sweep, tickets)
         sys.exit("stopped; the same command goes on from the runs' last evaluations")
-    show(cells, sweep)
+    show(cells, sweep, tickets)
     sys.exit(f"{failures} runs failed; the same command tries them again" if failures else 0)
 
 
@@ -208,12 +209,12 @@ def furthest(sweep: Sweep, tickets: Collection[Config] = ()) -> dict[Config, Run
     return found
 
 
-def show(cells: list[Config], sweep: Sweep) -> None:
-    """Print what has become of every run."""
+def show(cells: list[Config], sweep: Sweep, tickets: Collection[Config] = ()) -> None:
+    """Print what has become of every run; arguments as in `run_all`."""
     from rich.console import Console
     from rich.table import Table
 
-    found = furthest(sweep)
+    found = furthest(sweep, tickets)
     table = Table("experiment", "seed", "state", "timesteps", "score", "last sign of life")
     for cell in sorted(cells, key=lambda cell: (cell.experiment, cell.seed)):
         table.add_row(cell.experiment, str(cell.seed), *state(found.get(identity(cell))))

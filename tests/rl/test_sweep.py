@@ -223,7 +223,10 @@ def test_a_lottery_draws_its_tickets_first_and_lacks_only_those_that_failed(tmp_
     said = sweep_of("runs", "lottery", "0 1")  # the committed run has no checkpoint that one could draw from
     assert said == "2 runs failed; the same command tries them again"
     assert ran == [("gmp", 0), ("gmp", 0), ("gmp", 1), ("lottery", 0)]
-    assert "of seed 1 in" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "of seed 1 in" in shown.err
+    states = [[cell.strip() for cell in line.split("│")[2:4]] for line in shown.out.splitlines() if "│ Multi" in line]
+    assert states[-4:-2] == [["0", "done"], ["1", "failed"]]  # of gmp, before those of lottery
     assert committed.read_text() == text
     assert [made.config.gmp.end for made in find([tmp_path / "runs"])] == [0.5] * 3
 
