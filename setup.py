@@ -36,15 +36,16 @@ class BuildNative(build_ext):
 
     def run(self):
         super().run()
-        if wants_cuda():
-            self.build_kernels()
-
-    def build_kernels(self):
         folder = Path("" if self.inplace else self.build_lib, "sparsekern", "fatbin")
+        for built in folder.glob("*.fatbin"):  # of an earlier build, whose launches may have been others
+            built.unlink()
+        if wants_cuda():
+            self.build_kernels(folder)
+
+    def build_kernels(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         for source in sorted(Path("csrc/cuda").glob("*.cu")):
             target = folder / f"{source.stem}.fatbin"
-            target.unlink(missing_ok=True)
             try:
                 subprocess.run(["nvcc", *NVCC_FLAGS, "-fatbin", str(source), "-o", str(target)], check=True)
             except (OSError, subprocess.CalledProcessError) as error:
@@ -106,7 +107,13 @@ def extension(name: str, room: str) -> Extension:
     return Extension(
         f"sparsekern.{name}",
         sources=sorted(map(str, Path("csrc", room).glob("*.cpp"))),
-        depends=sorted(map(str, [*Path("csrc").glob("*.h"), *Path("csrc", room).glob("*.h")])),
+        # a source distribution takes these along, so the kernels too, which setuptools knows nothing of
+        depends=sorted(
+            str(file)
+            for ending in ("*.h", "*.cu")
+            for folder in ("csrc", f"csrc/{room}")
+            for file in Path(folder).glob(ending)
+        ),
         include_dirs=[pybind11.get_include()],
         language="c++",
         optional=True,  # setup then accepts that it is missing

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,10 @@ FAILS = "#!/bin/sh\necho 'no kernel image' >&2\nexit 4\n"
 
 def build(folder: Path, nvcc: str | None, choice: str = "auto") -> tuple[int, str, set[str]]:
     """Status, what was said, and the names of the files in the package, without what follows a dot."""
-    tools = folder / "tools"
+    tools, earlier = folder / "tools", folder / "lib" / "sparsekern" / "fatbin" / "earlier.fatbin"
     tools.mkdir()
+    earlier.parent.mkdir(parents=True)
+    earlier.touch()
     for name, script in {"c++": MAKES_FILES, "nvcc": nvcc}.items():
         if script is not None:
             (tools / name).write_text(script)
@@ -56,3 +59,17 @@ def test_an_nvcc_that_works_makes_a_file_of_each_source(tmp_path):
 def test_whoever_asks_for_the_kernels_is_told_that_they_cannot_be_built(tmp_path, nvcc, message):
     status, said, _ = build(tmp_path, nvcc, "1")
     assert status and message in said
+
+
+def test_without_kernels_none_of_an_earlier_build_are_shipped(tmp_path):
+    assert build(tmp_path, MAKES_FILES, "0") == (0, "", {"_C", "_cuda"})
+
+
+def test_a_source_distribution_has_all_that_a_build_needs(tmp_path):
+    options = ["egg_info", "--egg-base", tmp_path, "sdist", "--formats", "tar", "--dist-dir", tmp_path]
+    subprocess.run([sys.executable, "setup.py", "-q", *options], cwd=ROOT, capture_output=True, check=True)
+    (archive,) = tmp_path.glob("*.tar")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert sources | {"setup.py", "pyproject.toml", "README.md"} <= names
