@@ -39,6 +39,8 @@ class LayerPlan:
     """live blocks of each group; () if the layer stays as it is"""
     reason: str = ""
     """why the layer stays as it is; "" if it becomes sparse"""
+    present: float = 1.0
+    """density of the layer as it is: 1 if it is dense"""
 
     @property
     def num_elements(self) -> int:
@@ -57,8 +59,8 @@ class LayerPlan:
 
     @property
     def density(self) -> float:
-        """Live blocks / all blocks; 1 if the layer stays as it is."""
-        return sum(self.live) / self.num_blocks if self.live else 1.0
+        """Live blocks / all blocks; `present` if the layer stays as it is."""
+        return sum(self.live) / self.num_blocks if self.live else self.present
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,8 @@ def plan(
         reason = "no density is given for it" if pattern is None else _reason_to_stay(name, layer, size, holders)
         if any(fnmatchcase(name, p) for p in exclude):
             reason = "excluded"
-        planned[name] = LayerPlan(name, *geometry_of(name, layer), size, (), reason)
+        present = layer.density if isinstance(layer, SparseLayer) else 1.0
+        planned[name] = LayerPlan(name, *geometry_of(name, layer), size, (), reason, present)
         if not reason:
             sharing.setdefault((pattern, size), []).append(name)
     for (pattern, _), names in sharing.items():

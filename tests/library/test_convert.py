@@ -488,3 +488,10 @@ def test_a_pattern_that_fits_no_layer_is_warned_about(argument):
 def test_a_lazy_layer_has_no_shape_to_plan_for():
     with pytest.raises(ValueError, match="plan: layer '0' is lazy and has no shape yet; run the model once"):
         sk.plan(nn.Sequential(nn.LazyLinear(32)))
+
+
+def test_a_sparse_layer_that_stays_is_planned_with_its_own_density():
+    model = nn.Sequential(sk.SparseLinear(64, 64, density=0.25, block_size=8), nn.Linear(64, 64))
+    plan = sk.plan(model, 0.5, block_size=8, exclude=["0"])
+    assert [layer.density for layer in plan.layers] == [0.25, 0.5]
+    assert "0.3750 of all layers listed" in str(plan)
