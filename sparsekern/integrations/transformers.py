@@ -33,7 +33,11 @@ class RewireCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.rule = self.make_rule(model, optimizer)
-        saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes")
+        # a state that was resumed may lack the entry, and a Trainer that saves takes it to be there
+        entry = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        if isinstance(entry, list):
+            raise ValueError(f"RewireCallback: a Trainer takes one, got {len(entry)}; make one rule of several models")
+        saved = entry.get("attributes")
         if saved and state.global_step:  # at step 0, the state that is there is of an earlier `train()`
             file = io.BytesIO(base64.b64decode(saved["rule"]))
             self.rule.load_state_dict(torch.load(file, weights_only=True))

@@ -79,7 +79,9 @@ def hugging_face(folder, callback, max_steps, resume=None, **options):
         use_cpu=True, disable_tqdm=True, learning_rate=1e-2, lr_scheduler_type="constant", logging_strategy="no",
         **options,
     )  # fmt: skip
-    trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=[callback])
+    trainer = transformers.Trainer(
+        model, arguments, train_dataset=data, callbacks=callback if isinstance(callback, list) else [callback]
+    )
     trainer.train(resume_from_checkpoint=resume)
     return model
 
@@ -104,6 +106,24 @@ def test_transformers_resumes_bit_for_bit(tmp_path, kind):
     assert topologies(model) == topologies(whole)
     for value, other in zip(model.parameters(), whole.parameters(), strict=True):
         assert torch.equal(value, other)
+
+
+def test_transformers_resumes_a_run_that_had_no_rule_and_saves(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    hugging_face(tmp_path, transformers.TrainerCallback(), 4)
+    callback = sk.integrations.transformers.RewireCallback(every(2))
+    hugging_face(tmp_path, callback, 8, resume=str(tmp_path / "checkpoint-4"))
+    assert callback.rule.clock == 4
+    again = sk.integrations.transformers.RewireCallback(every(2))
+    hugging_face(tmp_path, again, 9, resume=str(tmp_path / "checkpoint-8"))
+    assert again.rule.clock == 5
+
+
+def test_transformers_takes_one_callback(tmp_path):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    callbacks = [sk.integrations.transformers.RewireCallback(every(2)) for _ in range(2)]
+    with pytest.raises(ValueError, match="RewireCallback: a Trainer takes one, got 2"):
+        hugging_face(tmp_path, callbacks, 2)
 
 
 def test_transformers_begins_a_new_rule_for_another_trainer(tmp_path):
