@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from sparsekern.conv import SparseConv2d
@@ -48,8 +49,9 @@ def sparsify(
     Returns:
         The model; a new module only if the model itself is one nn.Linear or nn.Conv2d.
     Raises:
-        ValueError: as `plan`; the plan is of another model; or `optimizer` does not hold a weight that wants training,
-            keeps Parameters outside of its groups, or is one that rules refuse.
+        ValueError: as `plan`; the plan is of another model; DistributedDataParallel has taken the model; or `optimizer`
+            does not hold a weight that wants training, keeps Parameters outside of its groups, or is one that rules
+            refuse.
     Warns:
         UserWarning: nothing became sparse. Later, at the first step of an optimiser that holds a replaced weight and
             not the new one: it trains what the model no longer has.
@@ -58,6 +60,7 @@ def sparsify(
         >>> sparsify(model, density=0.25, keep="fresh")[0].weight.shape
         torch.Size([3, 16, 16])
     """
+    refuse_taken("sparsify", model)
     chosen = density if isinstance(density, Plan) else plan(model, density, block_size, distribution, exclude, modules)
     keeps = by_pattern("sparsify: keep", keep)
     layers = dict(model.named_modules())
@@ -91,7 +94,7 @@ def sparsify(
     for name, original in copies.items():
         new[name].load_state_dict(new[original].state_dict())
     if optimizers:
-        hand_over(optimizers, converted, new)
+        hand_over(optimizers, converted, new, _held_elsewhere(model, converted))
     else:
         watch_stale({name: layer for name, layer in converted.items() if layer in replaced}, new)
     model = _swap(model, replaced)
@@ -110,6 +113,7 @@ def densify(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"densify: model must be a torch.nn.Module, got {type(model).__name__}")
+    refuse_taken("densify", model)
     model = _swap(
         model,
         {
@@ -120,6 +124,22 @@ def densify(model: nn.Module) -> nn.Module:
     )
     _set_nested_tensors(model)
     return model
+
+
+def _held_elsewhere(model: nn.Module, converted: Mapping[str, nn.Module]) -> set[int]:
+    """Ids of the Parameters that modules hold which are not converted."""
+    layers = set(converted.values())
+    return {id(p) for module in model.modules() if module not in layers for p in module.parameters(recurse=False)}
+
+
+def refuse_taken(where: str, model: nn.Module) -> None:
+    """Refuse a model inside of DistributedDataParallel, which would average no gradient of a new Parameter."""
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, DistributedDataParallel):
+            raise ValueError(
+                f"{where}: {f'module {name!r}' if name else 'the model'} is a DistributedDataParallel, which averages "
+                f"the gradients of the Parameters that it was given; call {where} first, and wrap the model then"
+            )
 
 
 def _set_nested_tensors(model: nn.Module) -> None:

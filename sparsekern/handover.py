@@ -38,12 +38,19 @@ def check_handover(optimizers: list[Optimizer], layers: Mapping[str, nn.Module])
                 )
 
 
-def hand_over(optimizers: list[Optimizer], old: Mapping[str, nn.Module], new: Mapping[str, nn.Module]) -> None:
-    """Put the Parameters of new layers where those of the old layers of the same names were, without any state."""
+def hand_over(
+    optimizers: list[Optimizer], old: Mapping[str, nn.Module], new: Mapping[str, nn.Module], kept: set[int]
+) -> None:
+    """Put the Parameters of new layers where those of the old layers of the same names were, without any state.
+
+    `kept` are the ids of those that stay too, with their state, as another module holds them.
+    """
     places: dict[int, list[nn.Parameter]] = {}
     for name, layer in old.items():
         for key, parameter in layer.named_parameters(recurse=False):
-            places.setdefault(id(parameter), []).append(getattr(new[name], key))
+            if (own := getattr(new[name], key, None)) is not None:  # what somebody else hung there is no part of it
+                first = [parameter] if id(parameter) in kept else []
+                places.setdefault(id(parameter), first).append(own)
     for optimizer in optimizers:
         for group in getattr(optimizer, "param_groups", ()):
             # in place: a wrapper may hold the same list. A bias that layers shared has become one of each.
@@ -53,7 +60,8 @@ def hand_over(optimizers: list[Optimizer], old: Mapping[str, nn.Module], new: Ma
             group["params"][:] = [one for p in group["params"] for one in places.get(id(p), [p])]
         for layer in old.values():
             for parameter in layer.parameters(recurse=False):
-                optimizer.state.pop(parameter, None)
+                if id(parameter) not in kept:
+                    optimizer.state.pop(parameter, None)
 
 
 def watch_stale(old: Mapping[str, nn.Module], new: Mapping[str, nn.Module]) -> None:

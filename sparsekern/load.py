@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from sparsekern.convert import sparsify
+from sparsekern.convert import refuse_taken, sparsify
 from sparsekern.layer import SparseLayer
 from sparsekern.planning import plan_from
 
@@ -36,6 +36,7 @@ def load(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
         raise ValueError(f"load: model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(state_dict, Mapping):
         raise ValueError(f"load: state_dict must be a mapping of names to tensors, got {type(state_dict).__name__}")
+    refuse_taken("load", model)
     planned = plan_from(state_dict)
     trial = sparsify(_without_memory(model), planned, keep="random")
     state = _with_all_names(trial, state_dict)

@@ -10,6 +10,7 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from sparsekern.layer import SparseLayer
@@ -79,8 +80,9 @@ class Rule:
         self._nan = {path: torch.zeros((), dtype=torch.bool, device=l.weight.device) for path, l in self.layers.items()}
         self._covered = {path: l.topology.mask() for path, l in self.layers.items()} if coverage else None
         self._seen = self._adoptions()
-        self._with_state = self._layers_with_state()
+        self._states = self._states_of_layers()
         self._state_was_loaded = False  # by an optimiser, since the last step
+        self._check_wrapped(model)
         self._check_ranks()
         self._adopted(list(self.layers))
         self._hooks: list[weakref.finalize] = []
@@ -103,7 +105,7 @@ class Rule:
         self._optimizers = self._checked_optimizers(optimizer)
         self._optimizer = optimizer
         self._watch = None  # it has seen another
-        self._with_state = set()  # as at the start, what it brings is of the blocks that are here now
+        self._states = {}  # as at the start, what it brings is of the blocks that are here now
         self._check_adoptions()
         self._listen()
 
@@ -409,17 +411,20 @@ class Rule:
             if hasattr(one, "_optimizer_load_state_dict_post_hooks")  # wrappers may lack what Optimizer.__init__ makes
         ]
 
-    def _layers_with_state(self) -> set[str]:
-        states = [optimizer.state for optimizer in self._optimizers]
-        return {path for path, layer in self.layers.items() if any(state.get(layer.weight) for state in states)}
+    def _states_of_layers(self) -> dict[str, list[dict]]:
+        """What the optimisers hold of each layer that they have a state of: the dictionaries themselves."""
+        every = {path: [one.state.get(layer.weight) for one in self._optimizers] for path, layer in self.layers.items()}
+        return {path: own for path, states in every.items() if (own := [state for state in states if state])}
 
     def _check_adoptions(self) -> None:
         # state that came up since the last step belongs to the blocks that were loaded, not to those before
-        stale, self._with_state = self._with_state, self._layers_with_state()
+        before, self._states = self._states, self._states_of_layers()
         if (seen := self._adoptions()) == self._seen:
             return
         changed = [path for path, count in seen.items() if count != self._seen[path]]
-        if stale.intersection(changed) and not self._state_was_loaded:
+        held = {id(state) for states in self._states.values() for state in states}
+        stale = any(id(state) in held for path in changed for state in before.get(path, ()))
+        if stale and not self._state_was_loaded:
             raise RuntimeError(
                 f"{type(self).__name__}.step: weights of another topology were loaded into {', '.join(changed)}, but "
                 "the optimiser still holds the state of the old blocks; "
@@ -430,6 +435,20 @@ class Rule:
 
     def _adopted(self, paths: list[str]) -> None:
         """The topologies of these layers came from a checkpoint."""
+
+    def _check_wrapped(self, model: nn.Module) -> None:
+        """Refuse weights that are newer than the DistributedDataParallel around them: no rank would hear of others'."""
+        for wrapper in model.modules():
+            averaged = getattr(wrapper, "_module_parameters", None)  # DistributedDataParallel's, as it was made
+            if not isinstance(wrapper, DistributedDataParallel) or averaged is None:
+                continue
+            inside, averaged = {id(p) for p in wrapper.parameters()}, {id(p) for p in averaged}
+            for path, layer in self.layers.items():
+                if id(layer.weight) in inside - averaged:
+                    raise ValueError(
+                        f"{type(self).__name__}: DistributedDataParallel was given another weight of layer {path!r}, "
+                        "and averages no gradient of this one; wrap the model after sparsify or load"
+                    )
 
     def _check_ranks(self) -> None:
         if not distributed():

@@ -116,6 +116,24 @@ def seed_apart(rank: int) -> None:
                 assert torch.equal(first, second)
 
 
+def convert_too_late(rank: int) -> None:
+    """What is made sparse inside of a wrapper that is there already would be trained apart."""
+    parallel = DistributedDataParallel(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)))
+    saved = sk.sparsify(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)), 0.5, 8)
+    for call in (
+        lambda: sk.sparsify(parallel, 0.5, 8),
+        lambda: sk.densify(nn.Sequential(parallel)),
+        lambda: sk.load(parallel, saved.state_dict()),
+    ):
+        with pytest.raises(ValueError, match="is a DistributedDataParallel, which averages.*first, and wrap the model"):
+            call()
+    sk.sparsify(parallel.module, 0.5, 8)
+    with pytest.raises(ValueError, match="SET: DistributedDataParallel was given another weight of layer 'module.0'"):
+        sk.SET(parallel, torch.optim.SGD(parallel.parameters(), 0.1))
+    parallel = DistributedDataParallel(parallel.module)
+    sk.SET(parallel, torch.optim.SGD(parallel.parameters(), 0.1))
+
+
 def different_plans(rank: int) -> None:
     layers = [sk.SparseLinear(32, 32, density=density, block_size=4) for density in (0.25, 0.5)]
     with pytest.raises(RuntimeError, match=r"ranks have \[\[1\], \[2\]\] sparse layers; build the same model"):
@@ -206,6 +224,10 @@ def test_ranks_that_were_seeded_differently_get_the_topology_of_rank_0_with_its_
 
 def test_optimiser_state_that_is_spread_over_the_ranks_follows_a_rewire(tmp_path):
     spawn(shard_state, tmp_path)
+
+
+def test_a_model_is_made_sparse_before_it_is_wrapped(tmp_path):
+    spawn(convert_too_late, tmp_path)
 
 
 def test_ranks_with_different_numbers_of_layers_or_slots_are_refused(tmp_path):

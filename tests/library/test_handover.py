@@ -170,3 +170,41 @@ def test_layers_of_other_weights_density_or_keep_are_no_copies():
     model = online_and_target(mlp)
     sk.sparsify(model, density=0.3, block_size=8, keep={"target*": "random", "*": "fresh"})
     assert not same_topology(model["online"][0], model["target"][0])
+
+
+def test_a_bias_that_a_dense_layer_uses_too_stays_with_its_state():
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    model[1].bias = model[0].bias
+    model[0].gain = nn.Parameter(torch.ones(3))  # which no sparse layer has
+    optimizer = optim.Adam(model.parameters())
+    model(torch.randn(4, 32)).square().mean().backward()
+    optimizer.step()
+    shared = model[1].bias
+    sk.sparsify(model, 0.5, block_size=8, exclude=["1"], optimizer=optimizer)
+    held = {id(p) for p in optimizer.param_groups[0]["params"]}
+    assert model[1].bias is shared and model[0].bias is not shared
+    assert held >= {id(p) for p in model.parameters()}
+    assert optimizer.state[shared]["exp_avg"].any() and model[0].bias not in optimizer.state
+
+
+@pytest.mark.parametrize("rule", [sk.SET, sk.RigL])
+def test_a_rule_goes_on_after_its_layers_got_another_topology_with_the_optimiser(rule):
+    model = nn.Sequential(sk.SparseLinear(32, 32, density=0.5, block_size=8))
+    optimizer = optim.Adam(model.parameters())
+    rule = rule(model, optimizer, update_every=2)
+
+    def train():
+        model.zero_grad()
+        model(torch.randn(8, 32)).square().mean().backward()
+        optimizer.step()
+        rule.step()
+
+    for _ in range(3):
+        train()
+    sk.sparsify(model, 0.25, block_size=8, optimizer=optimizer)
+    for _ in range(4):
+        train()
+    assert rule.events == 3 and rule.stats()["0"]["live"] == 4
+    sk.sparsify(model, 0.25, block_size=8, keep="fresh")
+    with pytest.raises(RuntimeError, match="still holds the state of the old blocks"):
+        train()
