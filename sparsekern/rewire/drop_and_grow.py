@@ -1,7 +1,7 @@
 """SET and RigL: drop the weakest blocks, grow as many elsewhere. A new rule of this kind is two functions."""
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -78,9 +78,8 @@ class DropAndGrow(DeviceRule):
     ):
         check_balance(type(self).__name__, balance)
         self.balance = balance
-        self.drop_fraction = drop_fraction if callable(drop_fraction) else Constant(drop_fraction)
-        if getattr(self.drop_fraction, "needs_end", False) and end_step is None:
-            raise ValueError(f"{type(self).__name__}: {self.drop_fraction} needs an end_step, got None")
+        self.end_step = end_step  # which a schedule may need; it is checked below
+        self.drop_fraction = drop_fraction
         super().__init__(model, optimizer, update_every, start_step, end_step, seed, followers, coverage)
         self._carry = np.zeros(len(self._live))
         # Growth scores of the last event, if they were right as the rule gave them, and what they were.
@@ -89,6 +88,18 @@ class DropAndGrow(DeviceRule):
 
     def __getstate__(self) -> dict:
         return super().__getstate__() | {"_seen_growth": None}
+
+    @property
+    def drop_fraction(self) -> Callable[[float], float]:
+        """The schedule of the share of live blocks that an event replaces; a number that is assigned is constant."""
+        return self._drop_fraction
+
+    @drop_fraction.setter
+    def drop_fraction(self, fraction: float | Callable[[float], float]) -> None:
+        schedule = fraction if callable(fraction) else Constant(fraction)
+        if getattr(schedule, "needs_end", False) and self.end_step is None:
+            raise ValueError(f"{type(self).__name__}: {schedule} needs an end_step, got None")
+        self._drop_fraction = schedule
 
     def drop_scores(self, layer: SparseLayer) -> Tensor:
         """float32 [num_slots]; the live blocks with the smallest are dropped, NaN first. By default the L1 norm.

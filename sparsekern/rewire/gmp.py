@@ -25,7 +25,8 @@ class GMP(DeviceRule):
     At every event the weakest blocks are marked dead until the density is
     final + (initial - final) * (1 - (t - start_step) / (end_step - start_step))**3. Dead slots cost no time; once no
     more than half of a layer's slots are live, and after the last event, the layer is compacted: the same Parameter
-    gets a smaller storage, and gradient and optimiser state follow. Start from `sparsify(model, density=1.0)`, which
+    gets a smaller storage, and gradient and optimiser state follow. On a GPU that is when a full store gets faster:
+    without compaction it stays with the dense GEMM, whatever is dead. Start from `sparsify(model, density=1.0)`, which
     runs the vendor's dense GEMM as long as that is faster, and is not compacted before, but for the last event.
 
     On a GPU, `sk.use("cuda")` marks the slots of all layers at once by a few kernels, as it rewires under SET, and
@@ -118,7 +119,8 @@ class GMP(DeviceRule):
         dead = self._weakest_of_all(progress) if self.scope == "global" else self._weakest_of_each(progress)
         for path, mask in dead.items():
             self._mark(path, mask)
-        self._send(torch.stack([layer.topology.layout.live().sum() for layer in self.layers.values()]))
+        device = next(iter(self.layers.values())).weight.device  # the layers may be on several
+        self._send(torch.stack([layer.topology.layout.live().sum().to(device) for layer in self.layers.values()]))
         return True
 
     def _event_on_device(self, progress: float, kind: Growth) -> None:

@@ -38,13 +38,16 @@ def weakest_of_all(scores: Sequence[Tensor], layouts: Sequence[Layout], target: 
         scores: float32 [num_slots] of each layer; NaN ranks below every number.
         target: in elements of the smallest block of all layers, as block sizes may differ.
     """
-    live = [layout.live() for layout in layouts]
+    devices = [own.device for own in scores]  # the layers may be on several
+    live = [layout.live().to(devices[0]) for layout in layouts]
+    scores = [own.to(devices[0]) for own in scores]
     sizes = torch.cat([alive * size for alive, size in zip(live, relative_sizes(layouts), strict=True)])
     ranked = torch.cat([torch.where(alive, own, torch.inf) for alive, own in zip(live, scores, strict=True)])
     order = torch.sort(sortable(ranked), stable=True).indices
     dropped = sizes[order].cumsum(0) <= sizes.sum() - target
     dead = torch.empty_like(dropped).scatter_(0, order, dropped | (sizes[order] == 0))
-    return list(dead.split([layout.num_slots for layout in layouts]))
+    parts = dead.split([layout.num_slots for layout in layouts])
+    return [part.to(device) for part, device in zip(parts, devices, strict=True)]
 
 
 def relative_sizes(layouts: Sequence[Layout]) -> list[int]:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,13 @@ def test_what_is_not_installed_is_named(monkeypatch):
 def test_every_backend_has_a_line():
     for name, module in BACKENDS.items():
         assert line(f"backend {name}") == (module.unavailable() or "ready")
+
+
+def test_a_package_without_its_native_modules_says_that_none_was_built(tmp_path):
+    shutil.copytree(ROOT / "sparsekern", tmp_path / "sparsekern", ignore=shutil.ignore_patterns("*.so", "*.pyd"))
+    command = "from sparsekern.backends import cpu; print(cpu.unavailable())"
+    run = subprocess.run([sys.executable, "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "without its C++ module (none was built); install it again with a C++ compiler" in run.stdout
 
 
 def test_a_backend_that_cannot_run_says_why(monkeypatch):

@@ -149,6 +149,21 @@ def test_a_drop_fraction_of_one_replaces_all_it_can(rule, density):
     assert layer.topology.num_live == before.sum() and changed == (places > 0)
 
 
+def test_a_drop_fraction_may_be_assigned_as_it_is_given():
+    model = nn.Sequential(sk.SparseLinear(32, 32, density=0.5, block_size=4))
+    rule = sk.SET(model, torch.optim.SGD(model.parameters(), 0.1), drop_fraction=0.5, update_every=1)
+    rule.step()
+    assert rule.stats()["0"]["dropped"] == 16
+    rule.drop_fraction = 0.25
+    rule.step()
+    assert rule.stats()["0"]["dropped"] == 8
+    with pytest.raises(ValueError, match=r"drop_fraction must be in \[0, 1\], got 2"):
+        rule.drop_fraction = 2
+    with pytest.raises(ValueError, match="SET: Cosine.*needs an end_step, got None"):
+        rule.drop_fraction = sk.cosine(0.3)
+    assert rule.drop_fraction(0.5) == 0.25
+
+
 def test_a_drop_fraction_of_zero_changes_nothing():
     layer, _, rule = one_layer(drop_fraction=0.0)
     before = copy.deepcopy(layer.state_dict())

@@ -214,7 +214,8 @@ class Told(sk.DropAndGrow):
 
 def told(block_size: int = 8, **functions) -> None:
     made = trained(Told, block_size)
-    vars(made).update(functions)
+    for name, function in functions.items():
+        setattr(made, name, function)
     before = copy.deepcopy({path: m.state_dict() for path, m in made.layers.items()})
     try:
         made.step()
