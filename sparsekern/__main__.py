@@ -18,6 +18,8 @@ def report() -> str:
     here = Path(sparsekern.__file__).resolve().parent
     devices = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     kernels = "none" if cpu.unavailable() else cpu.instruction_set()
+    # only for a device the driver is asked whether it loads the kernels
+    on = {"cuda": [torch.device("cuda", torch.cuda.current_device())]} if torch.cuda.is_available() else {}
     facts = [
         ("sparsekern", f"{sparsekern.__version__} at {here}"),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
@@ -28,7 +30,7 @@ def report() -> str:
         ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} logical cores"),
         ("instructions", f"{kernels} in sparsekern, {torch.backends.cpu.get_cpu_capability()} in torch"),
         ("cuda kernels", cuda.built() or "none were built"),
-        *((f"backend {name}", module.unavailable() or "ready") for name, module in BACKENDS.items()),
+        *((f"backend {name}", module.unavailable(*on.get(name, ())) or "ready") for name, module in BACKENDS.items()),
     ]
     if "SPARSEKERN_BACKEND" in os.environ:
         facts.append(("forced backend", f"{os.environ['SPARSEKERN_BACKEND']} (SPARSEKERN_BACKEND)"))
