@@ -439,10 +439,10 @@ class Rule:
     def _check_wrapped(self, model: nn.Module) -> None:
         """Refuse weights that are newer than the DistributedDataParallel around them: no rank would hear of others'."""
         for wrapper in model.modules():
-            averaged = getattr(wrapper, "_module_parameters", None)  # DistributedDataParallel's, as it was made
-            if not isinstance(wrapper, DistributedDataParallel) or averaged is None:
+            if not isinstance(wrapper, DistributedDataParallel):
                 continue
-            inside, averaged = {id(p) for p in wrapper.parameters()}, {id(p) for p in averaged}
+            inside = {id(p) for p in wrapper.parameters()}
+            averaged = {id(p) for p in getattr(wrapper, "_module_parameters", wrapper.parameters())}  # as it was made
             for path, layer in self.layers.items():
                 if id(layer.weight) in inside - averaged:
                     raise ValueError(
