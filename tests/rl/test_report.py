@@ -332,9 +332,12 @@ def test_runs_of_gmp_on_mt10_prune_as_the_paper_does_and_committed_ones_as_they_
     assert Config(suite="mt10", agent="mtsac", treatment="gmp").gmp.update_every == 5000
     assert Config(treatment="gmp").gmp.update_every == 500
     committed = [run for run in find([RESULTS]) if run.config.suite == "mt10" and run.config.treatment == "gmp"]
-    assert committed and {run.config.gmp.update_every for run in committed} == {500}
+    every = {20_000: 500, 50_000: 5000}  # by length: the shorter ones are older than the default
+    assert {run.config.timesteps for run in committed} == {*every}
     for run in committed:
+        assert run.config.gmp.update_every == every[run.config.timesteps]
         assert run.folder.parent.name == run.config.experiment  # a run of today has another folder
+    committed = [run for run in committed if run.config.timesteps == 20_000]
     dense = RESULTS / "mt10-mtsac-dense-warmup500-evaluate-every10000-episodes25" / "0-20000"  # as long as those
     ((cells),) = by_protocol(find([dense, *(run.folder for run in committed)])).values()
     assert [cell.name for cell in cells] == ["dense", "gmp, actor only, every 500", "gmp, every 500"]
