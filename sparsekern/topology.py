@@ -84,7 +84,13 @@ class Topology(nn.Module):
         check_geometry(shape, block_size, groups)
         check_balance("Topology.random", balance)
         rows, cols = (-(-size // groups // block_size) for size in shape)
-        live = live_counts([live] * groups if is_count(live) and live > 0 else live, rows * cols, groups)
+        if is_count(live):
+            if not 0 < live <= rows * cols:
+                raise ValueError(
+                    f"Topology.random: live must be from 1 to {rows * cols} blocks of each group, got {live}"
+                )
+            live = [live] * groups
+        live = live_counts(live, rows * cols, groups)
         draw = _balanced_positions if balance else _random_positions
         chosen = [draw(rows, cols, count) for count in live]
         block_rows = torch.cat([p // cols + g * rows for g, p in enumerate(chosen)])
